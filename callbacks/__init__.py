@@ -1,0 +1,22 @@
+"""Callbacks decide *when*; the functions in `models/` and `export/` decide *what*."""
+
+from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from callbacks.export import ExportOnFitEnd
+from callbacks.gradual_pruning import GradualPruning
+from callbacks.phases import PhaseEvaluation
+from callbacks.preflight import Preflight
+from callbacks.quantization import QuantizationAwareTraining
+from callbacks.samples import SampleCompletions
+from callbacks.throughput import Throughput
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Checkpoint",
+    "ExportOnFitEnd",
+    "GradualPruning",
+    "Preflight",
+    "PhaseEvaluation",
+    "QuantizationAwareTraining",
+    "SampleCompletions",
+    "Throughput",
+]

@@ -1,0 +1,113 @@
+"""Export at the end of `fit`: Hugging Face folder, ONNX, engine, verification, benchmark and report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from callbacks.order import check_order
+from callbacks.phases import PhaseEvaluation
+from callbacks.quantization import QuantizationAwareTraining
+from export.pipeline import ExportSettings, check_settings, export_all
+from export.report import write_report
+from export.verify import raise_on_failure
+from models.student import StudentModule
+
+
+class ExportOnFitEnd(Callback):
+    """Export the trained student into the run's folder, verify it number by number, and write `report.json` and `report.md`.
+
+    A verification that fails ends the run with an error that names the output and the difference; the files stay for a look.
+
+    Args:
+        precision: Of the ONNX graph and the engine: fp32, fp16, or fp8 (needs QuantizationAwareTraining).
+        formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
+        output: Folder to write into; by default the run's folder.
+        tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
+        compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
+        batch: Smallest, usual and largest number of sequences of the engine.
+        sequence: Smallest, usual and largest number of new tokens per call of the engine.
+        past: Smallest, usual and largest number of cached tokens of the engine.
+        opset: ONNX operator set.
+        verify_prompts: Held-out prompts used for verification.
+        compare_with_teacher: Also export the teacher (fp32 ONNX, fp16 engine) into teacher/ to compare size and speed.
+
+    Raises:
+        ValueError: Settings that cannot be exported; found before training starts.
+    """
+
+    def __init__(
+        self,
+        precision: Literal["fp32", "fp16", "fp8"] = "fp32",
+        formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
+        output: str | None = None,
+        tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
+        compute_capability: Sequence[str] = (),
+        batch: tuple[int, int, int] = (1, 1, 16),
+        sequence: tuple[int, int, int] = (1, 128, 1024),
+        past: tuple[int, int, int] = (0, 256, 2048),
+        opset: int = 23,
+        verify_prompts: int = 4,
+        compare_with_teacher: bool = False,
+    ) -> None:
+        self.settings = ExportSettings(
+            precision=precision,
+            formats=tuple(formats),
+            tensorrt=tensorrt,
+            compute_capability=tuple(compute_capability),
+            batch=tuple(batch),
+            sequence=tuple(sequence),
+            past=tuple(past),
+            opset=opset,
+        )
+        check_settings(self.settings)
+        self.output = output
+        self.verify_prompts = verify_prompts
+        self.compare_with_teacher = compare_with_teacher
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what does not need the model."""
+        if stage != "fit":
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        check_order(callbacks)
+        quantized = any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks)
+        if self.settings.precision == "fp8" and "onnx" in self.settings.formats and not quantized:
+            raise ValueError(
+                "expected QuantizationAwareTraining among trainer.callbacks for an fp8 export, found none; add it, or export "
+                "in fp16 and calibrate later with `python -m export --calibration`"
+            )
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, verify, report."""
+        assert isinstance(pl_module, StudentModule)
+        if trainer.interrupted:
+            return
+        output = Path(self.output or trainer.default_root_dir)
+        batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+        prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
+        student = pl_module.student.cpu().float().eval()
+        report = export_all(student, pl_module.tokenizer, output, self.settings, prompts)
+        report.update(_training_figures(trainer))
+        write_report(output, report)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.save(str(output / "report.*"), base_path=str(output))
+        rank_zero_info(f"Exported to {output}; see {output / 'report.md'}")
+        raise_on_failure(report["verification"])
+
+
+def _training_figures(trainer: Trainer) -> dict[str, Any]:
+    """What `PhaseEvaluation` found, if it took part."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, PhaseEvaluation):
+            return {
+                "teacher": callback.teacher_figures,
+                "phases": callback.phases,
+                "constant_answer_score": callback.constant_answer_score,
+            }
+    return {"teacher": {}, "phases": [], "constant_answer_score": None}

@@ -1,0 +1,112 @@
+"""Judging the student at the end of each phase of a run: after pruning, after recovery, after quantization."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+
+from callbacks.gradual_pruning import GradualPruning
+from callbacks.order import StepBoundary, check_order
+from callbacks.quantization import QuantizationAwareTraining
+from models.architecture import count_parameters
+from models.distillation import Distillation
+from models.evaluation import evaluate
+from models.student import StudentModule
+from models.teacher import RememberingTeacher
+
+
+class PhaseEvaluation(Callback):
+    """Evaluate teacher and student on the held-out test split: parameters, KL to the teacher, agreement and task score.
+
+    Phases are named by what just ended: `pruned` (right after the last pruning event), `recovered` (just before quantizers
+    are inserted, or at the end without them), `quantized` (at the end, with them), `trained` (at the end of a run without
+    either).  Figures go to the logger as `phase/<name>/...` and into `report.json`; they survive a resume.
+
+    Args:
+        generate_tokens: Length in tokens of the answers generated for the task score; 0 for none.
+    """
+
+    def __init__(self, generate_tokens: int = 64) -> None:
+        self.generate_tokens = generate_tokens
+        self.phases: list[dict[str, Any]] = []
+        self.teacher_figures: dict[str, Any] = {}
+        self.constant_answer_score: float | None = None
+        self._due: dict[int, str] = {}
+        self._last_phase = "trained"
+        self._teacher: RememberingTeacher | None = None
+        self._boundary = StepBoundary()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read from the other callbacks when their phases end."""
+        if stage != "fit":
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        check_order(callbacks)
+        for callback in callbacks:
+            if isinstance(callback, GradualPruning):
+                self._due[callback.last_step] = "pruned"
+                self._last_phase = "recovered"
+        for callback in callbacks:
+            if isinstance(callback, QuantizationAwareTraining):
+                self._due[callback.start_step] = "recovered" if self._due else "trained"
+                self._last_phase = "quantized"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A phase judged before a checkpoint was saved is not judged again."""
+        self._boundary.start(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge the student if a phase ends after this optimizer step."""
+        if self._boundary.passed(trainer.global_step) and trainer.global_step in self._due:
+            self._judge_student(trainer, pl_module, self._due[trainer.global_step])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the final student, and the teacher for comparison."""
+        self._judge_student(trainer, pl_module, self._last_phase)
+        if self._teacher is not None:
+            model = self._teacher.model
+            figures = self._figures(trainer, pl_module, model, "teacher")
+            self.teacher_figures = {"name": "teacher", "parameters": count_parameters(model), **figures}
+            constant = getattr(trainer.datamodule, "constant_answer_score", None)  # type: ignore[attr-defined]
+            self.constant_answer_score = constant("test") if constant else None
+        self._teacher = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures so far."""
+        return {"phases": self.phases}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the figures so far."""
+        self.phases = state_dict["phases"]
+
+    def _judge_student(self, trainer: Trainer, module: LightningModule, name: str) -> None:
+        assert isinstance(module, StudentModule)
+        figures = self._figures(trainer, module, module.student, name)
+        phase = {"name": name, "step": trainer.global_step, "parameters": count_parameters(module.student), **figures}
+        self.phases = [known for known in self.phases if known["name"] != name] + [phase]
+        numbers = {f"phase/{name}/{key}": value for key, value in phase.items() if isinstance(value, int | float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+        rank_zero_info(f"Phase {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+    def _figures(self, trainer: Trainer, module: LightningModule, model: Any, name: str) -> dict[str, float]:
+        assert isinstance(module, StudentModule)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule.setup("test")
+        if self._teacher is None and isinstance(module, Distillation):
+            self._teacher = RememberingTeacher(module.teacher)
+        score = getattr(datamodule, "score", None)
+        with torch.autocast(module.device.type, enabled=False):
+            return evaluate(
+                model,
+                tqdm(datamodule.test_dataloader(), desc=f"Judging: {name}", unit="batch", leave=False),
+                tokenizer=module.tokenizer,
+                teacher=self._teacher,
+                scorer=None if score is None else lambda texts, batch: score(texts, batch, "test"),
+                max_new_tokens=self.generate_tokens,
+                dtype=module.inference_dtype,
+            )

@@ -1,0 +1,117 @@
+"""Before the first step: check in seconds what would otherwise fail after hours."""
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedModel
+
+from callbacks.export import ExportOnFitEnd
+from callbacks.gradual_pruning import GradualPruning
+from callbacks.quantization import QuantizationAwareTraining, quantize_decoder
+from export.pipeline import check_output_free
+from export.slice import one_layer_slice
+from export.to_onnx import export_onnx
+from models.architecture import count_parameters
+from models.quantization import freeze_scales
+from models.structure import apply_edit
+from models.student import StudentModule
+
+GIB = 2**30
+
+
+class Preflight(Callback):
+    """Always on: tokenizers, planned shapes, the export of one layer in the wanted precision, disk and memory.
+
+    (Tokenizers and model families are checked where the models are built, just before.)
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise `ValueError` if the run could not end well."""
+        assert isinstance(pl_module, StudentModule)
+        started = time.perf_counter()
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        pruning = next((c for c in callbacks if isinstance(c, GradualPruning)), None)
+        quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+        export = next((c for c in callbacks if isinstance(c, ExportOnFitEnd)), None)
+        _check_steps(trainer, pruning, quantization)
+        if not pl_module.edits:  # a resumed student has had part of this done to it already
+            layer = one_layer_slice(pl_module.student)
+            _rehearse_pruning(layer, pruning)
+            if quantization is not None:
+                _rehearse_quantization(layer)
+            if export is not None and "onnx" in export.settings.formats:
+                _rehearse_export(layer, export)
+        if export is not None:
+            check_output_free(Path(export.output or trainer.default_root_dir))
+        _check_resources(trainer, pl_module, export)
+        rank_zero_info(f"Preflight passed in {time.perf_counter() - started:.1f} s")
+
+
+def _check_steps(
+    trainer: Trainer, pruning: GradualPruning | None, quantization: QuantizationAwareTraining | None
+) -> None:
+    last = max([0] + ([pruning.last_step] if pruning else []) + ([quantization.freeze_step] if quantization else []))
+    if 0 < trainer.max_steps < last or (trainer.max_steps > 0 and trainer.max_steps == last and quantization):
+        raise ValueError(
+            f"expected trainer.max_steps beyond the last planned change of the student (step {last}), found "
+            f"{trainer.max_steps}; raise max_steps or move the callbacks' steps"
+        )
+
+
+def _rehearse_pruning(layer: PreTrainedModel, pruning: GradualPruning | None) -> None:
+    for event in pruning.plan.values() if pruning else ():
+        apply_edit(layer, {"op": "narrow_mlp", "layer": 0, "keep": list(range(event.neurons))})
+        apply_edit(layer, {"op": "narrow_kv_groups", "layer": 0, "keep": list(range(event.kv_groups))})
+        _forward(layer)
+
+
+def _rehearse_quantization(layer: PreTrainedModel) -> None:
+    apply_edit(layer, quantize_decoder(layer, "fp8_e4m3"))
+    _forward(layer)
+    freeze_scales(layer)
+    _forward(layer)
+
+
+def _rehearse_export(layer: PreTrainedModel, export: ExportOnFitEnd) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(layer, Path(folder) / "model.onnx", precision=export.settings.precision, opset=export.settings.opset)
+
+
+@torch.no_grad()
+def _forward(layer: PreTrainedModel) -> None:
+    layer(input_ids=torch.arange(1, 9).reshape(1, 8), use_cache=False)
+
+
+def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFitEnd | None) -> None:
+    weights = 4 * count_parameters(module.student)
+    # A checkpoint holds weights and two moments, and the new one is complete before the old one goes; an export writes the
+    # folder, one or two graphs and an engine.
+    disk = 2 * 3 * weights + (4 * weights if export else 0)
+    free_disk = shutil.disk_usage(_existing_parent(Path(trainer.default_root_dir))).free
+    if free_disk < disk:
+        raise ValueError(
+            f"expected {disk / GIB:.1f} GiB of free disk at {trainer.default_root_dir}, found {free_disk / GIB:.1f}; free some, "
+            "or choose another --root"
+        )
+    # Gradients and two moments are still to come, and the export holds another copy or two after training.
+    on_cpu = module.device.type == "cpu"
+    memory = 3 * weights if on_cpu or export else weights
+    free_memory = psutil.virtual_memory().available
+    if free_memory < memory:
+        raise ValueError(
+            f"expected {memory / GIB:.1f} GiB of free memory for training and export, found {free_memory / GIB:.1f}; close "
+            "other programs or choose a smaller student"
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,77 @@
+"""Quantization-aware training: observe, freeze the scales, then train with fake-quantized weights and activations."""
+
+from typing import Any, Literal
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedModel
+
+from callbacks.gradual_pruning import GradualPruning
+from callbacks.order import StepBoundary, check_order
+from models.architecture import decoder_layers
+from models.quantization import freeze_scales, quantized_linears
+from models.structure import Edit
+from models.student import StudentModule
+
+
+class QuantizationAwareTraining(Callback):
+    """Fake-quantize the decoder's linear layers from a given step on (embeddings, head and norms stay as they are).
+
+    After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good.  Scales
+    are buffers of the student: a resumed run goes on with the same ones.
+
+    Args:
+        start_step: Optimizer steps done before quantizers are inserted.
+        observe_steps: Optimizer steps during which they only observe.
+        format: Number format: fp8_e4m3 with one scale per weight and one per input.
+
+    Raises:
+        ValueError: Steps out of range, quantization before the last pruning event, or callbacks in the wrong order.
+    """
+
+    def __init__(self, start_step: int, observe_steps: int = 4, format: Literal["fp8_e4m3"] = "fp8_e4m3") -> None:
+        if start_step < 1 or observe_steps < 1:
+            raise ValueError(
+                f"expected QuantizationAwareTraining.start_step and observe_steps of 1 or more, found {start_step} and "
+                f"{observe_steps}; change them in the recipe"
+            )
+        self.start_step = start_step
+        self.freeze_step = start_step + observe_steps
+        self.format = format
+        self._boundary = StepBoundary()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the schedule against the other callbacks and the length of the run."""
+        if stage != "fit":
+            return
+        check_order(trainer.callbacks)  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradualPruning) and callback.last_step > self.start_step:
+                raise ValueError(
+                    f"expected QuantizationAwareTraining.start_step at or after the last pruning event (step "
+                    f"{callback.last_step}), found {self.start_step}; scales of pruned layers would be wrong, so start later"
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was done before a checkpoint was saved is in the checkpoint."""
+        self._boundary.start(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Insert or freeze the quantizers if it is time."""
+        assert isinstance(pl_module, StudentModule)
+        if not self._boundary.passed(trainer.global_step):
+            return
+        if trainer.global_step == self.start_step:
+            pl_module.edit([quantize_decoder(pl_module.student, self.format)])
+            rank_zero_info(f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on")
+        if trainer.global_step == self.freeze_step:
+            rank_zero_info(f"Froze {freeze_scales(pl_module.student)} {self.format} scales after step {self.freeze_step}")
+
+
+def quantize_decoder(model: PreTrainedModel, format: str) -> Edit:
+    """The edit that fake-quantizes every projection of every decoder layer of a model."""
+    owners = {id(owner): name for name, owner in model.named_modules()}
+    names = [f"{owners[id(owner)]}.{child}" for layer in decoder_layers(model) for owner, child in layer.linears()]
+    return {"op": "fake_quantize", "format": format, "modules": names}

@@ -1,0 +1,45 @@
+"""What the student says: greedy completions of a few validation prompts, as a table."""
+
+import json
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_only
+
+from models.evaluation import generate_texts
+from models.forward import inference_copy
+from models.student import StudentModule
+
+
+class SampleCompletions(Callback):
+    """After every validation, complete some validation prompts: a table in Weights & Biases, `samples.jsonl` in the run's folder.
+
+    Args:
+        num_samples: Prompts to complete; they are the first of the validation split, always the same.
+        max_new_tokens: Length of a completion in tokens, at most.
+    """
+
+    def __init__(self, num_samples: int = 8, max_new_tokens: int = 64) -> None:
+        self.num_samples = num_samples
+        self.max_new_tokens = max_new_tokens
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate and log; sanity checks are left out."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, StudentModule)
+        batch = move_data_to_device(next(iter(trainer.datamodule.val_dataloader())), pl_module.device)  # type: ignore[attr-defined]
+        batch = {key: value[: self.num_samples] for key, value in batch.items()}
+        model = inference_copy(pl_module.student, pl_module.inference_dtype)
+        texts = generate_texts(model, pl_module.tokenizer, batch, self.max_new_tokens)
+        rows = [
+            {"step": trainer.global_step, "prompt": prompt, "completion": text, "answer": answer}
+            for prompt, text, answer in zip(batch["prompts"], texts, batch["answers"], strict=True)
+        ]
+        with (Path(trainer.default_root_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows])

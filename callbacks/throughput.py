@@ -1,0 +1,52 @@
+"""Tokens per second, and where the time goes: rollout, teacher, student."""
+
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from models.student import StudentModule
+
+
+class Throughput(Callback):
+    """Log `throughput/tokens_per_second` (tokens of the training sequences, prompts included) and the share of time per part.
+
+    Args:
+        every_n_steps: Optimizer steps between two entries.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"expected Throughput.every_n_steps of 1 or more, found {every_n_steps}; change it in the recipe")
+        self.every_n_steps = every_n_steps
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting."""
+        self._restart(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log and start again every so many steps."""
+        assert isinstance(pl_module, StudentModule)
+        steps = trainer.global_step - self._first_step
+        if steps < self.every_n_steps:
+            return
+        elapsed = time.perf_counter() - self._started
+        figures = {f"throughput/share_{part}": s / elapsed for part, s in pl_module.stopwatch.seconds.items()}
+        figures["throughput/tokens_per_second"] = float(pl_module.stopwatch.tokens) / elapsed
+        figures["throughput/seconds_per_step"] = elapsed / steps
+        pl_module.log_dict(figures)
+        self._restart(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time spent on validation is no training time."""
+        self._restart(trainer, pl_module)
+
+    def _restart(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, StudentModule)
+        module.stopwatch.reset()
+        self._started = time.perf_counter()
+        self._first_step = trainer.global_step

@@ -1,0 +1,236 @@
+"""Conversations to token ids through the tokenizer's chat template, as plain functions.
+
+A conversation is rendered turn by turn and cut into segments: a prompt (everything the model reads), an answer (what
+it has to write), the next prompt, ... Every segment is tokenized on its own and the ids are joined. That is what
+happens at inference, where the model continues the ids of a finished prompt; tokenizing prompt and answer as one
+string could merge the last characters of the prompt with the first of the answer into a token the model will never
+see.
+
+The rollout prompt is everything before the last assistant turn, so its ids are a prefix of the ids that training
+sees. The last answer ends with the tokenizer's end token: what a template writes after it (ChatML's newline) is
+dropped, and if a template ends turns with another token, the end token is appended.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages up to and including the last assistant turn, and where they come from (for error messages)."""
+
+    messages: list[Message]
+    source: str
+
+    @property
+    def prompt(self) -> list[Message]:
+        """Every message before the last assistant turn."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The gold text: the content of the last assistant turn."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized conversation.
+
+    `answer_spans` are half-open token ranges, one for each supervised assistant turn; the last starts where the rollout
+    prompt ends. `index` is the position in the split before anything was dropped.
+    """
+
+    input_ids: Tensor
+    answer_spans: tuple[tuple[int, int], ...]
+    prompt: str
+    answer: str
+    index: int
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens in the rollout prompt."""
+        return self.answer_spans[-1][0]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def conversation_from(messages: Sequence[Message], source: str) -> Conversation:
+    """Check messages and cut what follows the last assistant turn.
+
+    Raises:
+        ValueError: A message is malformed, its role is unknown, or no assistant turn follows another message.
+    """
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise ValueError(
+                f"expected every message as {{'role': ..., 'content': text}}, found {message!r:.100} in {source}; "
+                "give each message a role and a text"
+            )
+        if message["role"] not in ROLES:
+            raise ValueError(
+                f"expected a role among {', '.join(ROLES)}, found {message['role']!r} in {source}; rename the role"
+            )
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    if last == 0:
+        raise ValueError(
+            f"expected a prompt followed by an assistant message, found the roles "
+            f"{[message['role'] for message in messages]} in {source}; add the answer to learn from"
+        )
+    return Conversation([{"role": m["role"], "content": m["content"]} for m in messages[: last + 1]], source)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
+    """Raise `ValueError` if the tokenizer lacks a chat template or an end token."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"expected a tokenizer with a chat template, found none in {reference!r}; take the instruct variant of the "
+            "model, or add a chat_template.jinja to its folder"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"expected a tokenizer with an end token, found none in {reference!r}; set eos_token in its "
+            "tokenizer_config.json"
+        )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    *,
+    system_prompt: str | None = None,
+    supervise_all_turns: bool = True,
+) -> list[Example]:
+    """Tokenize conversations (see the module's docstring for how).
+
+    Args:
+        tokenizer: Has a chat template and an end token.
+        conversations: What to tokenize.
+        system_prompt: Put before conversations that have no system message; `None` leaves the template's default.
+        supervise_all_turns: Whether earlier assistant turns get labels too.
+
+    Raises:
+        ValueError: The template refuses a conversation, or does not render it turn by turn.
+    """
+    segments = [
+        _segments(tokenizer, with_system_prompt(conversation, system_prompt), supervise_all_turns)
+        for conversation in conversations
+    ]
+    flat = [text for texts in segments for text in texts]
+    # The template has already written the special tokens, so none are added here.
+    ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else [])
+    return [
+        _join(tokenizer.eos_token_id, conversation, [next(ids) for _ in texts], index)
+        for index, (conversation, texts) in enumerate(zip(conversations, segments, strict=True))
+    ]
+
+
+def truncate(example: Example, *, max_length: int, max_prompt_length: int | None = None) -> Example | None:
+    """Cut the tail of the last answer to `max_length` tokens in all; `None` if no answer token is left.
+
+    `None` is also returned for a prompt of more than `max_prompt_length` tokens: cutting it would change the question.
+    """
+    too_long = max_prompt_length is not None and example.prompt_length > max_prompt_length
+    if too_long or example.prompt_length >= max_length:
+        return None
+    if len(example) <= max_length:
+        return example
+    start, _ = example.answer_spans[-1]
+    # A copy, not a view: the tail that was cut off should not stay in memory.
+    return replace(
+        example,
+        input_ids=example.input_ids[:max_length].clone(),
+        answer_spans=(*example.answer_spans[:-1], (start, max_length)),
+    )
+
+
+def with_system_prompt(conversation: Conversation, system_prompt: str | None) -> Conversation:
+    """Put a system message first, unless the conversation has its own or `system_prompt` is `None`."""
+    if system_prompt is None or conversation.messages[0]["role"] == "system":
+        return conversation
+    return replace(conversation, messages=[{"role": "system", "content": system_prompt}, *conversation.messages])
+
+
+def readable(messages: Sequence[Message]) -> str:
+    """A prompt for people: the question alone, or `role: content` lines if there is more than one message."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, supervise_all_turns: bool) -> list[str]:
+    """The rendered text as prompt, answer, prompt, answer, ... - concatenated, it is the rendered conversation."""
+    messages = conversation.messages
+    assistant_turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    segments: list[str] = []
+    done = ""
+    for turn in assistant_turns if supervise_all_turns else assistant_turns[-1:]:
+        prompt = _render(tokenizer, conversation, messages[:turn], add_generation_prompt=True)
+        full = _render(tokenizer, conversation, messages[: turn + 1], add_generation_prompt=False)
+        if not prompt.startswith(done):
+            raise ValueError(
+                f"expected a chat template that keeps earlier turns as they were, found one that rewrites them in "
+                f"{conversation.source}; set supervise_all_turns to false to learn from the last answer only"
+            )
+        if not full.startswith(prompt):
+            raise ValueError(
+                f"expected a chat template whose generation prompt begins the assistant's turn, found {prompt[-40:]!r} "
+                f"before {full[-40:]!r} in {conversation.source}; use a template with a generation prompt"
+            )
+        segments += [prompt[len(done) :], full[len(prompt) :]]
+        done = full
+    return segments
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise ValueError(
+            f"expected messages that the chat template accepts, found the roles {[m['role'] for m in messages]} in "
+            f"{conversation.source} ({error}); change the messages or the template"
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def _join(eos_id: int, conversation: Conversation, segments: list[list[int]], index: int) -> Example:
+    """Concatenate the ids of prompt, answer, prompt, ...; each span ends with its end token, if it has one."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for prompt_ids, answer_ids in zip(segments[::2], segments[1::2], strict=True):
+        start = len(ids) + len(prompt_ids)
+        spans.append((start, start + _through_last(answer_ids, eos_id)))
+        ids += prompt_ids + answer_ids
+    start, end = spans[-1]
+    ids = ids[:end]
+    if ids[-1] != eos_id:
+        ids.append(eos_id)
+        spans[-1] = (start, len(ids))
+    return Example(
+        input_ids=torch.tensor(ids, dtype=torch.int32),
+        answer_spans=tuple(spans),
+        prompt=readable(conversation.prompt),
+        answer=conversation.answer,
+        index=index,
+    )
+
+
+def _through_last(ids: list[int], eos_id: int) -> int:
+    """The number of ids up to and including the last end token; all of them if there is none."""
+    return len(ids) - ids[::-1].index(eos_id) if eos_id in ids else len(ids)

@@ -1,0 +1,76 @@
+"""From tokenized examples to one padded batch, as a pure function.
+
+Training rows are padded on the right, rollout prompts on the left (so that every prompt's last token stands in the
+last column and sampling continues there). Masks and labels come from the lengths, never from comparing ids with the
+pad id: many tokenizers pad with the end token, and the answer's own end token must stay visible and supervised.
+
+Shapes: B batch, T tokens of prompt and answer, P prompt tokens.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.chat import Example
+
+IGNORE_INDEX = -100  # what torch's cross entropy ignores
+
+
+class Batch(TypedDict):
+    """What every loader yields: a plain dict."""
+
+    input_ids: Tensor  # (B, T) long, right padded
+    attention_mask: Tensor  # (B, T) long, 0 or 1
+    labels: Tensor  # (B, T) long, -100 except on answer tokens
+    prompt_ids: Tensor  # (B, P) long, left padded
+    prompt_mask: Tensor  # (B, P) long, 0 or 1
+    prompts: list[str]  # readable prompt text
+    answers: list[str]  # gold answer text
+    index: list[int]  # position in the split
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad token, or its end token where it has none (padding is masked, so either will do)."""
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(pad_id, int)
+    return pad_id
+
+
+def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
+    """Pad examples to the longest among them.
+
+    Args:
+        examples: At least one.
+        pad_id: Fills `input_ids` and `prompt_ids` where their masks are 0.
+    """
+    num_rows = len(examples)
+    num_tokens = max(len(example) for example in examples)
+    num_prompt_tokens = max(example.prompt_length for example in examples)
+
+    input_ids_BT = torch.full((num_rows, num_tokens), pad_id)
+    attention_mask_BT = torch.zeros((num_rows, num_tokens), dtype=torch.long)
+    labels_BT = torch.full((num_rows, num_tokens), IGNORE_INDEX)
+    prompt_ids_BP = torch.full((num_rows, num_prompt_tokens), pad_id)
+    prompt_mask_BP = torch.zeros((num_rows, num_prompt_tokens), dtype=torch.long)
+    for row, example in enumerate(examples):
+        length, prompt_length = len(example), example.prompt_length
+        input_ids_BT[row, :length] = example.input_ids
+        attention_mask_BT[row, :length] = 1
+        for start, end in example.answer_spans:
+            labels_BT[row, start:end] = example.input_ids[start:end]
+        prompt_ids_BP[row, num_prompt_tokens - prompt_length :] = example.input_ids[:prompt_length]
+        prompt_mask_BP[row, num_prompt_tokens - prompt_length :] = 1
+
+    return Batch(
+        input_ids=input_ids_BT,
+        attention_mask=attention_mask_BT,
+        labels=labels_BT,
+        prompt_ids=prompt_ids_BP,
+        prompt_mask=prompt_mask_BP,
+        prompts=[example.prompt for example in examples],
+        answers=[example.answer for example in examples],
+        index=[example.index for example in examples],
+    )

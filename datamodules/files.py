@@ -1,0 +1,117 @@
+"""Reading conversations from JSONL files, Parquet files and `datasets` names, each record with the place it came
+from.
+
+A JSONL file is read line by line here rather than by the `datasets` library, so that an error can name the line.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datamodules.chat import Conversation, conversation_from
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+def read_conversations(source: str, *, default_split: str, dataset_config: str | None = None) -> list[Conversation]:
+    """Read every conversation of a source.
+
+    Args:
+        source: A .jsonl or .parquet file, or a `datasets` name or folder, optionally with `:split` after it.
+        default_split: The split to take from a `datasets` source that names none.
+        dataset_config: The configuration of a `datasets` name that has several.
+
+    Raises:
+        FileNotFoundError: The file or data set does not exist.
+        ValueError: A record is broken, has neither `messages` nor `prompt` and `response`, or there are no records.
+    """
+    suffix = Path(source).suffix
+    if suffix in (*JSONL_SUFFIXES, ".parquet"):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a file at {source!r}, found none; check the path")
+        records = _read_parquet(path) if suffix == ".parquet" else _read_jsonl(path)
+    else:
+        records = _read_dataset(source, default_split, dataset_config)
+    conversations = [_conversation(record, place) for place, record in records]
+    if not conversations:
+        raise ValueError(f"expected at least one conversation in {source!r}, found none; fill it or choose another")
+    return conversations
+
+
+def _conversation(record: dict[str, Any], place: str) -> Conversation:
+    if isinstance(record.get("messages"), list):
+        return conversation_from(record["messages"], place)
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
+        prompt = {"role": "user", "content": record["prompt"]}
+        return conversation_from([prompt, {"role": "assistant", "content": record["response"]}], place)
+    fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items()) or "no field"
+    raise ValueError(
+        f"expected a field `messages` (a list) or the fields `prompt` and `response` (texts), found {fields} in "
+        f"{place}; rename or convert the fields"
+    )
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # broken JSON or broken UTF-8
+                raise ValueError(
+                    f"expected one JSON object a line, found something unreadable in {place} ({error}); mend or remove "
+                    "the line"
+                ) from error
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"expected one JSON object a line, found a {type(record).__name__} in {place}; write each record "
+                    "as an object on a line of its own"
+                )
+            yield place, record
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "expected the package `pyarrow` to read Parquet files, found none; run `pip install datasets` "
+            "(it brings pyarrow)"
+        ) from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(
+            f"expected a Parquet file at {path}, found another format ({error}); write it again"
+        ) from error
+    number = 0
+    for batch in file.iter_batches():
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{path} row {number}", record
+
+
+def _read_dataset(source: str, default_split: str, config: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected the package `datasets` to load {source!r}, found none; run `pip install datasets`, or name a "
+            ".jsonl or .parquet file"
+        ) from error
+    name, _, split = source.partition(":")
+    try:
+        records = datasets.load_dataset(name, config, split=split or default_split)
+    except (ValueError, OSError) as error:  # an unknown name, configuration or split; no network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"expected a .jsonl or .parquet file, or a `datasets` name with a split {split or default_split!r}, found "
+            f"none at {source!r} ({reason}); check the path or the name, and write NAME:SPLIT for another split"
+        ) from error
+    for number, record in enumerate(records, start=1):
+        yield f"{source} row {number}", record

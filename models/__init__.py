@@ -1,0 +1,7 @@
+"""LightningModules and everything that concerns the networks."""
+
+from models.distillation import Distillation
+from models.sft import SFT
+from models.student import StudentModule
+
+__all__ = ["SFT", "Distillation", "StudentModule"]

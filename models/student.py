@@ -1,0 +1,234 @@
+"""`StudentModule`: builds the student, edits it, optimizes it, and keeps its structure in the checkpoint."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from models.architecture import check_family, count_parameters
+from models.evaluation import AnswerMetrics, generate_texts
+from models.forward import Batch, answer_labels, answer_logits, inference_copy
+from models.pretrained import load_model, load_tokenizer
+from models.structure import Edit, apply_edit, replay
+from models.timing import Stopwatch
+
+log = logging.getLogger(__name__)
+
+
+class StudentModule(LightningModule):
+    """Base of all training modules: a Hugging Face student whose structure is an ordered list of edits.
+
+    Args:
+        student: Model to train: a Hugging Face folder, a hub id, a .gguf file, or package:smollm2-135m-instruct.
+        optimizer: Optimizer class and its settings, for example torch.optim.AdamW with lr (per step).
+        lr_schedule: Course of the learning rate over trainer.max_steps, after the warm-up.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        generate_tokens: Length in tokens of the answers that validation generates for the task score; 0 for none.
+        trust_remote_code: Run Python code that comes with the models.
+
+    Raises:
+        FileNotFoundError: (when the model is built) there is no model at the reference.
+        ValueError: (when the model is built) its family is unknown.
+    """
+
+    def __init__(
+        self,
+        student: str,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_steps: int = 0,
+        generate_tokens: int = 64,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        # A checkpoint holds primitives only: what the CLI records is plain data, a class or a partial is not.
+        self.remove_ignored_hparams([name for name, value in self.hparams.items() if callable(value)])
+        self.student_reference = student
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.generate_tokens = generate_tokens
+        self.trust_remote_code = trust_remote_code
+        self.edits: list[Edit] = []
+        self.student: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase
+        self.metrics = AnswerMetrics()
+        self.stopwatch = Stopwatch()
+        self._judged: tuple[PreTrainedModel, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
+
+    # Building -------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the student in float32 and its tokenizer, once."""
+        if hasattr(self, "student"):
+            return
+        self.tokenizer = load_tokenizer(self.student_reference, trust_remote_code=self.trust_remote_code)
+        student = load_model(self.student_reference, trust_remote_code=self.trust_remote_code)
+        check_family(student.config)
+        self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the student's parameters, with a schedule over `trainer.max_steps`."""
+        optimizer = self.optimizer(self.student.parameters())
+        steps = self.trainer.max_steps
+        if self.lr_schedule != "constant" and steps <= 0:
+            raise ValueError(
+                f"expected trainer.max_steps for the {self.lr_schedule} learning rate schedule, found {steps}; "
+                "set trainer.max_steps, or model.lr_schedule to constant"
+            )
+        name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
+        scheduler = get_scheduler(
+            name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm directly where no gradient scaler takes part; Lightning refuses that for fused optimizers."""
+        if str(self.trainer.precision).startswith("16") or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)
+
+    # Structure ------------------------------------------------------------------------------------------------------
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Apply edits to the student and to the optimizer's state, and record them.
+
+        Only between optimizer steps: gradients are dropped.
+        """
+        optimizers = self.optimizers(use_pl_optimizer=False) if self._trainer is not None else []
+        for edit in edits:
+            apply_edit(self.student, edit, optimizers if isinstance(optimizers, list) else [optimizers])
+            self.edits.append(edit)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the structure beside the weights."""
+        checkpoint["edits"] = self.edits
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the structure before the weights load."""
+        self.configure_model()
+        edits: list[Edit] = checkpoint["edits"]
+        known = len(self.edits)
+        if self.edits != edits[:known]:
+            raise ValueError(
+                f"expected a checkpoint that continues this student's {known} edits, found one with another history of "
+                f"{len(edits)}; load it into a new module"
+            )
+        replay(self.student, edits[known:])
+        self.edits = list(edits)
+
+    # Steps ----------------------------------------------------------------------------------------------------------
+
+    def finite(self, loss: Tensor, batch: Batch) -> Tensor:
+        """The loss, or an error that names the batch; the step is then not taken and no checkpoint is written."""
+        self.stopwatch.tokens = self.stopwatch.tokens + batch["attention_mask"].sum()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"expected a finite loss at step {self.global_step}, found {loss.item()} on the samples {batch['index']} "
+                f"({batch['prompts'][0][:80]!r}, ...); lower the learning rate or look at these samples, then resume from "
+                "the last checkpoint with --ckpt_path"
+            )
+        return loss
+
+    def teacher_logits(self, batch: Batch) -> Tensor | None:
+        """Logits of a teacher at the answer positions (N, V), or None without a teacher."""
+        return None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the metrics."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the metrics."""
+        self._evaluation_step(batch, "test")
+
+    def on_validation_epoch_start(self) -> None:
+        """Copy the student once for all generated answers."""
+        self._start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Copy the student once for all generated answers."""
+        self._start_evaluation()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._end_evaluation("test")
+
+    def on_predict_epoch_start(self) -> None:
+        """Copy the student once for all generated answers."""
+        self._start_evaluation()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        """Greedy answers: one row `{prompt, prediction, answer}` per sample."""
+        texts = generate_texts(self._judged[0], self.tokenizer, batch, max(self.generate_tokens, 1))
+        rows = zip(batch["prompts"], texts, batch["answers"], strict=True)
+        return [{"prompt": prompt, "prediction": text, "answer": answer} for prompt, text, answer in rows]
+
+    def on_predict_epoch_end(self) -> None:
+        """Free the copy."""
+        self._judged = ()
+
+    def _start_evaluation(self) -> None:
+        self.metrics.reset()
+        self._judged = (inference_copy(self.student, self.inference_dtype),)
+
+    def _evaluation_step(self, batch: Batch, split: str) -> None:
+        self.metrics.update(answer_logits(self.student, batch), answer_labels(batch), self.teacher_logits(batch))
+        score = getattr(self.trainer.datamodule, "score", None)  # type: ignore[attr-defined]
+        if self.generate_tokens and score:
+            texts = generate_texts(self._judged[0], self.tokenizer, batch, self.generate_tokens)
+            scores = score(texts, batch, split)
+            if scores is not None:
+                self.metrics.task_score.update(torch.tensor(scores, device=self.device))
+
+    def _end_evaluation(self, split: str) -> None:
+        self._judged = ()
+        self.log_dict({f"{split}/{name}": value for name, value in self.metrics.compute().items()}, prog_bar=True)
+        self.metrics.reset()
+
+    @property
+    def inference_dtype(self) -> torch.dtype:
+        """Floating point type for generation: bfloat16 where training uses half precision, else float32."""
+        precision = "32" if self._trainer is None else str(self.trainer.precision)
+        return torch.float32 if precision.startswith(("32", "64")) else torch.bfloat16
+
+    def describe(self) -> str:
+        """One line: parameters and the number of edits."""
+        return f"{count_parameters(self.student):,} parameters after {len(self.edits)} edits"
+
+
+def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student of a Lightning checkpoint with its structure, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: The file is not a checkpoint of a `StudentModule`.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "edits" not in checkpoint or "student" not in checkpoint.get("hyper_parameters", {}):
+        raise ValueError(
+            f"expected a checkpoint written by train.py at {str(path)!r}, found one without a student's structure; "
+            "give the .ckpt file of a run, or a Hugging Face folder"
+        )
+    settings = checkpoint["hyper_parameters"]
+    module = StudentModule(settings["student"], trust_remote_code=settings.get("trust_remote_code", False))
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.student.eval(), module.tokenizer

@@ -1,0 +1,66 @@
+"""The frozen teacher.
+
+`Teacher` is deliberately *not* an `nn.Module`: it is then no part of the student's `state_dict`, of the optimizer or of a
+distributed wrapper, and nothing can train it, quantize it or save it by accident.
+
+Legend: N answer tokens, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.forward import Batch, answer_hidden
+from models.pretrained import load_model
+
+
+class Teacher:
+    """A frozen model that answers with next-token logits.
+
+    Args:
+        reference: Model reference, see `models/pretrained.py`.
+        dtype: Weights' floating point type.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    def __init__(self, reference: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        model = load_model(reference, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.model: PreTrainedModel = model.requires_grad_(False)
+
+    def to(self, device: torch.device) -> "Teacher":
+        """Move the teacher to a device; returns itself."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def answer_hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states (N, D) at the positions that predict answer tokens."""
+        with torch.autocast(self.model.device.type, enabled=False):
+            return answer_hidden(self.model, batch)
+
+    @torch.no_grad()
+    def answer_logits(self, batch: Batch) -> Tensor:
+        """Logits (N, V) at the answer positions of a batch, see `models.forward.answer_logits`."""
+        with torch.autocast(self.model.device.type, enabled=False):
+            return self.model.get_output_embeddings()(self.answer_hidden(batch))
+
+
+class RememberingTeacher(Teacher):
+    """A teacher that runs its body once for each batch it is shown again, keyed by the samples' positions in their split.
+
+    For repeated evaluation of changing students on the same held-out batches; it keeps D numbers per answer token.
+
+    Args:
+        teacher: The teacher to ask.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.model = teacher.model
+        self._hidden: dict[tuple[int, ...], Tensor] = {}
+
+    def answer_hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states (N, D), from memory if the batch was seen before."""
+        key = tuple(batch["index"])
+        if key not in self._hidden:
+            self._hidden[key] = super().answer_hidden(batch)
+        return self._hidden[key]

@@ -1,0 +1,29 @@
+"""Where the time of a training step goes: a stopwatch per named part, read by `callbacks.Throughput`."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+class Stopwatch:
+    """Seconds spent in named parts and tokens seen since the last `reset`; on a GPU, time spent *launching* the part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.tokens: int | Tensor = 0  # a tensor while training: no device sync before someone reads it
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - started
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.seconds.clear()
+        self.tokens = 0

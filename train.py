@@ -1,0 +1,205 @@
+"""Train: `python train.py {fit,validate,test,predict} --config configs/<recipe>.yaml`, the Lightning command line.
+
+Modules, data modules and callbacks are named by their short class names.  Every run writes into a new numbered folder
+`runs/<name>-<number>`.  With `--ckpt_path`, structure and weights come from the checkpoint; a setting given on the command line
+or in a recipe wins over the one saved in the checkpoint, and every such difference is logged.
+"""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns in forked loader workers otherwise
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import callbacks
+import datamodules
+import models
+
+# Known, harmless on purpose, and otherwise the first thing a newcomer reads.
+QUIET = (
+    "The '.*dataloader' does not have many workers",  # batches are tokenised in advance: workers would only cost memory
+    "Found .* module.* in eval mode at the start of training",  # torchmetrics and frozen parts are meant to be
+)
+
+
+class RunConfigCallback(SaveConfigCallback):
+    """Save the resolved configuration as `config.yaml` in the run's folder, and send it to loggers that keep one."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file (rank 0)."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update({"run": self.config.as_dict()}, allow_val_change=True)
+
+
+class PotstillCLI(LightningCLI):
+    """LightningCLI plus: numbered run folders, checkpoints that give way to the command line, one always-on checkpoint."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._given: ArgsType = kwargs.get("args")
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Run folder, checkpointing, and the tokenizer's link from model to data."""
+        parser.add_argument("--name", default="run", help="Name of the run; its folder is <root>/<name>-<number>.")
+        parser.add_argument("--root", default="runs", help="Folder of all runs.")
+        parser.add_argument("--run_dir", default=None, help="Folder of this run instead of a new numbered one.")
+        parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
+        parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder and hand it to trainer and loggers."""
+        config = self.config[self.subcommand]
+        self.run_dir = _run_folder(config)
+        config.trainer.default_root_dir = str(self.run_dir)
+        if config.trainer.logger in (None, True):
+            logger = CSVLogger(save_dir=str(self.run_dir), name="", version="")
+            config.trainer.logger = Namespace(
+                class_path="lightning.pytorch.loggers.CSVLogger",
+                init_args=Namespace(save_dir=logger.save_dir, name="", version=""),
+            )
+        for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]:
+            if isinstance(logger, Namespace) and "save_dir" in logger.init_args and logger.init_args.save_dir in (None, "."):
+                logger.init_args.save_dir = str(self.run_dir)
+
+    def _parse_ckpt_path(self) -> None:
+        """Settings in rising order of precedence: defaults, checkpoint, recipe and command line."""
+        config = self.config.get(self.config.subcommand) if self.config.get("subcommand") else None
+        path = config.get("ckpt_path") if config else None
+        if not path:
+            return
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"expected a checkpoint at {path!r}, found no file; check --ckpt_path")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+        saved.pop("_instantiator", None)
+        class_path = saved.pop("_class_path", None)
+        if class_path != config.model.class_path:
+            rank_zero_info(f"The checkpoint was written by {class_path}: all settings come from the command line")
+            return
+        given = self._explicit_settings(self.config.subcommand)
+        merged = {"class_path": class_path, "init_args": _merge(saved, given)}
+        # The parser fills what neither names with defaults; whatever differs from the checkpoint was asked for.
+        self.config = self.parser.parse_object({self.config.subcommand: {"model": merged}}, self.config)
+        _log_differences(saved, self.config[self.config.subcommand].model.init_args.as_dict())
+
+    def _explicit_settings(self, subcommand: str) -> dict[str, Any]:
+        """The model's settings that recipes and command line name, without defaults."""
+        arguments = sys.argv[1:] if self._given is None else self._given
+        explicit = self.parser.parse_args(arguments, defaults=False)  # type: ignore[arg-type]
+        return explicit[subcommand].model.init_args.as_dict()
+
+
+def _run_folder(config: Namespace) -> Path:
+    """The folder of this run, reserved on disk by rank 0 and handed to other ranks through the environment."""
+    if config.run_dir:
+        folder = Path(config.run_dir)
+        if (folder / "config.yaml").exists():
+            raise MisconfigurationException(
+                f"expected a new run folder, found a run in {str(folder)!r}; remove it, or leave --run_dir out for a numbered one"
+            )
+        return folder
+    if "POTSTILL_RUN_DIR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        return Path(os.environ["POTSTILL_RUN_DIR"])
+    root = Path(config.root)
+    root.mkdir(parents=True, exist_ok=True)
+    pattern = re.compile(re.escape(config.name) + r"-(\d+)")
+    number = max((int(m[1]) for m in map(pattern.fullmatch, os.listdir(root)) if m), default=0)
+    while True:
+        number += 1
+        folder = root / f"{config.name}-{number:03d}"
+        try:
+            folder.mkdir()  # fails if another run has just taken the number
+            break
+        except FileExistsError:
+            continue
+    os.environ["POTSTILL_RUN_DIR"] = str(folder)
+    return folder
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, key by key; a changed class takes none of the old one's settings."""
+    if over.get("class_path", base.get("class_path")) != base.get("class_path"):
+        return dict(over)
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _log_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, after = _flatten(saved), _flatten(now)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            rank_zero_info(f"model.{key}: {before.get(key)!r} in the checkpoint, {after.get(key)!r} now")
+
+
+def main(args: ArgsType = None) -> PotstillCLI:
+    """Run the command line; `args` replaces `sys.argv` in tests."""
+    return PotstillCLI(
+        models.StudentModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=RunConfigCallback,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_defaults={"callbacks": [callbacks.Preflight()]},
+        args=args,
+    )
+
+
+def _one_sentence(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def entry_point(args: Sequence[str] | None = None) -> int:
+    """`main` for people: a user's mistake is one sentence on standard error and exit code 2, without a stack."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    try:
+        main(None if args is None else list(args))
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, MisconfigurationException) as error:
+        if os.environ.get("POTSTILL_DEBUG"):
+            raise
+        print(f"error: {_one_sentence(error)}", file=sys.stderr)
+        print("(POTSTILL_DEBUG=1 shows the stack)", file=sys.stderr)
+        return 2
+    finally:
+        _drop_empty_run_folder()
+    return 0
+
+
+def _drop_empty_run_folder() -> None:
+    """A run that failed before it wrote anything leaves no folder behind."""
+    folder = os.environ.pop("POTSTILL_RUN_DIR", None)
+    if folder and Path(folder).is_dir() and not any(Path(folder).iterdir()):
+        Path(folder).rmdir()
+
+
+if __name__ == "__main__":
+    sys.exit(entry_point())
