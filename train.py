@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns in forked loader workers otherwise
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # the tokenizers library warns in forked loader workers otherwise
 
 import torch
 from jsonargparse import Namespace
@@ -25,13 +27,23 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks
-import datamodules
+import datamodules  # noqa: F401  # registers short class names
 import models
+from export.verify import VerificationError
 
 # Known, harmless on purpose, and otherwise the first thing a newcomer reads.
 QUIET = (
     "The '.*dataloader' does not have many workers",  # batches are tokenised in advance: workers would only cost memory
     "Found .* module.* in eval mode at the start of training",  # torchmetrics and frozen parts are meant to be
+)
+
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    ModuleNotFoundError,
+    MisconfigurationException,
+    VerificationError,
 )
 
 
@@ -75,13 +87,17 @@ class PotstillCLI(LightningCLI):
                 init_args=Namespace(save_dir=logger.save_dir, name="", version=""),
             )
         for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]:
-            if isinstance(logger, Namespace) and "save_dir" in logger.init_args and logger.init_args.save_dir in (None, "."):
+            if (
+                isinstance(logger, Namespace)
+                and "save_dir" in logger.init_args
+                and logger.init_args.save_dir in (None, ".")
+            ):
                 logger.init_args.save_dir = str(self.run_dir)
 
     def _parse_ckpt_path(self) -> None:
         """Settings in rising order of precedence: defaults, checkpoint, recipe and command line."""
-        config = self.config.get(self.config.subcommand) if self.config.get("subcommand") else None
-        path = config.get("ckpt_path") if config else None
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
         if not path:
             return
         if not Path(path).is_file():
@@ -183,7 +199,7 @@ def entry_point(args: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     try:
         main(None if args is None else list(args))
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, MisconfigurationException) as error:
+    except USER_ERRORS as error:
         if os.environ.get("POTSTILL_DEBUG"):
             raise
         print(f"error: {_one_sentence(error)}", file=sys.stderr)

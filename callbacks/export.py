@@ -11,9 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
+from export.baseline import export_baseline
 from export.pipeline import ExportSettings, check_settings, export_all
 from export.report import write_report
 from export.verify import raise_on_failure
+from models.distillation import Distillation
 from models.student import StudentModule
 
 
@@ -33,7 +35,7 @@ class ExportOnFitEnd(Callback):
         past: Smallest, usual and largest number of cached tokens of the engine.
         opset: ONNX operator set.
         verify_prompts: Held-out prompts used for verification.
-        compare_with_teacher: Also export the teacher (fp32 ONNX, fp16 engine) into teacher/ to compare size and speed.
+        compare_with_teacher: Also export the teacher (fp32 ONNX, fp16 engine) into baseline/ and measure both side by side.
 
     Raises:
         ValueError: Settings that cannot be exported; found before training starts.
@@ -58,9 +60,9 @@ class ExportOnFitEnd(Callback):
             formats=tuple(formats),
             tensorrt=tensorrt,
             compute_capability=tuple(compute_capability),
-            batch=tuple(batch),
-            sequence=tuple(sequence),
-            past=tuple(past),
+            batch=batch,
+            sequence=sequence,
+            past=past,
             opset=opset,
         )
         check_settings(self.settings)
@@ -90,8 +92,13 @@ class ExportOnFitEnd(Callback):
         output = Path(self.output or trainer.default_root_dir)
         batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
+        baseline, compare = [], {}
+        if isinstance(pl_module, Distillation) and self.compare_with_teacher:
+            baseline = export_baseline(pl_module.teacher.model.cpu().float(), output, self.settings)
+            compare = {"teacher": output / baseline[0]["path"]}
         student = pl_module.student.cpu().float().eval()
-        report = export_all(student, pl_module.tokenizer, output, self.settings, prompts)
+        report = export_all(student, pl_module.tokenizer, output, self.settings, prompts, compare=compare)
+        report["artefacts"] = baseline + report["artefacts"]
         report.update(_training_figures(trainer))
         write_report(output, report)
         for logger in trainer.loggers:

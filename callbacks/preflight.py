@@ -80,7 +80,9 @@ def _rehearse_quantization(layer: PreTrainedModel) -> None:
 
 def _rehearse_export(layer: PreTrainedModel, export: ExportOnFitEnd) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(layer, Path(folder) / "model.onnx", precision=export.settings.precision, opset=export.settings.opset)
+        export_onnx(
+            layer, Path(folder) / "model.onnx", precision=export.settings.precision, opset=export.settings.opset
+        )
 
 
 @torch.no_grad()

@@ -65,9 +65,13 @@ class QuantizationAwareTraining(Callback):
             return
         if trainer.global_step == self.start_step:
             pl_module.edit([quantize_decoder(pl_module.student, self.format)])
-            rank_zero_info(f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on")
+            rank_zero_info(
+                f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on"
+            )
         if trainer.global_step == self.freeze_step:
-            rank_zero_info(f"Froze {freeze_scales(pl_module.student)} {self.format} scales after step {self.freeze_step}")
+            rank_zero_info(
+                f"Froze {freeze_scales(pl_module.student)} {self.format} scales after step {self.freeze_step}"
+            )
 
 
 def quantize_decoder(model: PreTrainedModel, format: str) -> Edit:

@@ -17,7 +17,9 @@ class Throughput(Callback):
 
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"expected Throughput.every_n_steps of 1 or more, found {every_n_steps}; change it in the recipe")
+            raise ValueError(
+                f"expected Throughput.every_n_steps of 1 or more, found {every_n_steps}; change it in the recipe"
+            )
         self.every_n_steps = every_n_steps
         self._started = 0.0
         self._first_step = 0

@@ -6,6 +6,7 @@ it is built anew whenever it is needed, so that it can never disagree with the m
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,20 +27,23 @@ class DecoderLayer:
     """
 
     index: int
-    mlp: nn.Module
-    attention: nn.Module
+    mlp: Any
+    attention: Any
     head_dim: int
 
     @property
     def num_neurons(self) -> int:
+        """Neurons of the gated MLP."""
         return self.mlp.down_proj.weight.shape[1]
 
     @property
     def num_kv_groups(self) -> int:
+        """Key/value heads; each serves a group of query heads."""
         return self.attention.k_proj.weight.shape[0] // self.head_dim
 
     @property
     def num_query_heads(self) -> int:
+        """Query heads."""
         return self.attention.q_proj.weight.shape[0] // self.head_dim
 
     def linears(self) -> Iterator[tuple[nn.Module, str]]:

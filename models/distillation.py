@@ -179,7 +179,9 @@ class Distillation(StudentModule):
         metrics.update(self.teacher_logits(batch), answer_labels(batch), None)
         score = getattr(self.trainer.datamodule, "score", None)  # type: ignore[attr-defined]
         if self.generate_tokens and score:
-            scores = score(generate_texts(self.teacher.model, self.tokenizer, batch, self.generate_tokens), batch, split)
+            scores = score(
+                generate_texts(self.teacher.model, self.tokenizer, batch, self.generate_tokens), batch, split
+            )
             if scores is not None:
                 metrics.task_score.update(torch.tensor(scores, device=self.device))
 
@@ -202,4 +204,6 @@ def _generator(*key: Any, device: torch.device | str = "cpu") -> torch.Generator
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"expected model.{name} between {low:g} and {high:g}, found {value:g}; change it in the recipe")
+        raise ValueError(
+            f"expected model.{name} between {low:g} and {high:g}, found {value:g}; change it in the recipe"
+        )

@@ -77,12 +77,16 @@ def evaluate(
         dtype: Floating point type of the computation.
     """
     device = model.device
-    judged = inference_copy(model, dtype)
+    judged = model if teacher and model is teacher.model else inference_copy(model, dtype)
     metrics = AnswerMetrics().to(device)
     for cpu_batch in batches:
         batch = move_data_to_device(cpu_batch, device)
         teacher_logits_NV = teacher.answer_logits(batch) if teacher else None
-        metrics.update(answer_logits(judged, batch), answer_labels(batch), teacher_logits_NV)
+        if teacher_logits_NV is not None and judged is model:
+            logits_NV = teacher_logits_NV
+        else:
+            logits_NV = answer_logits(judged, batch)
+        metrics.update(logits_NV, answer_labels(batch), teacher_logits_NV)
         if scorer and max_new_tokens:
             scores = scorer(generate_texts(judged, tokenizer, batch, max_new_tokens), batch)
             if scores is not None:

@@ -47,7 +47,9 @@ def replay(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
 
 def is_uniform(model: PreTrainedModel) -> bool:
     """Whether all decoder layers have the same sizes, as one `config.json` can express."""
-    return len({(layer.num_neurons, layer.num_kv_groups, layer.num_query_heads) for layer in decoder_layers(model)}) == 1
+    return (
+        len({(layer.num_neurons, layer.num_kv_groups, layer.num_query_heads) for layer in decoder_layers(model)}) == 1
+    )
 
 
 def _narrow_mlp(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer]) -> None:

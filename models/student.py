@@ -85,9 +85,7 @@ class StudentModule(LightningModule):
                 "set trainer.max_steps, or model.lr_schedule to constant"
             )
         name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
-        scheduler = get_scheduler(
-            name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1)
-        )
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

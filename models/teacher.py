@@ -29,7 +29,7 @@ class Teacher:
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the teacher to a device; returns itself."""
-        self.model.to(device)
+        self.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         return self
 
     @torch.no_grad()

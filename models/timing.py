@@ -17,6 +17,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Add the time spent inside the `with` block to a part."""
         started = time.perf_counter()
         try:
             yield

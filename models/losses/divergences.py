@@ -58,7 +58,12 @@ def generalized_jsd(
 
 
 def divergence(
-    name: Divergence, student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, beta: float = 0.5, temperature: float = 1.0
+    name: Divergence,
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> Tensor:
     """The divergence called `name`, shape (N,), nats; `beta` is used by `jsd` only."""
     if name == "jsd":
@@ -67,7 +72,9 @@ def divergence(
     return function(student_logits_NV, teacher_logits_NV, temperature=temperature)
 
 
-def _log_probabilities(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_probabilities(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     log_q_NV = torch.log_softmax(student_logits_NV.float() / temperature, dim=-1)
     log_p_NV = torch.log_softmax(teacher_logits_NV.detach().float() / temperature, dim=-1)
     return log_q_NV, log_p_NV

@@ -45,6 +45,7 @@ class FakeQuantizer(nn.Module):
         self.frozen = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """Observe x and pass it on, or round it to the frozen grid."""
         if self.frozen:
             return fake_quantize_fp8(x, self.scale)
         self.amax.copy_(torch.maximum(self.amax, x.detach().abs().amax().float()))
@@ -78,17 +79,21 @@ class FakeQuantizedLinear(nn.Module):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """X W^T + b with x and W on their grids."""
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight, which pruning may change."""
         return self.weight.shape[1]
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight, which pruning may change."""
         return self.weight.shape[0]
 
     def extra_repr(self) -> str:
+        """As for `nn.Linear`."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 

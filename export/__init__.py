@@ -1,0 +1,1 @@
+"""Export of a student: Hugging Face folder, ONNX, TensorRT engine, verification and benchmark."""

@@ -1,0 +1,95 @@
+"""The outcome of a comparison, and how it is gathered."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from export.reference import mean_kl
+
+Status = Literal["passed", "failed", "not_run"]
+# Largest accepted max|a - b| / max|b|, by the type between the matrix products.
+BOUNDS = {"float32": 1e-4, "float16": 1e-2}
+
+
+@dataclass
+class Check:
+    """One comparison of an artefact with torch.
+
+    Attributes:
+        name: What was compared.
+        status: `not_run` is neither good nor bad: see `reason`.
+        reason: Why it failed or did not run: which output differed by how much, or what was missing.
+        bound: Largest accepted value of `bounded`.
+        bounded: Which of the figures below the bound is for.
+        max_abs_difference: Largest |a - b| over all compared tensors at tokens (padding is left out).
+        max_relative_difference: Largest max|a - b| / max|b| of one tensor at one step, b from torch.
+        greedy_agreement: Share of tokens for which both choose the same next token.
+        kl: Mean KL(torch || artefact) in nats per token.
+        worst: Tensor and step with the largest relative difference.
+        note: How to read the figures.
+    """
+
+    name: str
+    status: Status
+    reason: str | None = None
+    bound: float | None = None
+    bounded: Literal["max_relative_difference", "kl"] = "max_relative_difference"
+    max_abs_difference: float | None = None
+    max_relative_difference: float | None = None
+    greedy_agreement: float | None = None
+    kl: float | None = None
+    worst: str | None = None
+    note: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+class Comparison:
+    """Gathers differences over tensors and steps, and turns them into a `Check`."""
+
+    def __init__(self) -> None:
+        self.max_abs = 0.0
+        self.max_relative = 0.0
+        self.worst = ""
+        self._kl: list[Tensor] = []
+        self._agreement: list[Tensor] = []
+
+    def add(self, name: str, ours: Tensor, theirs: Tensor) -> None:
+        """Compare one tensor with torch's; both hold valid positions only.  NaN counts as an infinite difference."""
+        difference = (ours.float() - theirs.float()).abs().nan_to_num(nan=torch.inf).amax().item()
+        relative = difference / max(theirs.float().abs().amax().item(), torch.finfo(torch.float32).tiny)
+        self.max_abs = max(self.max_abs, difference)
+        if relative >= self.max_relative:
+            self.max_relative, self.worst = relative, f"{name} (by {difference:.3g} absolute, {relative:.3g} relative)"
+
+    def add_logits(self, step: int, ours_NV: Tensor, theirs_NV: Tensor) -> None:
+        """Compare logits, the greedy tokens and the distributions; N valid positions."""
+        self.add(f"logits at step {step}", ours_NV, theirs_NV)
+        self._kl.append(mean_kl(theirs_NV, ours_NV))
+        self._agreement.append(ours_NV.argmax(dim=-1) == theirs_NV.argmax(dim=-1))
+
+    def check(
+        self, name: str, bound: float, bounded: str = "max_relative_difference", note: str | None = None
+    ) -> Check:
+        """The check: failed if the bounded figure is above the bound, or not a number."""
+        kl = torch.cat(self._kl).mean().item()
+        found = kl if bounded == "kl" else self.max_relative
+        passed = found <= bound
+        what = f"KL {kl:.3g} nats" if bounded == "kl" else f"relative difference {found:.3g}"
+        return Check(
+            name=name,
+            status="passed" if passed else "failed",
+            reason=None if passed else f"{what} above the bound {bound:.3g}; largest difference: {self.worst}",
+            bound=bound,
+            bounded="kl" if bounded == "kl" else "max_relative_difference",
+            max_abs_difference=self.max_abs,
+            max_relative_difference=self.max_relative,
+            greedy_agreement=torch.cat(self._agreement).float().mean().item(),
+            kl=kl,
+            worst=self.worst,
+            note=note,
+        )

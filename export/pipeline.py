@@ -1,0 +1,262 @@
+"""The whole export as one function: Hugging Face folder, ONNX, engine, verification, benchmark.
+
+    OUTPUT/student/                    Hugging Face folder
+    OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
+    OUTPUT/onnx/engine-source.onnx     only for FP8 engines: the same graph with float16 between the matrix products
+    OUTPUT/engine/model-*.engine       compiled, one for each package and target
+
+Everything is checked before anything is written, is written under a temporary name, and is moved into place at the end.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from export.benchmark import benchmark_onnx
+from export.checks import Check
+from export.files import folder_bytes, move_into_place, staging_folder
+from export.huggingface import check_saveable, save_student, without_quantizers
+from export.progress import Phases
+from export.reference import Reference, record
+from export.to_onnx import Precision, check_exportable, export_onnx
+from export.to_tensorrt import (
+    Engine,
+    Flavour,
+    Range,
+    build_engine,
+    check_target,
+    default_profiles,
+    import_tensorrt,
+)
+from export.verify import verify_engine, verify_onnx
+from models.quantization.linear import quantized_linears
+
+Format = Literal["hf", "onnx", "engine"]
+STUDENT, GRAPH, ENGINE_SOURCE = "student", "onnx/model.onnx", "onnx/engine-source.onnx"
+_OURS = (STUDENT, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export and how.
+
+    Attributes:
+        precision: Of graph and engine.
+        formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
+        tensorrt: Which package compiles the engine.
+        compute_capability: Target GPUs such as "8.9"; none: portable.
+        batch: Conversations at a time that the engine takes: smallest, usual, largest.
+        sequence: New tokens a call: smallest, usual, largest.
+        past: Tokens in the cache: smallest, usual, largest.
+        opset: ONNX operator set.
+        decode_steps: Tokens after the prompts in the verification.
+        prompt_tokens: Prompt length in the benchmark, tokens.
+        repetitions: Counted repetitions of the benchmark; 0 leaves it out.
+        threads: Threads in ONNX Runtime; None: its choice.
+    """
+
+    precision: Precision = "fp32"
+    formats: tuple[Format, ...] = ("hf", "onnx", "engine")
+    tensorrt: Flavour = "auto"
+    compute_capability: tuple[str, ...] = ()
+    batch: Range = (1, 1, 16)
+    sequence: Range = (1, 128, 1024)
+    past: Range = (0, 256, 2048)
+    opset: int = 23
+    decode_steps: int = 32
+    prompt_tokens: int = 128
+    repetitions: int = 5
+    threads: int | None = None
+
+    @property
+    def graph(self) -> bool:
+        """Whether an ONNX graph is written."""
+        return "onnx" in self.formats or "engine" in self.formats
+
+
+def check_settings(settings: ExportSettings) -> None:
+    """Raise for settings that can't work with any model: ranges, target, TensorRT not installed."""
+    for name in ("batch", "sequence", "past"):
+        low, usual, high = getattr(settings, name)
+        if not (0 if name == "past" else 1) <= low <= usual <= high:
+            raise ValueError(
+                f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
+            )
+    if "engine" in settings.formats:
+        check_target(settings.precision, settings.compute_capability)
+        import_tensorrt(settings.tensorrt)
+
+
+def check_output_free(output: Path) -> None:
+    """Raise `ValueError` if a folder already holds an export."""
+    found = [path for pattern in _OURS for path in sorted(output.glob(pattern))]
+    if found:
+        raise ValueError(
+            f"expected an output folder without an export, found {found[0].relative_to(output).as_posix()} in {str(output)!r}; "
+            "choose another folder, or replace the export with --overwrite"
+        )
+
+
+def export_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    settings: ExportSettings,
+    prompts: Mapping[str, Tensor],
+    *,
+    compare: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Export, verify and measure a student; a verification that fails is reported, not raised: see `raise_on_failure`.
+
+    Args:
+        model: The student on the CPU, float32; it is not changed.
+        tokenizer: Saved with the Hugging Face folder.
+        output: Folder to write into; other files in it are left alone.
+        settings: What to export.
+        prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P) for the verification.
+        compare: Further graphs (of the teacher) to measure in turns with the new one, by name.
+        overwrite: Replace what an earlier export wrote.
+
+    Returns:
+        `artefacts` (path in `output`, bytes, kind), `verification`, `benchmark`, `versions`, `seconds` of each phase.
+
+    Raises:
+        ValueError, ModuleNotFoundError: Settings, model and output do not fit; found before anything is written.
+    """
+    check_settings(settings)
+    if not overwrite:
+        check_output_free(output)
+    if "hf" in settings.formats:
+        check_saveable(model)
+    computed = model if settings.precision == "fp8" else _plain(model)
+    if settings.graph:
+        check_exportable(computed, precision=settings.precision, opset=settings.opset)
+
+    phases = Phases()
+    with staging_folder(output) as staging:
+        if "hf" in settings.formats:
+            with phases.phase("Hugging Face folder"):
+                save_student(model, tokenizer, staging / STUDENT)
+        engine = _write_graphs(computed, staging, settings, phases) if settings.graph else None
+        checks: list[Check] = []
+        benchmark: list[dict[str, Any]] = []
+        if settings.graph:
+            checks = _verify(computed, staging, engine, settings, prompts, phases)
+            if settings.repetitions:
+                benchmark = _benchmark(staging, settings, compare or {}, phases)
+        _move(staging, output)
+    return {
+        "artefacts": _artefacts(output, settings, engine),
+        "verification": [check.as_dict() for check in checks],
+        "benchmark": benchmark,
+        "engine": replace(engine, path=output / "engine" / engine.path.name).as_dict() if engine else None,
+        "versions": _versions(engine),
+        "seconds": phases.seconds,
+    }
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    return without_quantizers(model) if quantized_linears(model) else model
+
+
+def _write_graphs(model: PreTrainedModel, staging: Path, settings: ExportSettings, phases: Phases) -> Engine | None:
+    precision = settings.precision
+    with phases.phase(f"ONNX {precision}"):
+        export_onnx(model, staging / GRAPH, precision=precision, opset=settings.opset)
+    if "engine" not in settings.formats:
+        return None
+    source = staging / GRAPH
+    if precision == "fp8":
+        source = staging / ENGINE_SOURCE
+        with phases.phase("ONNX fp8, float16 between (for the engine)"):
+            export_onnx(model, source, precision=precision, opset=settings.opset, activations="float16")
+    flavour = import_tensorrt(settings.tensorrt).__name__
+    target = "+".join(settings.compute_capability) or "portable"
+    with phases.phase(f"Engine ({flavour}, {target})"):
+        return build_engine(
+            source,
+            staging / "engine" / f"model-{flavour}-{target}.engine",
+            profiles=default_profiles(settings.batch, settings.sequence, settings.past),
+            compute_capabilities=settings.compute_capability,
+            flavour=settings.tensorrt,
+        )
+
+
+def _verify(
+    model: PreTrainedModel,
+    staging: Path,
+    engine: Engine | None,
+    settings: ExportSettings,
+    prompts: Mapping[str, Tensor],
+    phases: Phases,
+) -> list[Check]:
+    steps = settings.decode_steps + 1
+    with phases.phase("Reference run in torch", steps) as on_step:
+        reference: Reference = record(
+            model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=settings.decode_steps, on_step=on_step
+        )
+    fp8 = settings.precision == "fp8"
+    with phases.phase("Verification of model.onnx", steps * (2 if fp8 else 1)) as on_step:
+        checks = verify_onnx(model, reference, staging / GRAPH, threads=settings.threads, on_step=on_step)
+    if (staging / ENGINE_SOURCE).is_file():
+        with phases.phase("Verification of engine-source.onnx", steps) as on_step:
+            source = staging / ENGINE_SOURCE
+            checks += verify_onnx(model, reference, source, threads=settings.threads, free_run=False, on_step=on_step)
+    if engine is not None:
+        with phases.phase("Verification of the engine", steps) as on_step:
+            checks += verify_engine(reference, engine.path, settings.precision, settings.tensorrt, on_step)
+    return checks
+
+
+def _benchmark(
+    staging: Path, settings: ExportSettings, compare: Mapping[str, Path], phases: Phases
+) -> list[dict[str, Any]]:
+    graphs = {**compare, "student": staging / GRAPH}
+    with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (settings.repetitions + 1)) as on_step:
+        rows = benchmark_onnx(
+            graphs,
+            prompt_tokens=settings.prompt_tokens,
+            repetitions=settings.repetitions,
+            threads=settings.threads,
+            on_step=on_step,
+        )
+    return [row | {"path": GRAPH} if row["name"] == "student" else row for row in rows]
+
+
+def _move(staging: Path, output: Path) -> None:
+    """Put what was written in place of what an earlier export wrote; other files stay."""
+    old = [path for pattern in _OURS for path in output.glob(pattern)]
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for source in [staging / STUDENT, *(staging / "onnx").glob("*"), *(staging / "engine").glob("*")]:
+        if source.exists():
+            target = output / source.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
+            move_into_place(source, target)
+
+
+def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None) -> list[dict[str, Any]]:
+    def artefact(path: str, kind: str) -> dict[str, Any]:
+        files = [output / path, output / f"{path}.data"]
+        return {"path": path, "bytes": sum(folder_bytes(file) for file in files if file.exists()), "kind": kind}
+
+    rows = [artefact(STUDENT, "Hugging Face folder")] if "hf" in settings.formats else []
+    if settings.graph:
+        rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
+    if (output / ENGINE_SOURCE).exists():
+        rows.append(artefact(ENGINE_SOURCE, "ONNX fp8, float16 between (what the engine was built from)"))
+    if engine is not None:
+        rows.append(artefact(f"engine/{engine.path.name}", f"{engine.flavour} engine {settings.precision}"))
+    return rows
+
+
+def _versions(engine: Engine | None) -> dict[str, str]:
+    packages: Sequence[str] = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    return {name: version(name) for name in packages} | ({engine.flavour: engine.version} if engine else {})

@@ -1,0 +1,81 @@
+"""The report's pictures: training over steps, size and speed before and after."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+History = dict[str, list[tuple[int, float]]]
+PRECISION = {"quantized": "FP8 fake quantization"}
+
+
+def plot_training(history: History, phases: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Loss, KL and size of the student over optimizer steps, with the ends of the phases marked."""
+    losses = {name: points for name, points in history.items() if name in ("train/loss", "val/kl", "val/perplexity")}
+    if not losses:
+        return []
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    for name, points in losses.items():
+        above.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 20 else None, markersize=3)
+    if phases:
+        above.scatter(
+            [p["step"] for p in phases],
+            [p["kl"] for p in phases],
+            label="KL on held-out answers",
+            color="black",
+            zorder=3,
+        )
+    above.set(ylabel="nats per token", yscale="log")
+    above.legend()
+    _plot_size(below, history, phases)
+    return [_save(figure, folder / "training.png")]
+
+
+def _plot_size(axes: Axes, history: History, phases: list[dict[str, Any]]) -> None:
+    """Parameters (a staircase) and where the precision changes."""
+    points = history.get("pruning/parameters", [])
+    if points:
+        first = [(0, max(value for _, value in points))] if not phases else [(0, float(points[0][1]))]
+        steps, sizes = zip(*(first + points), strict=True)
+        axes.step(steps, [size / 1e6 for size in sizes], where="post", label="parameters")
+    for previous, phase in zip([None, *phases], phases, strict=False):
+        if phase["name"] == "quantized" and previous:
+            axes.axvspan(previous["step"], phase["step"], alpha=0.15, label="FP8 fake quantization")
+        axes.axvline(phase["step"], color="grey", linestyle=":", linewidth=1)
+        axes.annotate(phase["name"], (phase["step"], 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right")
+    axes.set(xlabel="optimizer step", ylabel="million parameters", ylim=(0, None))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left")
+
+
+def plot_artefacts(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Size of every artefact, and tokens per second and time to first token of every benchmarked graph."""
+    artefacts, benchmark = report.get("artefacts", []), report.get("benchmark", [])
+    if not artefacts:
+        return []
+    figure, axes = plt.subplots(1, 3 if benchmark else 1, figsize=(12 if benchmark else 6, 3.5), layout="constrained")
+    panels = list(axes) if benchmark else [axes]
+    _bars(panels[0], [a["path"] for a in artefacts], [a["bytes"] / 1e6 for a in artefacts], "MB")
+    if benchmark:
+        names = [row["path"] for row in benchmark]
+        _bars(panels[1], names, [row["tokens_per_second"] for row in benchmark], "tokens/s, ONNX Runtime")
+        _bars(panels[2], names, [row["time_to_first_token_ms"] for row in benchmark], "ms to first token, ONNX Runtime")
+    return [_save(figure, folder / "artefacts.png")]
+
+
+def _bars(axes: Axes, names: list[str], values: list[float], label: str) -> None:
+    bars = axes.barh(names, values)
+    axes.bar_label(bars, fmt="%.0f", padding=2)
+    axes.set(xlabel=label)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

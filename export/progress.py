@@ -1,0 +1,29 @@
+"""Named phases with a progress bar and their times."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class Phases:
+    """Shows one bar a phase and remembers how long each took.
+
+    Attributes:
+        seconds: Time of each finished phase by its name.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, steps: int = 1) -> Iterator[Callable[[], None]]:
+        """Run a phase of `steps` steps; call what is yielded after each of them (a phase of one step ends by itself)."""
+        start = time.perf_counter()
+        with tqdm(
+            total=steps, desc=name, unit="step", bar_format="{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}"
+        ) as bar:
+            yield bar.update
+            bar.update(steps - bar.n)
+        self.seconds[name] = time.perf_counter() - start

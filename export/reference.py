@@ -1,0 +1,160 @@
+"""The torch side of verification: one greedy run of the model, recorded step by step.
+
+Every runtime under test is fed the tokens of this run, so that all see the same inputs at every step.
+
+Letters: B batch, T new tokens, S all tokens so far, G key/value groups, E head width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from export.runtime import position_ids
+from export.trace import cache_tensors
+from models.quantization.linear import FakeQuantizer, quantized_linears
+
+
+@dataclass
+class Step:
+    """One forward pass: the prompts first, then one token a step.
+
+    Attributes:
+        input_ids: (B, T).
+        attention_mask: (B, S).
+        logits: (B, T, V), float32.
+        cache: The T new entries (B, G, T, E) of each layer's keys and values: key, value, key, value, ...
+        quantizer_inputs: What entered each activation quantizer, (B, T, features), by the quantizer's name.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    logits: Tensor
+    cache: list[Tensor]
+    quantizer_inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, T): True at tokens, False at padding."""
+        return self.attention_mask[:, -self.input_ids.shape[1] :].bool()
+
+
+@dataclass
+class Reference:
+    """A recorded run.
+
+    Attributes:
+        steps: The prompts, then every decoded token.
+        sensitivity: Only for quantized models: mean KL in nats between the model and itself with embeddings nudged in their
+            last float16 digit.  (Smaller nudges down to the last float32 digits end up nearly as far away.)
+    """
+
+    steps: list[Step]
+    sensitivity: float | None = None
+
+
+@torch.no_grad()
+def record(
+    model: PreTrainedModel,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    *,
+    decode_steps: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> Reference:
+    """Run left-padded prompts and `decode_steps` greedy tokens through a model on its own device in its own precision."""
+    training = model.training
+    model.eval()
+    cache = DynamicCache()
+    input_ids, mask_BS = input_ids_BT, attention_mask_BT
+    steps: list[Step] = []
+    with _rounded_weights(model), _recorded_quantizer_inputs(model) as quantizer_inputs:
+        for _ in range(decode_steps + 1):
+            num_new = input_ids.shape[1]
+            output = model(
+                input_ids=input_ids,
+                attention_mask=mask_BS,
+                position_ids=position_ids(mask_BS, num_new),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            entries = [tensor[:, :, -num_new:].clone() for tensor in cache_tensors(cache)]
+            steps.append(Step(input_ids, mask_BS, output.logits.float(), entries, dict(quantizer_inputs)))
+            quantizer_inputs.clear()
+            input_ids = output.logits[:, -1:].argmax(dim=-1)
+            mask_BS = torch.cat([mask_BS, torch.ones_like(input_ids)], dim=1)
+            on_step()
+    with _rounded_weights(model):
+        sensitivity = _sensitivity(model, steps) if quantized_linears(model) else None
+    model.train(training)
+    return Reference(steps, sensitivity)
+
+
+def mean_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || other) in nats for each row of logits (..., V)."""
+    log_p, log_q = reference_logits.float().log_softmax(dim=-1), logits.float().log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+@contextmanager
+def _rounded_weights(model: nn.Module) -> Iterator[None]:
+    """Round the weights of a quantized model once instead of at every step; the values it computes with are the same."""
+    linears = quantized_linears(model).values()
+    saved = [(linear, linear.weight.data, linear.weight_quantizer) for linear in linears]
+    try:
+        for linear, _, _ in saved:
+            linear.weight.data = linear.weight_quantizer(linear.weight.data)
+            linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]
+        yield
+    finally:
+        for linear, weight, quantizer in saved:
+            linear.weight.data, linear.weight_quantizer = weight, quantizer
+
+
+@contextmanager
+def _recorded_quantizer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    recorded: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            recorded[name] = inputs[0]
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(recorder(name))
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer) and name.endswith("input_quantizer")
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sensitivity(model: PreTrainedModel, steps: list[Step]) -> float:
+    """See `Reference.sensitivity`; the mean over two nudges, over all tokens of the run in one pass each."""
+    input_ids_BS = torch.cat([step.input_ids for step in steps], dim=1)
+    mask_BS = steps[-1].attention_mask
+    generator = torch.Generator(device=input_ids_BS.device).manual_seed(0)
+
+    def nudge(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+        return output * (1 + 2.0**-11 * noise)
+
+    def run() -> Tensor:
+        positions = position_ids(mask_BS, mask_BS.shape[1])
+        output = model(input_ids=input_ids_BS, attention_mask=mask_BS, position_ids=positions, use_cache=False)
+        return output.logits[mask_BS.bool()]
+
+    exact_NV = run()
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        return sum(mean_kl(exact_NV, run()).mean().item() for _ in range(2)) / 2
+    finally:
+        handle.remove()

@@ -1,0 +1,132 @@
+"""`report.json` for programs, `report.md` with plots for people: what a run or an export measured, and nothing else."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from export.plots import plot_artefacts, plot_training
+
+Report = dict[str, Any]
+
+
+def write_report(output: Path, report: Report) -> None:
+    """Write `report.json`, `report.md` and `plots/` into an export's folder, each under a temporary name first.
+
+    Args:
+        output: Folder of the export; a `metrics.csv` in it (a run's folder) adds the plots of the training.
+        report: `artefacts`, `verification`, `benchmark`, `versions`, and of a training run `teacher`, `phases` and
+            `constant_answer_score`.
+    """
+    plots = output / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    history = read_metrics(output / "metrics.csv")
+    pictures = plot_training(history, report.get("phases", []), plots) + plot_artefacts(report, plots)
+    _write(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
+    _write(output / "report.md", markdown(report, [picture.relative_to(output).as_posix() for picture in pictures]))
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The columns of Lightning's `metrics.csv` as (step, value) pairs; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value and name not in ("step", "epoch"):
+                columns.setdefault(name, []).append((int(row["step"]), float(value)))
+    return columns
+
+
+def markdown(report: Report, pictures: Sequence[str]) -> str:
+    """The readable report."""
+    sections = ["# Report", phase_table(report), _artefact_table(report), _benchmark_table(report)]
+    sections += [_verification_table(report), *[f"![{Path(picture).stem}]({picture})" for picture in pictures]]
+    versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
+    sections.append(f"Versions: {versions}." if versions else "")
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def phase_table(report: Report) -> str:
+    """Teacher and student after each phase, as a Markdown table; empty for an export without a training run."""
+    rows = [row for row in [report.get("teacher"), *report.get("phases", [])] if row]
+    if not rows:
+        return ""
+    constant = report.get("constant_answer_score")
+    lines = [
+        "## Quality on held-out questions",
+        _table(
+            ["", "parameters", "KL to teacher (nats/token)", "top-1 agreement", "task score"],
+            [
+                [
+                    row["name"],
+                    f"{row['parameters']:,}",
+                    _number(row.get("kl")),
+                    _number(row.get("top1_agreement")),
+                    _number(row.get("task_score")),
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    if constant is not None:
+        lines.append(f"Always giving each task's most common answer scores {constant:.3f}.")
+    return "\n\n".join(lines)
+
+
+def _artefact_table(report: Report) -> str:
+    rows = [[a["kind"], a["path"], f"{a['bytes'] / 1e6:.1f}"] for a in report.get("artefacts", [])]
+    return "## Artefacts\n\n" + _table(["", "path", "MB"], rows) if rows else ""
+
+
+def _benchmark_table(report: Report) -> str:
+    rows = report.get("benchmark", [])
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    cells = [[_number(v) if isinstance(v := row.get(column), float) else str(v) for column in columns] for row in rows]
+    return "## Speed in ONNX Runtime\n\n" + _table(columns, cells)
+
+
+def _verification_table(report: Report) -> str:
+    checks = report.get("verification", [])
+    if not checks:
+        return ""
+    rows = [
+        [
+            check["name"],
+            check["status"],
+            _number(check.get("max_relative_difference")),
+            _number(check.get("bound")),
+            _number(check.get("greedy_agreement")),
+            _number(check.get("kl")),
+            check.get("reason") or "",
+        ]
+        for check in checks
+    ]
+    header = ["check", "status", "largest relative difference", "bound", "greedy agreement", "KL (nats)", "remarks"]
+    return "## Verification\n\n" + _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    alignment = ["---", *["---:" if _is_numeric(column, rows) else "---" for column in range(1, len(header))]]
+    lines = [header, alignment, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _is_numeric(column: int, rows: Sequence[Sequence[str]]) -> bool:
+    return all(row[column][:1].isdigit() or row[column] in ("", "-") for row in rows)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,106 @@
+"""Running an exported graph token by token in ONNX Runtime on the CPU.
+
+Letters: B batch, T new tokens, P past tokens, S = P + T, G key/value groups, E head width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime import OrtValue
+from torch import Tensor
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass
+class Output:
+    """What one run of a graph returns.
+
+    Attributes:
+        logits: (B, T, V), in the graph's own type.
+        cache: One (B, G, S, E) value a layer for keys and one for values: key, value, key, value, ...
+        others: Further outputs by name, if any were asked for.
+    """
+
+    logits: Tensor
+    cache: list[Any]
+    others: dict[str, Tensor]
+
+
+def position_ids(attention_mask_BS: Tensor, num_new: int) -> Tensor:
+    """Positions (B, T) of the last `num_new` tokens, counted from each row's first unmasked token."""
+    return (attention_mask_BS.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
+
+
+class OnnxSession:
+    """An ONNX file from `export_onnx`, ready to run on the CPU.
+
+    Args:
+        path: The graph; its weights lie beside it.
+        threads: Threads of one operator; None: ONNX Runtime's choice.
+        graph: A changed version of the graph at `path` to run instead, with the same weights file.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None, graph: onnx.ModelProto | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # FP8 pairs would be fused to integer products that do not exist; without this option the session is refused.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        source = str(path) if graph is None else graph.SerializeToString()
+        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._cache_inputs = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
+        self._outputs = [item.name for item in self._session.get_outputs()]
+        self.dtype = _NUMPY[self._cache_inputs[0].type]
+
+    def empty_cache(self, batch: int) -> list[OrtValue]:
+        """The cache of B conversations without past tokens."""
+        shapes = [(batch, item.shape[1], 0, item.shape[3]) for item in self._cache_inputs]
+        return [OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype)) for shape in shapes]
+
+    def run(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BS: Tensor,
+        cache: list[OrtValue] | None = None,
+        others: dict[str, Tensor] | None = None,
+    ) -> Output:
+        """Process T new tokens.
+
+        Args:
+            input_ids_BT: New tokens, int64; left padded in a first call with prompts of different lengths.
+            attention_mask_BS: 1 for tokens, 0 for padding, over past and new tokens, int64.
+            cache: The cache that the previous call returned; None: no past.
+            others: Further inputs of a changed graph.
+        """
+        batch, num_new = input_ids_BT.shape
+        feeds = {
+            "input_ids": _to_ort(input_ids_BT),
+            "attention_mask": _to_ort(attention_mask_BS),
+            "position_ids": _to_ort(position_ids(attention_mask_BS, num_new)),
+        }
+        past = self.empty_cache(batch) if cache is None else cache
+        feeds |= {item.name: value for item, value in zip(self._cache_inputs, past, strict=True)}
+        feeds |= {name: _to_ort(value) for name, value in (others or {}).items()}
+        # OrtValues stay inside the runtime: the cache is not copied from call to call.
+        results = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True))
+        present = [results.pop(item.name.replace("past_key_values", "present")) for item in self._cache_inputs]
+        tensors = {name: torch.from_numpy(value.numpy()) for name, value in results.items()}
+        return Output(tensors.pop("logits"), present, tensors)
+
+
+def new_entries(cache: list[Any], num_new: int) -> list[Tensor]:
+    """The last T tokens of a cache, each (B, G, T, E)."""
+    tensors = [value.cpu() if isinstance(value, Tensor) else torch.from_numpy(value.numpy()) for value in cache]
+    return [tensor[:, :, -num_new:] for tensor in tensors]
+
+
+def _to_ort(tensor: Tensor) -> OrtValue:
+    return OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())

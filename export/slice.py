@@ -1,0 +1,46 @@
+"""Models of a few decoder layers, cut out of a model.
+
+What costs time in an export grows with the number of layers, and layers of the same kind differ in nothing but their weights.
+"""
+
+import copy
+import itertools
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.architecture import DecoderLayer, decoder_layers
+from models.quantization.linear import FakeQuantizedLinear
+
+
+def slice_layers(model: PreTrainedModel, indices: list[int]) -> PreTrainedModel:
+    """A model of the given decoder layers only, with everything around them; it *shares* all tensors with `model`."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(indices)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in indices]
+    shared[id(model.config)] = config
+    part = copy.deepcopy(model, shared)
+    part.model.layers = nn.ModuleList(part.model.layers[index] for index in indices)
+    for position, layer in enumerate(part.model.layers):
+        layer.self_attn.layer_idx = position
+    return part.eval()
+
+
+def one_layer_slice(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with its first decoder layer only: exports in seconds, and may be edited freely."""
+    return copy.deepcopy(slice_layers(model, [0]))
+
+
+def layer_kinds(model: PreTrainedModel) -> list[tuple[Any, ...]]:
+    """What decides the shape of each layer's graph: its sizes, its quantized projections and its kind of attention."""
+    types = getattr(model.config, "layer_types", None)
+
+    def kind(layer: DecoderLayer) -> tuple[Any, ...]:
+        quantized = tuple(isinstance(getattr(owner, name), FakeQuantizedLinear) for owner, name in layer.linears())
+        sizes = (layer.num_neurons, layer.num_kv_groups, layer.num_query_heads)
+        return (*sizes, quantized, types[layer.index] if types else None)
+
+    return [kind(layer) for layer in decoder_layers(model)]

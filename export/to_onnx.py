@@ -1,0 +1,127 @@
+"""A causal language model as an ONNX file with its key/value cache in and out, in float32, float16 or FP8.
+
+| precision | weights of the decoder's linear layers | between the matrix products                         |
+|-----------|----------------------------------------|-----------------------------------------------------|
+| `fp32`    | float32                                | float32                                             |
+| `fp16`    | float16                                | float16 (norms, rotary angles inside: float32)      |
+| `fp8`     | FLOAT8E4M3FN, scales from training     | float32, or float16 for a strongly typed engine     |
+
+Names follow Optimum: inputs `input_ids` (B, T), `attention_mask` (B, P + T), `position_ids` (B, T) and
+`past_key_values.{layer}.key|value` (B, groups, P, head width); outputs `logits` (B, T, vocabulary) and `present.{layer}.key|value`
+(B, groups, P + T, head width).  Batch B, new tokens T and past tokens P are dynamic; P may be 0.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+
+from export.files import folder_bytes, move_into_place, staging_folder
+from export.layers import repeat_layers
+from export.trace import OPSETS, Trace, trace
+from export.weights import bind_weights
+from models.architecture import decoder_layers
+from models.quantization.linear import quantized_linears
+
+Precision = Literal["fp32", "fp16", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "fp8")
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written: the graph's file, the file of its weights, and the bytes of both together."""
+
+    path: Path
+    data_path: Path
+    bytes: int
+    precision: Precision
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    path: Path,
+    *,
+    precision: Precision,
+    opset: int = 23,
+    activations: Literal["float32", "float16"] = "float32",
+) -> OnnxExport:
+    """Write `path` and, beside it, `path` + `.data` with the weights.
+
+    Args:
+        model: Causal language model of a supported family; it is not changed.
+        path: File to write, normally `model.onnx`; an existing one is replaced at the very end.
+        precision: `fp8` needs frozen fake quantizers, `fp32` and `fp16` a model without any.
+        opset: ONNX operator set: 21, 22 or 23; 23 has fused attention, RMS normalization and rotary embedding.
+        activations: Type between the matrix products of an FP8 graph.
+
+    Raises:
+        ValueError: The precision does not fit the model, or the opset is none of these.
+    """
+    check_exportable(model, precision=precision, opset=opset)
+    half = precision == "fp16" or (precision == "fp8" and activations == "float16")
+    traced = trace(model, dtype=torch.float16 if half else torch.float32, opset=opset)
+    onnx_model = build(traced, model)
+    onnx_model.metadata_props.update(_metadata(model, precision=precision, opset=opset, half=half))
+    return _save(onnx_model, path, precision)
+
+
+def build(traced: Trace, model: PreTrainedModel) -> ir.Model:
+    """The full graph of a model from its trace."""
+    onnx_model = repeat_layers(traced)
+    bind_weights(onnx_model, model)
+    return onnx_model
+
+
+def check_exportable(model: PreTrainedModel, *, precision: Precision, opset: int) -> None:
+    """Raise `ValueError` if this model can't be written in this precision and opset."""
+    decoder_layers(model)  # refuses unknown families
+    if opset not in OPSETS:
+        raise ValueError(f"expected an ONNX opset among {', '.join(map(str, OPSETS))}, found {opset}; choose 23")
+    linears = quantized_linears(model)
+    if precision == "fp8":
+        observing = [name for name, linear in linears.items() if not linear.weight_quantizer.frozen]
+        if not linears or observing:
+            found = f"{len(observing)} that still observe" if linears else "none"
+            raise ValueError(
+                f"expected a model with frozen FP8 quantizers, found {found}; train with the QuantizationAwareTraining "
+                "callback, or calibrate with `--calibration FILE.jsonl`"
+            )
+    elif linears:
+        raise ValueError(
+            f"expected a model without quantizers for precision {precision}, found {len(linears)} quantized layers; "
+            "export with precision fp8, or pass `export.huggingface.without_quantizers(model)`"
+        )
+
+
+def _metadata(model: PreTrainedModel, *, precision: Precision, opset: int, half: bool) -> dict[str, str]:
+    layers = [[layer.num_neurons, layer.num_query_heads, layer.num_kv_groups] for layer in decoder_layers(model)]
+    structure = {
+        "hidden_size": model.config.hidden_size,
+        "vocab_size": model.config.vocab_size,
+        "head_dim": decoder_layers(model)[0].head_dim,
+        "layers (neurons, query heads, key/value groups)": layers,
+    }
+    return {
+        "producer": "potstill",
+        "precision": precision,
+        "activations": "float16" if half else "float32",
+        "model_type": model.config.model_type,
+        "structure": json.dumps(structure),
+        "opset": str(opset),
+    }
+
+
+def _save(onnx_model: ir.Model, path: Path, precision: Precision) -> OnnxExport:
+    data_path = path.with_name(path.name + ".data")
+    with staging_folder(path.parent) as folder:
+        ir.save(onnx_model, folder / path.name, external_data=data_path.name)
+        (folder / data_path.name).touch()  # a model of very small tensors keeps them all inside
+        onnx.checker.check_model(str(folder / path.name))
+        move_into_place(folder / data_path.name, data_path)
+        move_into_place(folder / path.name, path)
+    return OnnxExport(path, data_path, folder_bytes(path) + folder_bytes(data_path), precision)

@@ -1,0 +1,195 @@
+"""Does the artefact compute what the torch model computes?  Prompts, then greedy tokens with a cache, step by step.
+
+| artefact               | compared                                             | bound                                     |
+|------------------------|------------------------------------------------------|-------------------------------------------|
+| float32 / float16 ONNX | logits and new cache entries                         | 1e-4 / 1e-2 of the largest value          |
+| FP8 ONNX, fed          | the same, and what enters each activation quantizer  | 1e-4 (float32 between) / 1e-2 (float16)   |
+| FP8 ONNX, free run     | distributions                                        | KL: 2 x the model's own sensitivity       |
+| engine                 | as the ONNX file of its precision; FP8 as a free run | needs a GPU, else `not_run`               |
+
+"Fed": each activation quantizer gets the value that entered it in torch, see `export/cut.py` for why.  "Sensitivity": how far
+the torch model moves from itself when its embeddings change in the last digit; no runtime with another order of summation can
+be expected to come closer.  Rows at padding positions are left out.  Bounds are never loosened to make a check pass.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from export.checks import BOUNDS, Check, Comparison
+from export.cut import FED, cut_at_quantizers
+from export.engine_runtime import EngineSession, why_not_runnable
+from export.reference import Reference, Step, record
+from export.runtime import OnnxSession, Output, new_entries
+from export.to_tensorrt import Flavour
+from export.trace import cache_names
+from models.quantization.fp8 import fake_quantize_fp8
+from models.quantization.linear import quantized_linears
+
+KL_PER_SENSITIVITY = 2.0
+SMALLEST_KL_BOUND = (
+    0.01  # of small models, a run has a handful of rounding decisions that could fall either way, or none
+)
+_FED_NOTE = "each activation quantizer was fed the value that entered it in torch; see export/cut.py"
+
+
+class Session(Protocol):
+    """What runs an artefact: `OnnxSession`, or `EngineSession` on a GPU."""
+
+    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: list[Any] | None = None) -> Output:
+        """See `OnnxSession.run`."""
+        ...
+
+
+def verify(
+    model: PreTrainedModel,
+    onnx_path: Path,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    *,
+    decode_steps: int = 32,
+    bound: float | None = None,
+) -> list[Check]:
+    """Compare an ONNX file with its model on a batch of left-padded prompts and `decode_steps` greedy tokens.
+
+    Args:
+        model: The torch model; for an FP8 file with its fake quantizers.
+        onnx_path: Written by `export_onnx`.
+        input_ids_BT: Left-padded prompts, int64.
+        attention_mask_BT: 1 for tokens, 0 for padding, int64.
+        decode_steps: Tokens after the prompts.
+        bound: Largest accepted relative difference; default: that of the file's precision.
+    """
+    reference = record(model, input_ids_BT, attention_mask_BT, decode_steps=decode_steps)
+    return verify_onnx(model, reference, onnx_path, bound=bound)
+
+
+def verify_onnx(
+    model: PreTrainedModel,
+    reference: Reference,
+    path: Path,
+    *,
+    threads: int | None = None,
+    bound: float | None = None,
+    free_run: bool = True,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Check]:
+    """Compare an ONNX file with a recorded run; see `verify`.  `free_run` only matters for FP8 files."""
+    metadata = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    bound = BOUNDS[metadata["activations"]] if bound is None else bound
+    name = f"onnx {metadata['precision']}"
+    if metadata["precision"] != "fp8":
+        return _compare_run(name, OnnxSession(path, threads=threads), reference, bound, on_step)
+    if metadata["activations"] == "float16":
+        name += " (float16 between)"
+    checks = _compare_fed(name, model, reference, path, threads, bound, on_step)
+    if free_run:
+        checks.append(verify_free_run(name, OnnxSession(path, threads=threads), reference, on_step))
+    return checks
+
+
+def verify_free_run(
+    name: str, session: Session, reference: Reference, on_step: Callable[[], None] = lambda: None
+) -> Check:
+    """Compare the distributions of an FP8 artefact with torch's, each with its own rounding decisions."""
+    comparison = Comparison()
+    cache = None
+    for number, step in enumerate(reference.steps):
+        output = session.run(step.input_ids, step.attention_mask, cache)
+        cache = output.cache
+        comparison.add_logits(number, output.logits[step.valid], step.logits[step.valid])
+        on_step()
+    sensitivity = reference.sensitivity or 0.0
+    note = f"the torch model's own sensitivity to its last digits is {sensitivity:.3g} nats"
+    bound = max(KL_PER_SENSITIVITY * sensitivity, SMALLEST_KL_BOUND)
+    return comparison.check(f"{name}, free run", bound, bounded="kl", note=note)
+
+
+def verify_engine(
+    reference: Reference,
+    path: Path,
+    precision: str,
+    flavour: Flavour = "auto",
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Check]:
+    """Compare an engine with a recorded run; without a GPU the checks are `not_run`, with the reason."""
+    name = f"engine {precision}"
+    reason = why_not_runnable(flavour)
+    if reason is not None:
+        return [Check(f"{name}, {phase}", "not_run", reason=reason) for phase in ("prefill", "decode")]
+    session = EngineSession(path, flavour)
+    if precision == "fp8":
+        return [verify_free_run(name, session, reference, on_step)]
+    return _compare_run(name, session, reference, BOUNDS["float16" if precision == "fp16" else "float32"], on_step)
+
+
+def _compare_run(
+    name: str, session: Session, reference: Reference, bound: float, on_step: Callable[[], None]
+) -> list[Check]:
+    comparisons = {"prefill": Comparison(), "decode": Comparison()}
+    cache = None
+    for number, step in enumerate(reference.steps):
+        output = session.run(step.input_ids, step.attention_mask, cache)
+        cache = output.cache
+        _compare_step(comparisons["decode" if number else "prefill"], number, step, output)
+        on_step()
+    return [comparison.check(f"{name}, {phase}", bound) for phase, comparison in comparisons.items()]
+
+
+def _compare_fed(
+    name: str,
+    model: PreTrainedModel,
+    reference: Reference,
+    path: Path,
+    threads: int | None,
+    bound: float,
+    on_step: Callable[[], None],
+) -> list[Check]:
+    graph, entering = cut_at_quantizers(path)
+    session = OnnxSession(path, threads=threads, graph=graph)
+    scales = {
+        f"{key}.input_quantizer": linear.input_quantizer.scale for key, linear in quantized_linears(model).items()
+    }
+    half = session.dtype.__name__ == "float16"
+    comparisons = {"prefill": Comparison(), "decode": Comparison()}
+    cache = None
+    for number, step in enumerate(reference.steps):
+        fed = {quantizer: step.quantizer_inputs[quantizer] for quantizer in entering}
+        if half:  # values on the FP8 grid: float16 must not decide their rounding once more
+            fed = {quantizer: fake_quantize_fp8(value, scales[quantizer]).half() for quantizer, value in fed.items()}
+        others = {quantizer + FED: value for quantizer, value in fed.items()}
+        output = session.run(step.input_ids, step.attention_mask, cache, others)
+        cache = output.cache
+        comparison = comparisons["decode" if number else "prefill"]
+        _compare_step(comparison, number, step, output)
+        for quantizer, tensor in entering.items():
+            theirs = step.quantizer_inputs[quantizer][step.valid]
+            comparison.add(f"input of {quantizer} at step {number}", output.others[tensor][step.valid], theirs)
+        on_step()
+    return [comparison.check(f"{name}, {phase}", bound, note=_FED_NOTE) for phase, comparison in comparisons.items()]
+
+
+def _compare_step(comparison: Comparison, number: int, step: Step, output: Output) -> None:
+    comparison.add_logits(number, output.logits[step.valid], step.logits[step.valid])
+    entries = new_entries(output.cache, step.input_ids.shape[1])
+    names = cache_names("present", len(entries) // 2)
+    for name, ours, theirs in zip(names, entries, step.cache, strict=True):
+        comparison.add(f"{name} at step {number}", ours.transpose(1, 2)[step.valid], theirs.transpose(1, 2)[step.valid])
+
+
+def raise_on_failure(verification: Sequence[dict[str, Any]]) -> None:
+    """Raise `VerificationError` naming every failed check of a report, which output differed and by how much."""
+    failed = [f"{check['name']}: {check['reason']}" for check in verification if check["status"] == "failed"]
+    if failed:
+        raise VerificationError(
+            f"expected the exported files to compute what the model computes, found {len(failed)} failed checks "
+            f"({'; '.join(failed)}); do not use these files, and report the case with its report.json"
+        )
+
+
+class VerificationError(RuntimeError):
+    """An exported artefact does not compute what the torch model computes."""

@@ -1,0 +1,137 @@
+import importlib.util
+import json
+
+import pytest
+from tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from export import pipeline
+from export.__main__ import main
+from export.huggingface import save_student
+from export.pipeline import ExportSettings, export_all
+from models.structure import apply_edit
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+QUICK = ["--decode-steps", "2", "--benchmark-repetitions", "1", "--prompts", "2"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A plain and a quantized student as Hugging Face folders, and conversations to calibrate on."""
+    root = tmp_path_factory.mktemp("models")
+    save_student(tiny_model(layers=1), tiny_tokenizer(), root / "plain")
+    save_student(quantized(tiny_model(layers=1)), tiny_tokenizer(), root / "quantized")
+    record = json.dumps({"prompt": "What is 2 plus 2?", "response": "4"})
+    (root / "conversations.jsonl").write_text("\n".join([record] * 12))
+    return root
+
+
+@needs_rtx
+def test_the_whole_chain_and_a_second_export(folders, tmp_path, capsys):
+    output = tmp_path / "out"
+    (output / "engine").mkdir(parents=True)
+    (output / "engine" / "mine.txt").write_text("keep")
+    arguments = [str(folders / "quantized"), "--output", str(output), "--precision", "fp8"]
+    arguments += ["--engine", "tensorrt_rtx", "--compute-capability", "8.9", *QUICK]
+    assert main(arguments) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert {row["path"] for row in report["artefacts"]} == {
+        "student",
+        "onnx/model.onnx",
+        "onnx/engine-source.onnx",
+        "engine/model-tensorrt_rtx-8.9.engine",
+    }
+    assert all(row["bytes"] > 0 and (output / row["path"]).exists() for row in report["artefacts"])
+    statuses = {check["name"]: check["status"] for check in report["verification"]}
+    assert statuses.pop("engine fp8, prefill") == statuses.pop("engine fp8, decode") == "not_run"
+    assert set(statuses.values()) == {"passed"}
+    assert len(statuses) == 5
+    assert report["benchmark"][0]["tokens_per_second"] > 0
+    assert {"torch", "onnxruntime", "tensorrt_rtx"} <= report["versions"].keys()
+    AutoModelForCausalLM.from_pretrained(output / "student")
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    assert "expected an output folder without an export, found student" in message
+    assert "--overwrite" in message
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
+
+    fewer = [str(folders / "quantized"), "--output", str(output), "--engine", "none", "--overwrite", *QUICK]
+    assert main(fewer) == 0
+    assert (output / "engine" / "mine.txt").read_text() == "keep"
+    assert not list(output.glob("engine/*.engine"))
+    assert not (output / "onnx" / "engine-source.onnx").exists()
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_calibration_makes_fp8_possible_without_training(folders, tmp_path, capsys):
+    arguments = [
+        str(folders / "plain"),
+        "--output",
+        str(tmp_path / "out"),
+        "--precision",
+        "fp8",
+        "--engine",
+        "none",
+        *QUICK,
+    ]
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    assert "QuantizationAwareTraining" in message
+    assert "--calibration" in message
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--calibration", str(folders / "conversations.jsonl")]) == 0
+
+
+def test_a_verification_that_fails_ends_with_an_error(folders, tmp_path, capsys, monkeypatch):
+    export = pipeline.export_onnx
+
+    def wrong(model, path, **settings):
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(1.01)
+        result = export(model, path, **settings)
+        model.model.layers[0].mlp.down_proj.weight.data.div_(1.01)
+        return result
+
+    monkeypatch.setattr(pipeline, "export_onnx", wrong)
+    output = tmp_path / "out"
+    assert main([str(folders / "plain"), "--output", str(output), "--engine", "none", *QUICK]) == 1
+    assert "onnx fp32, prefill: relative difference" in capsys.readouterr().err
+    assert json.loads((output / "report.json").read_text())["verification"][0]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing/folder/of/mine"], "expected a Hugging Face folder"),
+        (["missing.ckpt"], "expected a checkpoint at 'missing.ckpt'"),
+        (["plain", "--batch", "4", "2", "1"], "expected batch as smallest, usual and largest"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, message, folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--engine", "none"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@needs_rtx
+def test_fp8_engines_for_older_gpus_are_refused(folders, tmp_path, capsys):
+    arguments = [str(folders / "quantized"), "--output", str(tmp_path / "out"), "--precision", "fp8"]
+    assert main([*arguments, "--compute-capability", "8.6"]) == 1
+    assert "at least 8.9 for an FP8 engine, found 8.6" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_students_of_unequal_layers_go_to_onnx_only(tmp_path):
+    model = tiny_model(layers=2)
+    apply_edit(model, {"op": "narrow_mlp", "layer": 1, "keep": list(range(32))})
+    with pytest.raises(ValueError, match="layers of one size"):
+        export_all(
+            model, tiny_tokenizer(), tmp_path / "out", ExportSettings(formats=("hf", "onnx")), left_padded_prompts()
+        )
+    assert not (tmp_path / "out").exists()
+    settings = ExportSettings(formats=("onnx",), decode_steps=2, repetitions=0)
+    report = export_all(model, tiny_tokenizer(), tmp_path / "out", settings, left_padded_prompts())
+    assert {check["status"] for check in report["verification"]} == {"passed"}

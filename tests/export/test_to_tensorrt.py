@@ -1,0 +1,66 @@
+import importlib.util
+import sys
+
+import pytest
+import torch
+from tiny_models import left_padded_prompts
+
+from export.reference import record
+from export.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
+from export.verify import verify_engine
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+PROFILES = [Profile((1, 1, 4), (1, 16, 32), (0, 0, 0)), Profile((1, 1, 4), (1, 1, 1), (0, 16, 64))]
+
+
+@needs_rtx
+@pytest.mark.parametrize(("name", "fp8_products"), [("fp8-half", 21), ("fp8", 21), ("fp32", 0), ("fp16", 0)])
+def test_engines_build_without_a_gpu(name, fp8_products, graphs, tmp_path):
+    engine = build_engine(
+        graphs[name],
+        tmp_path / "model.engine",
+        profiles=PROFILES,
+        compute_capabilities=["8.9"],
+        flavour="tensorrt_rtx",
+    )
+    assert engine.path.stat().st_size == engine.bytes > 0
+    assert (engine.flavour, engine.compute_capability) == ("tensorrt_rtx", "8.9")
+    assert (engine.matrix_multiplies, engine.fp8_matrix_multiplies) == (22, fp8_products)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.engine"]
+
+
+@needs_rtx
+def test_targets_that_can_not_run_the_engine(graphs, tmp_path):
+    with pytest.raises(ValueError, match=r"at least 8\.9 for an FP8 engine, found 8\.6"):
+        build_engine(graphs["fp8-half"], tmp_path / "model.engine", compute_capabilities=["8.6"])
+    with pytest.raises(ValueError, match=r"supports \(.*8\.9.*\), found 5\.0"):
+        build_engine(graphs["fp16"], tmp_path / "model.engine", compute_capabilities=["5.0"], flavour="tensorrt_rtx")
+    with pytest.raises(ValueError, match=r"such as 8\.9, found 'sm89'"):
+        check_target("fp16", ["sm89"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_a_graph_that_tensorrt_can_not_read_is_refused_with_its_reason(tmp_path, graphs):
+    (tmp_path / "model.onnx").write_bytes(graphs["fp32"].read_bytes())  # without its weights
+    with pytest.raises(ValueError, match=r"to read model\.onnx, found: "):
+        build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", flavour="tensorrt_rtx")
+
+
+def test_tensorrt_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e \.\[tensorrt-rtx\]"):
+        import_tensorrt("auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["fp8-half", "fp16"])
+def test_engines_follow_torch(name, graphs, plain_model, quantized_model, tmp_path):
+    model = quantized_model if name.startswith("fp8") else plain_model
+    prompts = left_padded_prompts()
+    reference = record(model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=32)
+    build_engine(graphs[name], tmp_path / "model.engine", profiles=PROFILES)
+    checks = verify_engine(reference, tmp_path / "model.engine", name.split("-")[0])
+    assert {check.status for check in checks} == {"passed"}, [check.reason for check in checks]
