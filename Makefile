@@ -6,7 +6,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 OUT    := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench clean-quickstart
+.PHONY: help quickstart test lint format clean-quickstart
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (20 minutes on 2 cores)"
@@ -33,7 +33,7 @@ quickstart: $(VENV)/.installed-quickstart clean-quickstart
 
 # Exactly what a quickstart writes, so that nothing else is lost.
 clean-quickstart:
-	@cd $(OUT) 2>/dev/null && rm -rf teacher student onnx engine plots checkpoints \
+	@cd $(OUT) 2>/dev/null && rm -rf teacher baseline student onnx engine plots checkpoints \
 		report.json report.md config.yaml metrics.csv hparams.yaml samples.jsonl || true
 
 test: $(VENV)/.installed-dev

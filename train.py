@@ -5,6 +5,7 @@ Modules, data modules and callbacks are named by their short class names.  Every
 or in a recipe wins over the one saved in the checkpoint, and every such difference is logged.
 """
 
+import copy
 import logging
 import os
 import re
@@ -22,7 +23,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -35,6 +36,9 @@ from export.verify import VerificationError
 QUIET = (
     "The '.*dataloader' does not have many workers",  # batches are tokenised in advance: workers would only cost memory
     "Found .* module.* in eval mode at the start of training",  # torchmetrics and frozen parts are meant to be
+    "Precision .* is not supported by the model summary",  # the summary's sizes in MB, not ours
+    "'set_vital' is deprecated",  # torchdata
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning
 )
 
 USER_ERRORS = (
@@ -54,7 +58,8 @@ class RunConfigCallback(SaveConfigCallback):
         """Write the file (rank 0)."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        config = _relocatable(self.config, folder)
+        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"run": self.config.as_dict()}, allow_val_change=True)
@@ -81,17 +86,12 @@ class PotstillCLI(LightningCLI):
         self.run_dir = _run_folder(config)
         config.trainer.default_root_dir = str(self.run_dir)
         if config.trainer.logger in (None, True):
-            logger = CSVLogger(save_dir=str(self.run_dir), name="", version="")
             config.trainer.logger = Namespace(
                 class_path="lightning.pytorch.loggers.CSVLogger",
-                init_args=Namespace(save_dir=logger.save_dir, name="", version=""),
+                init_args=Namespace(save_dir=".", name="", version=""),
             )
-        for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]:
-            if (
-                isinstance(logger, Namespace)
-                and "save_dir" in logger.init_args
-                and logger.init_args.save_dir in (None, ".")
-            ):
+        for logger in _loggers(config):
+            if logger.init_args.get("save_dir", "") in (None, "."):
                 logger.init_args.save_dir = str(self.run_dir)
 
     def _parse_ckpt_path(self) -> None:
@@ -119,6 +119,21 @@ class PotstillCLI(LightningCLI):
         arguments = sys.argv[1:] if self._given is None else self._given
         explicit = self.parser.parse_args(arguments, defaults=False)  # type: ignore[arg-type]
         return explicit[subcommand].model.init_args.as_dict()
+
+
+def _relocatable(config: Namespace, folder: Path) -> Namespace:
+    """The configuration without this run's folder, so that a run started from it gets a folder of its own."""
+    config = copy.deepcopy(config)
+    config.run_dir = config.ckpt_path = config.trainer.default_root_dir = None
+    for logger in _loggers(config):
+        if logger.init_args.get("save_dir") == str(folder):
+            logger.init_args.save_dir = "."
+    return config
+
+
+def _loggers(config: Namespace) -> list[Namespace]:
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    return [logger for logger in loggers if isinstance(logger, Namespace)]
 
 
 def _run_folder(config: Namespace) -> Path:

@@ -34,7 +34,7 @@ class ExportOnFitEnd(Callback):
         sequence: Smallest, usual and largest number of new tokens per call of the engine.
         past: Smallest, usual and largest number of cached tokens of the engine.
         opset: ONNX operator set.
-        verify_prompts: Held-out prompts used for verification.
+        verify_prompts: Validation prompts (training prompts if there are none) used for verification.
         compare_with_teacher: Also export the teacher (fp32 ONNX, fp16 engine) into baseline/ and measure both side by side.
 
     Raises:
@@ -77,7 +77,7 @@ class ExportOnFitEnd(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_order(callbacks)
         quantized = any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks)
-        if self.settings.precision == "fp8" and "onnx" in self.settings.formats and not quantized:
+        if self.settings.precision == "fp8" and self.settings.graph and not quantized:
             raise ValueError(
                 "expected QuantizationAwareTraining among trainer.callbacks for an fp8 export, found none; add it, or export "
                 "in fp16 and calibrate later with `python -m export --calibration`"
@@ -90,7 +90,9 @@ class ExportOnFitEnd(Callback):
         if trainer.interrupted:
             return
         output = Path(self.output or trainer.default_root_dir)
-        batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        held_out = datamodule.has_split("val")
+        batch = next(iter(datamodule.val_dataloader() if held_out else datamodule.calibration_batches(1, seed=0)))
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
         baseline, compare = [], {}
         if isinstance(pl_module, Distillation) and self.compare_with_teacher:

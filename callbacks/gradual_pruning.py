@@ -97,6 +97,9 @@ class GradualPruning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An event that happened before a checkpoint was saved does not happen again after it loaded."""
         self._boundary.start(trainer.global_step)
+        assert isinstance(pl_module, StudentModule)
+        for logger in trainer.loggers:
+            logger.log_metrics({"pruning/parameters": count_parameters(pl_module.student)}, step=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,6 +1,6 @@
 """Judging the student at the end of each phase of a run: after pruning, after recovery, after quantization."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -18,7 +18,7 @@ from models.teacher import RememberingTeacher
 
 
 class PhaseEvaluation(Callback):
-    """Evaluate teacher and student on the held-out test split: parameters, KL to the teacher, agreement and task score.
+    """Evaluate teacher and student on a held-out split: parameters, KL to the teacher, agreement and task score.
 
     Phases are named by what just ended: `pruned` (right after the last pruning event), `recovered` (just before quantizers
     are inserted, or at the end without them), `quantized` (at the end, with them), `trained` (at the end of a run without
@@ -26,10 +26,15 @@ class PhaseEvaluation(Callback):
 
     Args:
         generate_tokens: Length in tokens of the answers generated for the task score; 0 for none.
+        split: Which held-out data: test, or val where there is no test data.
+
+    Raises:
+        ValueError: The data module has no such split.
     """
 
-    def __init__(self, generate_tokens: int = 64) -> None:
+    def __init__(self, generate_tokens: int = 64, split: Literal["test", "val"] = "test") -> None:
         self.generate_tokens = generate_tokens
+        self.split = split
         self.phases: list[dict[str, Any]] = []
         self.teacher_figures: dict[str, Any] = {}
         self.constant_answer_score: float | None = None
@@ -44,6 +49,11 @@ class PhaseEvaluation(Callback):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_order(callbacks)
+        if not trainer.datamodule.has_split(self.split):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"expected {self.split} data for PhaseEvaluation, found none; set data.init_args.{self.split}, or choose "
+                "another PhaseEvaluation.split"
+            )
         for callback in callbacks:
             if isinstance(callback, GradualPruning):
                 self._due[callback.last_step] = "pruned"
@@ -72,16 +82,22 @@ class PhaseEvaluation(Callback):
             figures = self._figures(trainer, pl_module, model, "teacher")
             self.teacher_figures = {"name": "teacher", "parameters": count_parameters(model), **figures}
             constant = getattr(trainer.datamodule, "constant_answer_score", None)  # type: ignore[attr-defined]
-            self.constant_answer_score = constant("test") if constant else None
+            self.constant_answer_score = constant(self.split) if constant else None
         self._teacher = None
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far."""
-        return {"phases": self.phases}
+        return {
+            "phases": self.phases,
+            "teacher": self.teacher_figures,
+            "constant_answer_score": self.constant_answer_score,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the figures so far."""
         self.phases = state_dict["phases"]
+        self.teacher_figures = state_dict["teacher"]
+        self.constant_answer_score = state_dict["constant_answer_score"]
 
     def _judge_student(self, trainer: Trainer, module: LightningModule, name: str) -> None:
         assert isinstance(module, StudentModule)
@@ -96,17 +112,23 @@ class PhaseEvaluation(Callback):
     def _figures(self, trainer: Trainer, module: LightningModule, model: Any, name: str) -> dict[str, float]:
         assert isinstance(module, StudentModule)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        datamodule.setup("test")
+        datamodule.setup("test" if self.split == "test" else "validate")
         if self._teacher is None and isinstance(module, Distillation):
             self._teacher = RememberingTeacher(module.teacher)
-        score = getattr(datamodule, "score", None)
         with torch.autocast(module.device.type, enabled=False):
             return evaluate(
                 model,
-                tqdm(datamodule.test_dataloader(), desc=f"Judging: {name}", unit="batch", leave=False),
+                tqdm(
+                    getattr(datamodule, f"{self.split}_dataloader")(),
+                    desc=f"Judging: {name}",
+                    unit="batch",
+                    leave=False,
+                ),
                 tokenizer=module.tokenizer,
                 teacher=self._teacher,
-                scorer=None if score is None else lambda texts, batch: score(texts, batch, "test"),
+                scorer=(lambda texts, batch: datamodule.score(texts, batch, self.split))
+                if datamodule.has_score
+                else None,
                 max_new_tokens=self.generate_tokens,
                 dtype=module.inference_dtype,
             )

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
-from callbacks.quantization import QuantizationAwareTraining, quantize_decoder
+from callbacks.quantization import QuantizationAwareTraining
 from export.pipeline import check_output_free
 from export.slice import one_layer_slice
 from export.to_onnx import export_onnx
 from models.architecture import count_parameters
 from models.quantization import freeze_scales
-from models.structure import apply_edit
+from models.structure import apply_edit, quantize_decoder
 from models.student import StudentModule
 
 GIB = 2**30
@@ -73,9 +73,9 @@ def _rehearse_pruning(layer: PreTrainedModel, pruning: GradualPruning | None) ->
 
 def _rehearse_quantization(layer: PreTrainedModel) -> None:
     apply_edit(layer, quantize_decoder(layer, "fp8_e4m3"))
-    _forward(layer)
+    _forward(layer.train())
     freeze_scales(layer)
-    _forward(layer)
+    _forward(layer.eval())
 
 
 def _rehearse_export(layer: PreTrainedModel, export: ExportOnFitEnd) -> None:

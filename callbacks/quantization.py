@@ -4,13 +4,11 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedModel
 
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
-from models.architecture import decoder_layers
 from models.quantization import freeze_scales, quantized_linears
-from models.structure import Edit
+from models.structure import quantize_decoder
 from models.student import StudentModule
 
 
@@ -46,10 +44,10 @@ class QuantizationAwareTraining(Callback):
             return
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradualPruning) and callback.last_step > self.start_step:
+            if isinstance(callback, GradualPruning) and callback.last_step >= self.start_step:
                 raise ValueError(
-                    f"expected QuantizationAwareTraining.start_step at or after the last pruning event (step "
-                    f"{callback.last_step}), found {self.start_step}; scales of pruned layers would be wrong, so start later"
+                    f"expected QuantizationAwareTraining.start_step after the last pruning event (step "
+                    f"{callback.last_step}), found {self.start_step}; start later, so that the student recovers first"
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,10 +70,3 @@ class QuantizationAwareTraining(Callback):
             rank_zero_info(
                 f"Froze {freeze_scales(pl_module.student)} {self.format} scales after step {self.freeze_step}"
             )
-
-
-def quantize_decoder(model: PreTrainedModel, format: str) -> Edit:
-    """The edit that fake-quantizes every projection of every decoder layer of a model."""
-    owners = {id(owner): name for name, owner in model.named_modules()}
-    names = [f"{owners[id(owner)]}.{child}" for layer in decoder_layers(model) for owner, child in layer.linears()]
-    return {"op": "fake_quantize", "format": format, "modules": names}

@@ -88,6 +88,11 @@ class ChatDataModule(LightningDataModule):
         """Whether the split was configured."""
         return True
 
+    @property
+    def has_score(self) -> bool:
+        """Whether `score` gives numbers; where it does not, nobody generates answers for it."""
+        return False
+
     def score(self, predictions: list[str], batch: Batch, split: str) -> list[float] | None:
         """Task score of each completion in 0..1; `None` where the data has no score.
 

@@ -61,6 +61,11 @@ class Conversations(ChatDataModule):
         #: Held-out samples that were removed because their prompt occurs in training.
         self.num_duplicates_removed = 0
 
+    @property
+    def has_score(self) -> bool:
+        """Only where exact match was asked for."""
+        return self.score_exact_match
+
     def has_split(self, split: str) -> bool:
         """Whether the split was configured."""
         return self.sources[split] is not None or (split == "val" and self.val_fraction > 0)

@@ -91,6 +91,11 @@ class ReasoningTasks(ChatDataModule):
             self._items[split] = [item for row in zip_longest(*by_task) for item in row if item is not None]
         return self._items[split]
 
+    @property
+    def has_score(self) -> bool:
+        """Every task has gold answers."""
+        return True
+
     def load_split(self, split: str) -> list[Conversation]:
         """The split's questions with their gold answers."""
         return [

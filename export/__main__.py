@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise_on_failure(report["verification"])
     except (ValueError, FileNotFoundError, ModuleNotFoundError, VerificationError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -12,18 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.chat import encode, truncate
 from datamodules.collate import collate, pad_id_of
 from datamodules.files import read_conversations
-from models.architecture import decoder_layers
 from models.quantization.linear import freeze_scales, quantized_linears
-from models.structure import Edit, apply_edit
+from models.structure import apply_edit, quantize_decoder
 
 BATCH_SIZE = 8
-
-
-def quantize_edit(model: PreTrainedModel) -> Edit:
-    """The edit that puts FP8 quantizers into every linear layer of the decoder's layers."""
-    names = {id(module): name for name, module in model.named_modules()}
-    modules = [f"{names[id(owner)]}.{child}" for layer in decoder_layers(model) for owner, child in layer.linears()]
-    return {"op": "fake_quantize", "format": "fp8_e4m3", "modules": modules}
 
 
 @torch.no_grad()
@@ -58,9 +50,11 @@ def calibrate(
             "choose others"
         )
     if not quantized_linears(model):
-        apply_edit(model, quantize_edit(model))
+        apply_edit(model, quantize_decoder(model))
+    model.train()  # quantizers observe in training mode only
     for start in range(0, len(kept), BATCH_SIZE):
         batch = collate(kept[start : start + BATCH_SIZE], pad_id=pad_id_of(tokenizer))
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         on_step()
     freeze_scales(model)
+    model.eval()

@@ -10,7 +10,6 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 History = dict[str, list[tuple[int, float]]]
-PRECISION = {"quantized": "FP8 fake quantization"}
 
 
 def plot_training(history: History, phases: list[dict[str, Any]], folder: Path) -> list[Path]:
@@ -21,10 +20,11 @@ def plot_training(history: History, phases: list[dict[str, Any]], folder: Path) 
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     for name, points in losses.items():
         above.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 20 else None, markersize=3)
-    if phases:
+    judged = [phase for phase in phases if "kl" in phase]
+    if judged:
         above.scatter(
-            [p["step"] for p in phases],
-            [p["kl"] for p in phases],
+            [phase["step"] for phase in judged],
+            [phase["kl"] for phase in judged],
             label="KL on held-out answers",
             color="black",
             zorder=3,
@@ -39,8 +39,7 @@ def _plot_size(axes: Axes, history: History, phases: list[dict[str, Any]]) -> No
     """Parameters (a staircase) and where the precision changes."""
     points = history.get("pruning/parameters", [])
     if points:
-        first = [(0, max(value for _, value in points))] if not phases else [(0, float(points[0][1]))]
-        steps, sizes = zip(*(first + points), strict=True)
+        steps, sizes = zip(*points, strict=True)
         axes.step(steps, [size / 1e6 for size in sizes], where="post", label="parameters")
     for previous, phase in zip([None, *phases], phases, strict=False):
         if phase["name"] == "quantized" and previous:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.evaluation import AnswerMetrics, generate_texts
+from models.evaluation import AnswerMetrics
 from models.forward import Batch, answer_labels, answer_logits, inference_copy
 from models.losses import Divergence, divergence
 from models.pretrained import check_same_tokenizer, end_token_ids, load_tokenizer
@@ -121,7 +121,8 @@ class Distillation(StudentModule):
                 temperature=self.loss_temperature,
             )
             loss = loss_N.mean()
-        self.log_dict({"train/loss": loss, f"train/{self.divergences[source]}_{source}": loss}, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log(f"train/{self.divergences[source]}_{source}", loss)
         if source == "dataset" and self.cross_entropy_weight:
             cross_entropy = F.cross_entropy(logits_NV.float(), answer_labels(batch))
             self.log("train/cross_entropy", cross_entropy)
@@ -177,13 +178,7 @@ class Distillation(StudentModule):
 
     def _judge_teacher(self, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
         metrics.update(self.teacher_logits(batch), answer_labels(batch), None)
-        score = getattr(self.trainer.datamodule, "score", None)  # type: ignore[attr-defined]
-        if self.generate_tokens and score:
-            scores = score(
-                generate_texts(self.teacher.model, self.tokenizer, batch, self.generate_tokens), batch, split
-            )
-            if scores is not None:
-                metrics.task_score.update(torch.tensor(scores, device=self.device))
+        self._score(self.teacher.model, metrics, batch, split)
 
     def _end_evaluation(self, split: str) -> None:
         super()._end_evaluation(split)

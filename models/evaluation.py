@@ -18,14 +18,15 @@ from models.pretrained import end_token_ids
 from models.rollout import answer_texts, rollout
 from models.teacher import Teacher
 
-Scorer = Callable[[list[str], Batch], Sequence[float] | None]
+Scorer = Callable[[list[str], Batch], Sequence[float]]
 
 
 class AnswerMetrics(nn.Module):
     """Running figures over answer tokens; states are summed over ranks by torchmetrics.
 
     `compute` gives `perplexity` (of the gold answers), and, where there was data for them, `kl` (KL(teacher || student), nats
-    per answer token), `top1_agreement` (share of answer tokens whose most probable token is the teacher's) and `task_score`.
+    per answer token), `top1_agreement` (share of answer tokens whose most probable token is the teacher's), `task_score` (exact
+    match with the gold answer) and `scorer_score` (the task's own scorer, which accepts other right answers).
     """
 
     def __init__(self) -> None:
@@ -34,9 +35,13 @@ class AnswerMetrics(nn.Module):
         self.kl = MeanMetric()
         self.top1_agreement = MeanMetric()
         self.task_score = MeanMetric()
+        self.scorer_score = MeanMetric()
 
     def update(self, logits_NV: Tensor, labels_N: Tensor, teacher_logits_NV: Tensor | None) -> None:
-        """Add the answer tokens of one batch."""
+        """Add the answer tokens of one batch; heads padded to different sizes are cut to the ids that both have."""
+        if teacher_logits_NV is not None:
+            vocabulary = min(logits_NV.shape[-1], teacher_logits_NV.shape[-1])
+            logits_NV, teacher_logits_NV = logits_NV[:, :vocabulary], teacher_logits_NV[:, :vocabulary]
         self.perplexity.update(logits_NV.float().unsqueeze(0), labels_N.unsqueeze(0))
         if teacher_logits_NV is not None:
             self.kl.update(forward_kl(logits_NV, teacher_logits_NV))
@@ -45,12 +50,12 @@ class AnswerMetrics(nn.Module):
     def compute(self) -> dict[str, float]:
         """All figures that have data."""
         metrics = {"perplexity": self.perplexity, "kl": self.kl, "top1_agreement": self.top1_agreement}
-        metrics["task_score"] = self.task_score
+        metrics |= {"task_score": self.task_score, "scorer_score": self.scorer_score}
         return {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}
 
     def reset(self) -> None:
         """Forget everything."""
-        for metric in (self.perplexity, self.kl, self.top1_agreement, self.task_score):
+        for metric in (self.perplexity, self.kl, self.top1_agreement, self.task_score, self.scorer_score):
             metric.reset()
 
 
@@ -89,8 +94,7 @@ def evaluate(
         metrics.update(logits_NV, answer_labels(batch), teacher_logits_NV)
         if scorer and max_new_tokens:
             scores = scorer(generate_texts(judged, tokenizer, batch, max_new_tokens), batch)
-            if scores is not None:
-                metrics.task_score.update(torch.tensor(list(scores), device=device))
+            metrics.task_score.update(torch.tensor(list(scores), device=device))
     return metrics.compute()
 
 

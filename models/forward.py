@@ -44,7 +44,7 @@ def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
     duplicate = copy.deepcopy(model).eval().requires_grad_(False)
     for linear in quantized_linears(duplicate).values():
         linear.weight.data = linear.weight_quantizer(linear.weight)
-        linear.weight_quantizer = nn.Identity()
+        linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]
     for parameter in duplicate.parameters():
         parameter.data = parameter.data.to(dtype)
     return duplicate

@@ -45,6 +45,13 @@ def replay(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
         apply_edit(model, edit)
 
 
+def quantize_decoder(model: PreTrainedModel, format: str = "fp8_e4m3") -> Edit:
+    """The edit that fake-quantizes every projection of every decoder layer; embeddings, head and norms are left alone."""
+    owners = {id(owner): name for name, owner in model.named_modules()}
+    names = [f"{owners[id(owner)]}.{child}" for layer in decoder_layers(model) for owner, child in layer.linears()]
+    return {"op": "fake_quantize", "format": format, "modules": names}
+
+
 def is_uniform(model: PreTrainedModel) -> bool:
     """Whether all decoder layers have the same sizes, as one `config.json` can express."""
     return (

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from models.architecture import check_family, count_parameters
+from models.architecture import check_family
 from models.evaluation import AnswerMetrics, generate_texts
 from models.forward import Batch, answer_labels, answer_logits, inference_copy
 from models.pretrained import load_model, load_tokenizer
@@ -190,16 +190,20 @@ class StudentModule(LightningModule):
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         self.metrics.update(answer_logits(self.student, batch), answer_labels(batch), self.teacher_logits(batch))
-        score = getattr(self.trainer.datamodule, "score", None)  # type: ignore[attr-defined]
-        if self.generate_tokens and score:
-            texts = generate_texts(self._judged[0], self.tokenizer, batch, self.generate_tokens)
-            scores = score(texts, batch, split)
-            if scores is not None:
-                self.metrics.task_score.update(torch.tensor(scores, device=self.device))
+        self._score(self._judged[0], self.metrics, batch, split)
+
+    def _score(self, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
+        """Add the task score of a model's greedy answers, where the data has one."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.generate_tokens and getattr(datamodule, "has_score", False):
+            texts = generate_texts(model, self.tokenizer, batch, self.generate_tokens)
+            metrics.task_score.update(torch.tensor(datamodule.score(texts, batch, split), device=self.device))
+            if hasattr(datamodule, "gym_score"):
+                metrics.scorer_score.update(torch.tensor(datamodule.gym_score(texts, batch, split), device=self.device))
 
     def _end_evaluation(self, split: str) -> None:
         self._judged = ()
-        self.log_dict({f"{split}/{name}": value for name, value in self.metrics.compute().items()}, prog_bar=True)
+        self.log_dict({f"{split}/{name}": value for name, value in self.metrics.compute().items()})
         self.metrics.reset()
 
     @property
@@ -207,10 +211,6 @@ class StudentModule(LightningModule):
         """Floating point type for generation: bfloat16 where training uses half precision, else float32."""
         precision = "32" if self._trainer is None else str(self.trainer.precision)
         return torch.float32 if precision.startswith(("32", "64")) else torch.bfloat16
-
-    def describe(self) -> str:
-        """One line: parameters and the number of edits."""
-        return f"{count_parameters(self.student):,} parameters after {len(self.edits)} edits"
 
 
 def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -68,8 +68,8 @@ def divergence(
     """The divergence called `name`, shape (N,), nats; `beta` is used by `jsd` only."""
     if name == "jsd":
         return generalized_jsd(student_logits_NV, teacher_logits_NV, beta=beta, temperature=temperature)
-    function = forward_kl if name == "forward_kl" else reverse_kl
-    return function(student_logits_NV, teacher_logits_NV, temperature=temperature)
+    functions = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
+    return functions[name](student_logits_NV, teacher_logits_NV, temperature=temperature)
 
 
 def _log_probabilities(

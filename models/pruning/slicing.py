@@ -6,6 +6,7 @@ happened.  Valid only between optimizer steps, with no live autograd graph that 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers
                 optimizer.state[parameter][name] = value.index_select(dim, keep.to(value.device))
 
 
-def narrow_linear(linear: nn.Module, keep: Tensor, dim: int, optimizers: Sequence[Optimizer] = ()) -> None:
+def narrow_linear(linear: Any, keep: Tensor, dim: int, optimizers: Sequence[Optimizer] = ()) -> None:
     """Keep the given outputs (dim 0) or inputs (dim 1) of a linear layer; a bias follows its outputs."""
     narrow_parameter(linear.weight, keep, dim, optimizers)
     if dim == 0 and linear.bias is not None:

@@ -45,10 +45,11 @@ class FakeQuantizer(nn.Module):
         self.frozen = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Observe x and pass it on, or round it to the frozen grid."""
+        """Round x to the frozen grid; before, pass it on, observed in training mode (validation must not set scales)."""
         if self.frozen:
             return fake_quantize_fp8(x, self.scale)
-        self.amax.copy_(torch.maximum(self.amax, x.detach().abs().amax().float()))
+        if self.training:
+            self.amax.copy_(torch.maximum(self.amax, x.detach().abs().amax().float()))
         return x
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -10,9 +10,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from export.calibration import quantize_edit
 from models.quantization.linear import freeze_scales
-from models.structure import apply_edit
+from models.structure import apply_edit, quantize_decoder
 
 VOCAB = 128
 
@@ -45,7 +44,7 @@ def tiny_model(family: str = "llama", layers: int = 3, seed: int = 0, **settings
 
 def quantized(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
     """The same model with frozen quantizers in all decoder layers."""
-    apply_edit(model, quantize_edit(model))
+    apply_edit(model, quantize_decoder(model))
     with torch.no_grad():
         model(torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(seed)))
     freeze_scales(model)

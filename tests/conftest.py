@@ -1,0 +1,43 @@
+"""For all tests: one thread, no network, no account; and tiny doubles as fixtures."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_folder, tiny_model
+from transformers import PreTrainedModel
+
+from models.forward import Batch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """A tiny llama of one's own: tests may cut it to pieces."""
+    return tiny_model()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return tiny_batch()
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny llama and its tokenizer; shared, so read only."""
+    return tiny_folder(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another llama with the same tokenizer, wider than the student; shared, so read only."""
+    path: Path = tmp_path_factory.mktemp("teacher")
+    return tiny_folder(path, seed=7, hidden_size=40, intermediate_size=64)

@@ -1,0 +1,159 @@
+"""Quantizers observe, freeze and travel in the state dict; quantized layers keep their parameters."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.quantization import (
+    FakeQuantizedLinear,
+    FakeQuantizer,
+    fake_quantize_fp8,
+    freeze_scales,
+    quantized_linears,
+    scale_from_amax,
+)
+
+
+@pytest.fixture
+def layer() -> FakeQuantizedLinear:
+    torch.manual_seed(0)
+    return FakeQuantizedLinear(nn.Linear(6, 4))
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return 3 * torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+
+
+def frozen_quantizer(amax: float) -> FakeQuantizer:
+    quantizer = FakeQuantizer()
+    quantizer(torch.tensor([0.1, -amax]))
+    quantizer.freeze()
+    return quantizer
+
+
+def test_observing_passes_through_and_records_the_largest_magnitude() -> None:
+    quantizer = FakeQuantizer()
+    for values, largest in (([1.0, -3.0], 3.0), ([2.0], 3.0), ([3.5, 0.0], 3.5)):
+        x = torch.tensor(values)
+        assert torch.equal(quantizer(x), x)
+        assert quantizer.amax.item() == largest
+    assert (quantizer.scale.item(), quantizer.frozen) == (0.0, False)
+
+
+def test_frozen_rounds_and_observes_no_more() -> None:
+    quantizer = frozen_quantizer(3.5)
+    assert quantizer.frozen
+    assert torch.equal(quantizer.scale, scale_from_amax(torch.tensor(3.5)))
+    x = torch.randn(100) * 10
+    assert torch.equal(quantizer(x), fake_quantize_fp8(x, quantizer.scale))
+    assert quantizer.amax.item() == 3.5
+
+
+def test_observing_bfloat16_stays_in_float32() -> None:
+    quantizer = FakeQuantizer()
+    x = torch.tensor([1.5], dtype=torch.bfloat16)
+    assert quantizer(x).dtype == torch.bfloat16
+    assert (quantizer.amax.dtype, quantizer.amax.item()) == (torch.float32, 1.5)
+
+
+def test_freezing_without_data_is_an_error() -> None:
+    with pytest.raises(ValueError, match="expected a quantizer that has observed data, found one with a range of 0"):
+        FakeQuantizer().freeze()
+
+
+def test_state_dict_restores_what_was_frozen() -> None:
+    original, restored = frozen_quantizer(3.5), FakeQuantizer()
+    assert set(original.state_dict()) == {"amax", "scale"}
+    restored.load_state_dict(original.state_dict())
+    assert restored.frozen
+    x = torch.randn(100)
+    assert torch.equal(restored(x), original(x))
+    assert not torch.equal(restored(x), x)
+
+    restored.load_state_dict(FakeQuantizer().state_dict())
+    assert not restored.frozen
+    assert torch.equal(restored(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_types_leave_scales_alone(
+    layer: FakeQuantizedLinear, x: torch.Tensor, dtype: torch.dtype
+) -> None:
+    layer(x)
+    layer.input_quantizer.amax.fill_(1 / 3)  # no number of a half precision type
+    freeze_scales(layer)
+    before = copy.deepcopy(layer.input_quantizer)
+    layer.to(dtype)
+    after = layer.input_quantizer
+    assert layer.weight.dtype == dtype
+    assert (after.amax.dtype, after.scale.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(after.amax, before.amax)
+    assert torch.equal(after.scale, before.scale)
+    assert after.frozen
+    assert dict(layer.named_buffers()).keys() == {
+        f"{n}_quantizer.{b}" for n in ("input", "weight") for b in ("amax", "scale")
+    }
+
+
+def test_layer_takes_over_the_same_parameters() -> None:
+    linear = nn.Linear(6, 4)
+    optimizer = torch.optim.AdamW(linear.parameters())
+    layer = FakeQuantizedLinear(linear.eval())
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert [id(p) for p in layer.parameters()] == [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert (layer.in_features, layer.out_features, layer.training) == (6, 4, False)
+    assert not FakeQuantizedLinear(linear.train()).input_quantizer.frozen
+    assert FakeQuantizedLinear(nn.Linear(6, 4, bias=False)).bias is None
+
+
+def test_layer_computes_with_both_operands_on_their_grids(layer: FakeQuantizedLinear, x: torch.Tensor) -> None:
+    plain = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), plain)
+
+    assert freeze_scales(layer) == 2
+    input_scale, weight_scale = scale_from_amax(x.abs().max()), scale_from_amax(layer.weight.detach().abs().max())
+    expected = F.linear(fake_quantize_fp8(x, input_scale), fake_quantize_fp8(layer.weight, weight_scale), layer.bias)
+    assert torch.equal(layer(x), expected)
+    assert not torch.equal(expected, plain)
+
+
+def test_gradients_reach_weight_bias_and_input(layer: FakeQuantizedLinear, x: torch.Tensor) -> None:
+    layer(x)
+    freeze_scales(layer)
+    x = x.clone().requires_grad_()
+    layer(x).sum().backward()
+    on_grid = layer.input_quantizer(x).detach()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, on_grid.sum(0).expand(4, 6))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, layer.weight_quantizer(layer.weight).detach().sum(0).expand(10, 6))
+
+
+def test_freeze_measures_weights_as_they_are_now(layer: FakeQuantizedLinear, x: torch.Tensor) -> None:
+    """Training goes on while quantizers observe, and weights may have shrunk since their largest was seen."""
+    with torch.no_grad():
+        layer.weight.mul_(100)
+        layer(x)
+        layer.weight.div_(100)
+    freeze_scales(layer)
+    assert torch.equal(layer.weight_quantizer.scale, scale_from_amax(layer.weight.detach().abs().max()))
+
+
+def test_freezing_again_changes_nothing(layer: FakeQuantizedLinear, x: torch.Tensor) -> None:
+    layer(x)
+    assert freeze_scales(layer) == 2
+    before = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert freeze_scales(layer) == 0
+    assert torch.equal(layer.weight_quantizer.scale, before["weight_quantizer.scale"])
+
+
+def test_quantized_layers_are_found_by_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(FakeQuantizedLinear(nn.Linear(2, 2))))
+    assert quantized_linears(model) == {"1.0": model[1][0]}

@@ -1,0 +1,321 @@
+"""Edits: the same function as masking, the same Parameter objects, and a config that tells the truth."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from models.architecture import SUPPORTED_FAMILIES, check_family, count_parameters, decoder_layers
+from models.forward import Batch
+from models.quantization import FakeQuantizedLinear, freeze_scales, quantized_linears
+from models.structure import Edit, apply_edit, is_uniform, replay
+
+NEURONS = sorted({0, 3, *range(10, 40, 2)})
+EDITS: list[Edit] = [
+    {"op": "narrow_mlp", "layer": 0, "keep": NEURONS},
+    {"op": "narrow_mlp", "layer": 1, "keep": [47 - n for n in reversed(NEURONS)]},
+    {"op": "narrow_kv_groups", "layer": 0, "keep": [1]},
+    {"op": "narrow_kv_groups", "layer": 1, "keep": [0]},
+    {"op": "narrow_mlp", "layer": 0, "keep": list(range(1, 17))},
+    {"op": "narrow_mlp", "layer": 1, "keep": list(range(16))},
+]
+QUANTIZE: Edit = {
+    "op": "fake_quantize",
+    "format": "fp8_e4m3",
+    "modules": [f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")],
+}
+
+
+def logits(model: PreTrainedModel, batch: Batch | None = None) -> Tensor:
+    batch = batch or tiny_batch()
+    with torch.no_grad():
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return output[batch["attention_mask"].bool()]
+
+
+def masked_logits(model: PreTrainedModel, attribute: str, layer: int, keep: Tensor) -> Tensor:
+    """The dense model with the inputs of a projection zeroed, except those to keep."""
+    block = decoder_layers(model)[layer]
+    module = block.mlp.down_proj if attribute == "mlp" else block.attention.o_proj
+    kept = torch.zeros(module.weight.shape[1], dtype=torch.bool)
+    kept[keep] = True
+    hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * kept,))
+    output = logits(model)
+    hook.remove()
+    return output
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def family_model(family: str, **settings: object) -> PreTrainedModel:
+    return tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=4, **settings)
+
+
+# The same function as masking ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_narrow_mlp_equals_masked_neurons(family: str) -> None:
+    model = family_model(family)
+    expected = masked_logits(model, "mlp", 1, torch.tensor(NEURONS))
+    assert (expected - logits(model)).abs().max() > 0.1, "the mask changes nothing, so this test shows nothing"
+    apply_edit(model, {"op": "narrow_mlp", "layer": 1, "keep": NEURONS})
+    close(logits(model), expected)
+
+
+@pytest.mark.parametrize("keep", [[0], [2, 3], [0, 1, 3]])
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_narrow_kv_groups_equals_masked_heads(family: str, keep: list[int]) -> None:
+    """Eight query heads of width 4 on four groups: group g owns the inputs 8g to 8g + 7 of o_proj."""
+    model = family_model(family)
+    inputs = torch.cat([torch.arange(8 * group, 8 * group + 8) for group in keep])
+    expected = masked_logits(model, "attention", 0, inputs)
+    assert (expected - logits(model)).abs().max() > 0.1
+    apply_edit(model, {"op": "narrow_kv_groups", "layer": 0, "keep": keep})
+    close(logits(model), expected)
+    layer = decoder_layers(model)[0]
+    assert (layer.num_kv_groups, layer.num_query_heads) == (len(keep), 2 * len(keep))
+
+
+def test_biases_follow_their_outputs() -> None:
+    model = family_model("qwen2")
+    layer = decoder_layers(model)[0]
+    biases = {name: getattr(layer.attention, name).bias.detach().clone() for name in ("q_proj", "k_proj", "v_proj")}
+    assert all(bias.abs().min() > 0 for bias in biases.values())
+    apply_edit(model, {"op": "narrow_kv_groups", "layer": 0, "keep": [3]})
+    assert torch.equal(layer.attention.q_proj.bias, biases["q_proj"][24:])
+    assert torch.equal(layer.attention.k_proj.bias, biases["k_proj"][12:])
+    assert torch.equal(layer.attention.v_proj.bias, biases["v_proj"][12:])
+
+
+def test_mlp_biases_of_llama() -> None:
+    model = family_model("llama", mlp_bias=True, attention_bias=True)
+    expected = masked_logits(model, "mlp", 0, torch.tensor(NEURONS))
+    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": NEURONS})
+    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": list(range(len(NEURONS)))})  # keeping all is no change
+    close(logits(model), expected)
+    assert decoder_layers(model)[0].mlp.down_proj.bias.shape == (32,)
+
+
+# Identity and training ----------------------------------------------------------------------------------------------
+
+
+def test_parameters_stay_the_same_objects(model: PreTrainedModel) -> None:
+    before = {name: (id(parameter), parameter) for name, parameter in model.named_parameters()}
+    replay(model, [*EDITS, QUANTIZE])
+    after = {name: (id(parameter), parameter) for name, parameter in model.named_parameters()}
+    assert {name: number for name, (number, _) in before.items()} == {
+        name: number for name, (number, _) in after.items()
+    }
+
+
+def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    optimizer.zero_grad()
+    loss = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def test_training_goes_on_across_edits(model: PreTrainedModel, batch: Batch) -> None:
+    """Moments of kept rows are bit-identical, counters go on, every parameter still belongs to the optimizer and learns."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=20)
+    losses = [train_step(model, optimizer, batch) for _ in range(5)]
+    scheduler.step()
+    layer = decoder_layers(model)[0]
+    weights = {"up": layer.mlp.up_proj.weight, "down": layer.mlp.down_proj.weight, "k": layer.attention.k_proj.weight}
+    weights["o"] = layer.attention.o_proj.weight
+    untouched = decoder_layers(model)[1].mlp.up_proj.weight
+    before = copy.deepcopy({name: optimizer.state[weight] for name, weight in weights.items()})
+    untouched_before = copy.deepcopy(optimizer.state[untouched])
+    data = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": NEURONS}, [optimizer])
+    apply_edit(model, {"op": "narrow_kv_groups", "layer": 0, "keep": [1]}, [optimizer])
+
+    neurons, rows, columns = torch.tensor(NEURONS), torch.arange(8, 16), torch.arange(16, 32)
+    kept = {"up": (0, neurons), "down": (1, neurons), "k": (0, rows), "o": (1, columns)}
+    for name, (dim, indices) in kept.items():
+        assert torch.equal(weights[name], data[name].index_select(dim, indices))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            expected = before[name][moment].index_select(dim, indices)
+            assert expected.abs().max() > 0
+            assert torch.equal(optimizer.state[weights[name]][moment], expected)
+        assert optimizer.state[weights[name]]["step"] == 5
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[untouched][moment], untouched_before[moment])
+
+    losses += [train_step(model, optimizer, batch) for _ in range(15)]
+    assert losses[-1] < losses[5] / 2
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert all(optimizer.state[p]["step"] == 20 for p in model.parameters())
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+
+
+# Config, folders, replay --------------------------------------------------------------------------------------------
+
+
+def test_config_follows_the_layers(model: PreTrainedModel) -> None:
+    apply_edit(model, EDITS[0])
+    assert not is_uniform(model)
+    assert model.config.intermediate_size == 48  # the largest, until all agree
+    apply_edit(model, EDITS[1])
+    assert is_uniform(model)
+    assert model.config.intermediate_size == len(NEURONS)
+    apply_edit(model, EDITS[2])
+    assert not is_uniform(model)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (4, 2)
+    apply_edit(model, EDITS[3])
+    assert is_uniform(model)
+    config = model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
+    layer = decoder_layers(model)[0]
+    assert (layer.mlp.up_proj.out_features, layer.mlp.down_proj.in_features) == (len(NEURONS), len(NEURONS))
+    assert (layer.attention.q_proj.out_features, layer.attention.o_proj.in_features) == (16, 16)
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_folder_round_trip(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    replay(model, EDITS)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.intermediate_size == 16
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_replay_rebuilds_the_student(family: str) -> None:
+    """What a checkpoint does: edits through JSON onto another random model, then the weights."""
+    student, fresh = tiny_model(family, seed=1), tiny_model(family, seed=2)
+    edits = [*EDITS[:5], QUANTIZE]  # layers of different sizes
+    replay(student, edits)
+    logits(student)
+    freeze_scales(student)
+    replay(fresh, json.loads(json.dumps(edits)))
+    fresh.load_state_dict(student.state_dict())
+    assert torch.equal(logits(fresh), logits(student))
+    assert all(linear.weight_quantizer.frozen for linear in quantized_linears(fresh).values())
+    assert not is_uniform(fresh)
+
+
+# Quantizers ---------------------------------------------------------------------------------------------------------
+
+
+def test_fake_quantize_observes_then_rounds(model: PreTrainedModel) -> None:
+    before, names = logits(model), set(QUANTIZE["modules"])
+    apply_edit(model, QUANTIZE)
+    assert set(quantized_linears(model)) == names
+    assert torch.equal(logits(model), before)  # observing changes nothing
+    freeze_scales(model)
+    difference = (logits(model) - before).abs().max()
+    assert 0 < difference < 3
+
+
+def test_a_quantized_model_can_still_be_narrowed(model: PreTrainedModel) -> None:
+    replay(model, [QUANTIZE, EDITS[0], EDITS[2]])
+    assert isinstance(decoder_layers(model)[0].mlp.up_proj, FakeQuantizedLinear)
+    assert decoder_layers(model)[0].mlp.up_proj.out_features == len(NEURONS)
+    assert torch.isfinite(logits(model)).all()
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[Edit, str]] = [
+    (
+        {"op": "shrink"},
+        r"expected an edit with an 'op' among narrow_mlp, narrow_kv_groups, fake_quantize, found 'shrink'",
+    ),
+    ({}, "found None"),
+    ({"op": "narrow_mlp", "layer": 0, "keep": []}, "narrow_mlp to keep between 1 and 48 distinct .* layer 0, found 0 "),
+    ({"op": "narrow_mlp", "layer": 1, "keep": [0, 48]}, "indices below 48 in layer 1, found 2 .* and .48.; lower"),
+    ({"op": "narrow_mlp", "layer": 1, "keep": [-1, 3]}, "found 2 with the extremes .-1."),
+    ({"op": "narrow_mlp", "layer": 1, "keep": [3, 3]}, "distinct"),
+    ({"op": "narrow_kv_groups", "layer": 0, "keep": []}, "narrow_kv_groups to keep between 1 and 2"),
+    ({"op": "narrow_kv_groups", "layer": 0, "keep": [2]}, "narrow_kv_groups to keep between 1 and 2"),
+    ({"op": "narrow_mlp", "layer": 2, "keep": [0]}, "expected a layer from 0 to 1, found 2"),
+    ({"op": "narrow_kv_groups", "layer": -1, "keep": [0]}, "expected a layer from 0 to 1, found -1"),
+    ({**QUANTIZE, "format": "fp4"}, "expected a quantization format among fp8_e4m3, found 'fp4'"),
+    (
+        {**QUANTIZE, "modules": ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj"]},
+        "'model.layers.7.mlp.up_proj'",
+    ),
+    ({**QUANTIZE, "modules": ["model.layers.0.mlp.sideways"]}, "'model.layers.0.mlp.sideways'"),
+    ({**QUANTIZE, "modules": ["model.norm"]}, "'model.norm'"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), BAD)
+def test_bad_edits_name_what_is_wrong_and_change_nothing(model: PreTrainedModel, edit: Edit, message: str) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        apply_edit(model, edit)
+    assert_one_sentence(str(caught.value))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def assert_one_sentence(message: str) -> None:
+    """What was expected, what was found, how to mend it."""
+    assert message.startswith("expected ")
+    assert "found" in message
+    assert ";" in message
+    assert "\n" not in message
+
+
+def test_quantizing_twice_is_refused(model: PreTrainedModel) -> None:
+    apply_edit(model, QUANTIZE)
+    logits(model)
+    freeze_scales(model)
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj'"):
+        apply_edit(model, QUANTIZE)
+    assert all(linear.input_quantizer.frozen for linear in quantized_linears(model).values())
+
+
+@pytest.mark.parametrize("use", [decoder_layers, is_uniform, lambda model: check_family(model.config)])
+def test_unknown_family_is_refused(use: Callable[[PreTrainedModel], Any]) -> None:
+    model = tiny_model("gpt2", n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(
+        ValueError, match="expected a model of one of the families llama, .* found model_type 'gpt2'"
+    ) as e:
+        use(model)
+    assert_one_sentence(str(e.value))
+
+
+def test_tied_embeddings_count_once() -> None:
+    tied, untied = tiny_model(), tiny_model(tie_word_embeddings=False)
+    assert count_parameters(untied) - count_parameters(tied) == 300 * 32
+    # embedding, final norm, and per layer: norms, q and o, k and v, three MLP matrices
+    assert count_parameters(tied) == 300 * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+
+
+def test_pruning_lowers_the_count(model: PreTrainedModel) -> None:
+    before = count_parameters(model)
+    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": NEURONS})
+    assert before - count_parameters(model) == 3 * 32 * (48 - len(NEURONS))
+
+
+def test_view_of_the_layers(model: PreTrainedModel) -> None:
+    layers = decoder_layers(model)
+    assert [layer.index for layer in layers] == [0, 1]
+    assert (layers[0].num_neurons, layers[0].num_kv_groups, layers[0].num_query_heads, layers[0].head_dim) == (
+        48,
+        2,
+        4,
+        8,
+    )
+    assert [name for _, name in layers[0].linears()] == [
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ]
