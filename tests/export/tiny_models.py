@@ -46,9 +46,9 @@ def quantized(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
     """The same model with frozen quantizers in all decoder layers."""
     apply_edit(model, quantize_decoder(model))
     with torch.no_grad():
-        model(torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(seed)))
+        model.train()(torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(seed)))
     freeze_scales(model)
-    return model
+    return model.eval()
 
 
 def left_padded_prompts(seed: int = 0) -> dict[str, Tensor]:

@@ -1,0 +1,65 @@
+"""What all benchmarks share: both sides in one run and in turns, medians with their spread, versions, and `--json`.
+
+The JSON object has `results` (a list of rows), `ratios` (names to numbers, this project over the reference) and `versions`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def interleave(sides: Mapping[str, Callable[[], Any]], *, repetitions: int) -> dict[str, list[float]]:
+    """Time every side in turns, so that a change of the machine's load meets all of them.
+
+    Args:
+        sides: What to time, by name.
+        repetitions: Counted repetitions; one more before them is not counted.
+
+    Returns:
+        Seconds of each counted repetition, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repetition in tqdm(range(repetitions + 1), desc=" / ".join(sides), unit="round", leave=False):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest, in seconds."""
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--repetitions", type=int, default=5, help="counted repetitions of each side (default: 5)")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
+    return options
+
+
+def report(results: list[dict[str, Any]], ratios: dict[str, float], packages: Sequence[str], path: Path | None) -> None:
+    """Print rows, ratios and versions, and write them if a file was named."""
+    versions = {"python": platform.python_version(), "cpus": str(os.cpu_count())}
+    versions |= {package: version(package) for package in packages}
+    for row in results:
+        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f}x")
+    print(", ".join(f"{name} {number}" for name, number in versions.items()))
+    if path:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps({"results": results, "ratios": ratios, "versions": versions}, indent=2) + "\n")
+        os.replace(temporary, path)

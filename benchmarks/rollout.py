@@ -1,0 +1,54 @@
+"""Sampling answers: `models.rollout.rollout` against `transformers`' own `generate`, same weights, prompts and lengths.
+
+    python -m benchmarks.rollout [--model REFERENCE] [--json FILE]
+
+Both sample in bfloat16 with a key/value cache, without end tokens, so that both generate exactly the same number of tokens.
+"""
+
+import torch
+
+from benchmarks.harness import interleave, parser, report, spread
+from models.forward import inference_copy
+from models.pretrained import load_model
+from models.rollout import rollout
+
+PROMPT_TOKENS = 32
+
+
+def main() -> None:
+    """Measure batches of 4 and 16 samples of 64 new tokens."""
+    options = parser(__doc__)
+    options.add_argument("--model", default="package:smollm2-135m-instruct", help="model reference")
+    options.add_argument("--new-tokens", type=int, default=64, help="tokens sampled for each prompt (default: 64)")
+    arguments = options.parse_args()
+    model = inference_copy(load_model(arguments.model), torch.bfloat16)
+    results, ratios = [], {}
+    for batch in (4, 16):
+        prompts_BP = torch.randint(100, model.config.vocab_size, (batch, PROMPT_TOKENS))
+        mask_BP = torch.ones_like(prompts_BP)
+
+        def ours(prompts_BP: torch.Tensor = prompts_BP, mask_BP: torch.Tensor = mask_BP) -> None:
+            rollout(
+                model, prompts_BP, mask_BP, max_new_tokens=arguments.new_tokens, temperature=1.0, end_tokens=[]
+            )
+
+        def theirs(prompts_BP: torch.Tensor = prompts_BP, mask_BP: torch.Tensor = mask_BP) -> None:
+            model.generate(
+                prompts_BP,
+                attention_mask=mask_BP,
+                max_new_tokens=arguments.new_tokens,
+                min_new_tokens=arguments.new_tokens,
+                do_sample=True,
+                top_k=0,
+            )
+
+        seconds = interleave({"potstill": ours, "transformers": theirs}, repetitions=arguments.repetitions)
+        for name, times in seconds.items():
+            row = {"name": name, "batch": batch, "new_tokens": arguments.new_tokens, **spread(times)}
+            results.append(row | {"tokens_per_second": batch * arguments.new_tokens / row["median_s"]})
+        ratios[f"tokens_per_second_batch{batch}"] = results[-2]["tokens_per_second"] / results[-1]["tokens_per_second"]
+    report(results, ratios, ["torch", "transformers"], arguments.json)
+
+
+if __name__ == "__main__":
+    main()

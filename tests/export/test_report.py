@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+from export.report import markdown, read_metrics, write_report
+
+PHASES = [
+    {"name": "pruned", "step": 4, "parameters": 900, "kl": 0.5, "top1_agreement": 0.8, "task_score": 0.25},
+    {"name": "quantized", "step": 9, "parameters": 900, "kl": 0.125, "top1_agreement": 0.9, "task_score": 0.5},
+]
+REPORT = {
+    "teacher": {"name": "teacher", "parameters": 1000, "kl": 0.0, "top1_agreement": 1.0, "task_score": 0.75},
+    "phases": PHASES,
+    "constant_answer_score": 0.1,
+    "artefacts": [{"path": "onnx/model.onnx", "bytes": 2_000_000, "kind": "ONNX fp8"}],
+    "benchmark": [
+        {"name": "student", "path": "onnx/model.onnx", "tokens_per_second": 50.0, "time_to_first_token_ms": 12.5}
+    ],
+    "verification": [
+        {"name": "engine", "status": "not_run", "reason": "no GPU"},
+        {"name": "onnx", "status": "passed", "max_relative_difference": 2e-5, "bound": 1e-4, "greedy_agreement": 1.0},
+    ],
+    "versions": {"torch": "2.13"},
+}
+
+
+def test_report_holds_the_figures_and_the_pictures(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,step,train/loss,pruning/parameters,val/kl\n0,0,1.5,1000,\n0,4,1.25,900,\n0,9,1.0,,0.2\n"
+    )
+    write_report(tmp_path, REPORT)
+    assert json.loads((tmp_path / "report.json").read_text()) == REPORT
+    text = (tmp_path / "report.md").read_text()
+    for figure in ("| teacher | 1,000 | 0 | 1 | 0.75 |", "| pruned | 900 | 0.5 | 0.8 | 0.25 |", "0.100", "no GPU", "2e-05"):
+        assert figure in text, figure
+    for picture in ("plots/training.png", "plots/artefacts.png"):
+        assert f"({picture})" in text
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "plots", "report.json", "report.md"]
+
+
+def test_an_export_without_training_has_no_table_of_phases(tmp_path: Path) -> None:
+    report = {key: REPORT[key] for key in ("artefacts", "verification", "benchmark", "versions")}
+    write_report(tmp_path, report)
+    assert "Quality" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "plots/training.png").exists()
+
+
+def test_phases_without_a_teacher_have_dashes_and_still_a_plot(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,1.5\n0,4,1.25\n")
+    phases = [{"name": "trained", "step": 4, "parameters": 1000, "perplexity": 3.0}]
+    write_report(tmp_path, {"phases": phases, "teacher": {}, "constant_answer_score": None})
+    assert "| trained | 1,000 | - | - | - |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "plots/training.png").exists()
+
+
+def test_metrics_are_columns_of_step_and_value(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,a,b\n0,1,0.5,\n0,2,,4\n0,3,1.5,\n")
+    assert read_metrics(tmp_path / "metrics.csv") == {"a": [(1, 0.5), (3, 1.5)], "b": [(2, 4.0)]}
+    assert read_metrics(tmp_path / "missing.csv") == {}
+
+
+def test_markdown_aligns_numbers() -> None:
+    header = markdown(REPORT, []).splitlines()
+    assert header[header.index("| teacher | 1,000 | 0 | 1 | 0.75 |") - 1] == "| --- | ---: | ---: | ---: | ---: |"
