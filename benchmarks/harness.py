@@ -55,7 +55,11 @@ def report(results: list[dict[str, Any]], ratios: dict[str, float], packages: Se
     versions = {"python": platform.python_version(), "cpus": str(os.cpu_count())}
     versions |= {package: version(package) for package in packages}
     for row in results:
-        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(
+            "  ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}x")
     print(", ".join(f"{name} {number}" for name, number in versions.items()))

@@ -28,9 +28,7 @@ def main() -> None:
         mask_BP = torch.ones_like(prompts_BP)
 
         def ours(prompts_BP: torch.Tensor = prompts_BP, mask_BP: torch.Tensor = mask_BP) -> None:
-            rollout(
-                model, prompts_BP, mask_BP, max_new_tokens=arguments.new_tokens, temperature=1.0, end_tokens=[]
-            )
+            rollout(model, prompts_BP, mask_BP, max_new_tokens=arguments.new_tokens, temperature=1.0, end_tokens=[])
 
         def theirs(prompts_BP: torch.Tensor = prompts_BP, mask_BP: torch.Tensor = mask_BP) -> None:
             model.generate(

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
 from export.baseline import export_baseline
 from export.pipeline import ExportSettings, check_settings, export_all
-from export.report import write_report
+from export.report import summary, write_report
 from export.verify import raise_on_failure
 from models.distillation import Distillation
 from models.student import StudentModule
@@ -106,7 +106,7 @@ class ExportOnFitEnd(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.save(str(output / "report.*"), base_path=str(output))
-        rank_zero_info(f"Exported to {output}; see {output / 'report.md'}")
+        print(f"\n{summary(report)}\n\nThe whole report: {output / 'report.md'}")
         raise_on_failure(report["verification"])
 
 

@@ -60,7 +60,7 @@ def plot_artefacts(report: dict[str, Any], folder: Path) -> list[Path]:
     panels = list(axes) if benchmark else [axes]
     _bars(panels[0], [a["path"] for a in artefacts], [a["bytes"] / 1e6 for a in artefacts], "MB")
     if benchmark:
-        names = [row["path"] for row in benchmark]
+        names = [row["name"] for row in benchmark]
         _bars(panels[1], names, [row["tokens_per_second"] for row in benchmark], "tokens/s, ONNX Runtime")
         _bars(panels[2], names, [row["time_to_first_token_ms"] for row in benchmark], "ms to first token, ONNX Runtime")
     return [_save(figure, folder / "artefacts.png")]

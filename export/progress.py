@@ -1,5 +1,6 @@
 """Named phases with a progress bar and their times."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,9 @@ class Phases:
     def phase(self, name: str, steps: int = 1) -> Iterator[Callable[[], None]]:
         """Run a phase of `steps` steps; call what is yielded after each of them (a phase of one step ends by itself)."""
         start = time.perf_counter()
-        with tqdm(
-            total=steps, desc=name, unit="step", bar_format="{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}"
-        ) as bar:
+        layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}"
+        interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
+        with tqdm(total=steps, desc=name, bar_format=layout, mininterval=interval) as bar:
             yield bar.update
             bar.update(steps - bar.n)
         self.seconds[name] = time.perf_counter() - start

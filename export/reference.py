@@ -67,8 +67,10 @@ def record(
     on_step: Callable[[], None] = lambda: None,
 ) -> Reference:
     """Run left-padded prompts and `decode_steps` greedy tokens through a model on its own device in its own precision."""
-    training = model.training
+    training, threads = model.training, torch.get_num_threads()
     model.eval()
+    # Steps are short: a thread that waits for a core held by another process costs more than it brings.
+    torch.set_num_threads(max(1, threads - 1))
     cache = DynamicCache()
     input_ids, mask_BS = input_ids_BT, attention_mask_BT
     steps: list[Step] = []
@@ -91,6 +93,7 @@ def record(
     with _rounded_weights(model):
         sensitivity = _sensitivity(model, steps) if quantized_linears(model) else None
     model.train(training)
+    torch.set_num_threads(threads)
     return Reference(steps, sensitivity)
 
 

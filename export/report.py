@@ -44,11 +44,17 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def markdown(report: Report, pictures: Sequence[str]) -> str:
     """The readable report."""
-    sections = ["# Report", phase_table(report), _artefact_table(report), _benchmark_table(report)]
+    sections = ["# Report", summary(report)]
     sections += [_verification_table(report), *[f"![{Path(picture).stem}]({picture})" for picture in pictures]]
     versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
     sections.append(f"Versions: {versions}." if versions else "")
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def summary(report: Report) -> str:
+    """What the end of a run shows on the screen: quality, sizes and speed."""
+    sections = [phase_table(report), _artefact_table(report), _benchmark_table(report)]
+    return "\n\n".join(section for section in sections if section)
 
 
 def phase_table(report: Report) -> str:
@@ -87,9 +93,26 @@ def _benchmark_table(report: Report) -> str:
     rows = report.get("benchmark", [])
     if not rows:
         return ""
-    columns = list(rows[0])
-    cells = [[_number(v) if isinstance(v := row.get(column), float) else str(v) for column in columns] for row in rows]
-    return "## Speed in ONNX Runtime\n\n" + _table(columns, cells)
+    header = ["graph", "MB", "time to first token (ms)", "tokens/s"]
+    cells = [
+        [
+            row["name"],
+            f"{row['bytes'] / 1e6:.1f}",
+            _with_spread(row, "time_to_first_token_ms"),
+            _with_spread(row, "tokens_per_second"),
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    note = (
+        f"Median (smallest to largest) of {first['repetitions']} repetitions in turns; one conversation, a prompt of "
+        f"{first['prompt_tokens']} tokens, {first['new_tokens']} new ones."
+    )
+    return "\n\n".join(["## Speed in ONNX Runtime on this machine's CPU", _table(header, cells), note])
+
+
+def _with_spread(row: Report, name: str) -> str:
+    return f"{row[name]:.1f} ({row[f'{name}_min']:.1f} to {row[f'{name}_max']:.1f})"
 
 
 def _verification_table(report: Report) -> str:

@@ -154,6 +154,7 @@ class Distillation(StudentModule):
                 generator=_generator(
                     "rollout", self.rollout_seed, self.global_step, batch_idx, self.global_rank, device=self.device
                 ),
+                vocabulary=self.vocabulary,
             )
         self.log("train/rollout_tokens", answers.mask_BG.sum(1).float().mean())
         return rollout_batch(batch, answers)

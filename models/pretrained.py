@@ -71,7 +71,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _not_loadable("model", reference, error) from error
     # Without a pad token transformers warns at every generation; padding is masked, so any token will do.
     if model.generation_config.pad_token_id is None:

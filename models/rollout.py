@@ -34,6 +34,7 @@ def rollout(
     temperature: float,
     end_tokens: Sequence[int],
     generator: torch.Generator | None = None,
+    vocabulary: int | None = None,
 ) -> Rollout:
     """Sample one answer for every prompt.
 
@@ -45,6 +46,7 @@ def rollout(
         temperature: Sampling temperature; 0 takes the most probable token.
         end_tokens: Tokens that end an answer.
         generator: Source of randomness, on the device of the prompts; not needed at temperature 0.
+        vocabulary: Sample only the first so many tokens, for heads padded beyond what a teacher knows; None takes all.
     """
     cache = DynamicCache(config=model.config)
     ends = torch.tensor(list(end_tokens), device=prompts_BP.device)
@@ -62,7 +64,7 @@ def rollout(
             use_cache=True,
         ).last_hidden_state
         # Two dimensions on purpose: on a strided (B, 1, D) input, torch would copy the frozen head once per sample.
-        token_B = _sample(model.get_output_embeddings()(hidden_BPD[:, -1]), temperature, generator)
+        token_B = _sample(model.get_output_embeddings()(hidden_BPD[:, -1])[:, :vocabulary], temperature, generator)
         tokens.append(token_B)
         masks.append(alive_B.long())
         alive_B = alive_B & ~torch.isin(token_B, ends)

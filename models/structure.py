@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from models.architecture import decoder_layers
+from models.architecture import DecoderLayer, decoder_layers
 from models.pruning.slicing import group_indices, narrow_linear
 from models.quantization.linear import FakeQuantizedLinear
 
@@ -60,7 +61,7 @@ def is_uniform(model: PreTrainedModel) -> bool:
 
 
 def _narrow_mlp(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
-    layer = decoder_layers(model)[edit["layer"]]
+    layer = _checked_layer(model, edit)
     keep = _checked_indices(edit, layer.num_neurons)
     narrow_linear(layer.mlp.gate_proj, keep, 0, optimizers)
     narrow_linear(layer.mlp.up_proj, keep, 0, optimizers)
@@ -70,7 +71,7 @@ def _narrow_mlp(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimiz
 
 
 def _narrow_kv_groups(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
-    layer = decoder_layers(model)[edit["layer"]]
+    layer = _checked_layer(model, edit)
     groups = _checked_indices(edit, layer.num_kv_groups)
     queries_per_group = layer.num_query_heads // layer.num_kv_groups
     kv_rows = group_indices(groups, layer.head_dim)
@@ -88,11 +89,17 @@ def _fake_quantize(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Opti
             f"expected a quantization format among {', '.join(QUANTIZATION_FORMATS)}, found {edit['format']!r}; "
             "choose one of these"
         )
+    modules = dict(model.named_modules())
+    for name in edit["modules"]:
+        if not isinstance(modules.get(name), nn.Linear):
+            raise ValueError(
+                f"expected linear layers to quantize, found {name!r}, which is {_kind(modules.get(name))} in this model; "
+                "list each linear layer once, by its name in the model"
+            )
     for name in edit["modules"]:
         parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        linear = FakeQuantizedLinear(getattr(owner, child))
-        setattr(owner, child, linear.to(linear.weight.device))
+        linear = FakeQuantizedLinear(modules[name])  # type: ignore[arg-type]  # checked above
+        setattr(modules[parent], child, linear.to(linear.weight.device))
 
 
 _OPERATIONS: dict[str, Callable[[PreTrainedModel, Edit, Sequence[Optimizer]], None]] = {
@@ -100,6 +107,20 @@ _OPERATIONS: dict[str, Callable[[PreTrainedModel, Edit, Sequence[Optimizer]], No
     "narrow_kv_groups": _narrow_kv_groups,
     "fake_quantize": _fake_quantize,
 }
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "no module" if module is None else f"a {type(module).__name__}"
+
+
+def _checked_layer(model: PreTrainedModel, edit: Edit) -> DecoderLayer:
+    layers = decoder_layers(model)
+    if not 0 <= edit["layer"] < len(layers):
+        raise ValueError(
+            f"expected a layer from 0 to {len(layers) - 1}, found {edit['layer']}; this model may not be the one whose "
+            "student was edited"
+        )
+    return layers[edit["layer"]]
 
 
 def _checked_indices(edit: Edit, size: int) -> torch.Tensor:

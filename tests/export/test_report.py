@@ -13,7 +13,20 @@ REPORT = {
     "constant_answer_score": 0.1,
     "artefacts": [{"path": "onnx/model.onnx", "bytes": 2_000_000, "kind": "ONNX fp8"}],
     "benchmark": [
-        {"name": "student", "path": "onnx/model.onnx", "tokens_per_second": 50.0, "time_to_first_token_ms": 12.5}
+        {
+            "name": "student",
+            "path": "onnx/model.onnx",
+            "bytes": 2_000_000,
+            "prompt_tokens": 128,
+            "new_tokens": 32,
+            "repetitions": 5,
+            "tokens_per_second": 50.0,
+            "tokens_per_second_min": 40.0,
+            "tokens_per_second_max": 60.0,
+            "time_to_first_token_ms": 12.5,
+            "time_to_first_token_ms_min": 12.0,
+            "time_to_first_token_ms_max": 13.0,
+        }
     ],
     "verification": [
         {"name": "engine", "status": "not_run", "reason": "no GPU"},
@@ -30,7 +43,14 @@ def test_report_holds_the_figures_and_the_pictures(tmp_path: Path) -> None:
     write_report(tmp_path, REPORT)
     assert json.loads((tmp_path / "report.json").read_text()) == REPORT
     text = (tmp_path / "report.md").read_text()
-    for figure in ("| teacher | 1,000 | 0 | 1 | 0.75 |", "| pruned | 900 | 0.5 | 0.8 | 0.25 |", "0.100", "no GPU", "2e-05"):
+    for figure in (
+        "| teacher | 1,000 | 0 | 1 | 0.75 |",
+        "| pruned | 900 | 0.5 | 0.8 | 0.25 |",
+        "0.100",
+        "no GPU",
+        "2e-05",
+        "50.0 (40.0 to 60.0)",
+    ):
         assert figure in text, figure
     for picture in ("plots/training.png", "plots/artefacts.png"):
         assert f"({picture})" in text

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from models.architecture import SUPPORTED_FAMILIES, check_family, count_parameters, decoder_layers
 from models.forward import Batch
 from models.quantization import FakeQuantizedLinear, freeze_scales, quantized_linears
-from models.structure import Edit, apply_edit, is_uniform, replay
+from models.structure import Edit, apply_edit, is_uniform, quantize_decoder, replay
 
 NEURONS = sorted({0, 3, *range(10, 40, 2)})
 EDITS: list[Edit] = [
@@ -38,6 +38,11 @@ def logits(model: PreTrainedModel, batch: Batch | None = None) -> Tensor:
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return output[batch["attention_mask"].bool()]
+
+
+def observe_and_freeze(model: PreTrainedModel) -> None:
+    logits(model.train())
+    freeze_scales(model.eval())
 
 
 def masked_logits(model: PreTrainedModel, attribute: str, layer: int, keep: Tensor) -> Tensor:
@@ -128,7 +133,7 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: 
 
 def test_training_goes_on_across_edits(model: PreTrainedModel, batch: Batch) -> None:
     """Moments of kept rows are bit-identical, counters go on, every parameter still belongs to the optimizer and learns."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=20)
     losses = [train_step(model, optimizer, batch) for _ in range(5)]
     scheduler.step()
@@ -200,8 +205,7 @@ def test_replay_rebuilds_the_student(family: str) -> None:
     student, fresh = tiny_model(family, seed=1), tiny_model(family, seed=2)
     edits = [*EDITS[:5], QUANTIZE]  # layers of different sizes
     replay(student, edits)
-    logits(student)
-    freeze_scales(student)
+    observe_and_freeze(student)
     replay(fresh, json.loads(json.dumps(edits)))
     fresh.load_state_dict(student.state_dict())
     assert torch.equal(logits(fresh), logits(student))
@@ -217,9 +221,18 @@ def test_fake_quantize_observes_then_rounds(model: PreTrainedModel) -> None:
     apply_edit(model, QUANTIZE)
     assert set(quantized_linears(model)) == names
     assert torch.equal(logits(model), before)  # observing changes nothing
-    freeze_scales(model)
+    observe_and_freeze(model)
     difference = (logits(model) - before).abs().max()
     assert 0 < difference < 3
+
+
+def test_quantize_decoder_names_every_projection(model: PreTrainedModel) -> None:
+    edit = quantize_decoder(model)
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    assert edit["modules"] == [f"model.layers.{layer}.{part}" for layer in (0, 1) for part in parts]
+    apply_edit(model, json.loads(json.dumps(edit)))
+    assert list(quantized_linears(model)) == edit["modules"]
+    assert isinstance(model.lm_head, torch.nn.Linear)
 
 
 def test_a_quantized_model_can_still_be_narrowed(model: PreTrainedModel) -> None:
@@ -276,8 +289,7 @@ def assert_one_sentence(message: str) -> None:
 
 def test_quantizing_twice_is_refused(model: PreTrainedModel) -> None:
     apply_edit(model, QUANTIZE)
-    logits(model)
-    freeze_scales(model)
+    observe_and_freeze(model)
     with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj'"):
         apply_edit(model, QUANTIZE)
     assert all(linear.input_quantizer.frozen for linear in quantized_linears(model).values())

@@ -58,8 +58,8 @@ def differentiable(name: str, student: Tensor, teacher: Tensor, beta: float, tem
 
 
 def close_to(gradient: Tensor, expected: Tensor, *, rtol: float) -> None:
-    """Elements that are differences of larger numbers are as exact as these: a millionth of the largest element."""
-    torch.testing.assert_close(gradient.double(), expected.double(), rtol=rtol, atol=1e-6 * expected.abs().max().item())
+    """Elements that are differences of larger numbers are as exact as these: 1e-5 of the largest element."""
+    torch.testing.assert_close(gradient.double(), expected.double(), rtol=rtol, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])

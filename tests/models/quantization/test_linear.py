@@ -53,6 +53,16 @@ def test_frozen_rounds_and_observes_no_more() -> None:
     assert quantizer.amax.item() == 3.5
 
 
+def test_evaluation_observes_nothing() -> None:
+    """Held-out data must not set the scales."""
+    quantizer = FakeQuantizer().eval()
+    x = torch.tensor([5.0])
+    assert torch.equal(quantizer(x), x)
+    assert quantizer.amax == 0
+    assert quantizer.train()(x) is x
+    assert quantizer.amax == 5
+
+
 def test_observing_bfloat16_stays_in_float32() -> None:
     quantizer = FakeQuantizer()
     x = torch.tensor([1.5], dtype=torch.bfloat16)

@@ -1,0 +1,60 @@
+"""The real SmolLM2-135M from its package: what random weights cannot show."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datamodules.chat import Conversation, encode
+from datamodules.collate import collate, pad_id_of
+from models.architecture import count_parameters
+from models.evaluation import generate_texts
+from models.forward import Batch, answer_logits, inference_copy
+from models.losses import forward_kl
+from models.pretrained import load_model, load_tokenizer
+from models.quantization import freeze_scales
+from models.structure import apply_edit, quantize_decoder
+
+REFERENCE = "package:smollm2-135m-instruct"
+PAIRS = [
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Name three primary colours.", "The three primary colours are red, blue and yellow."),
+]
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> PreTrainedModel:
+    return load_model(REFERENCE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(REFERENCE)
+
+
+@pytest.fixture(scope="module")
+def chats(tokenizer: PreTrainedTokenizerBase) -> Batch:
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS]
+    examples = encode(tokenizer, [Conversation(turn, str(i)) for i, turn in enumerate(turns)])
+    return {**collate(examples, pad_id=pad_id_of(tokenizer))}
+
+
+def test_it_is_the_model_it_says_it_is(
+    smollm2: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: Batch
+) -> None:
+    assert count_parameters(smollm2) == 134_515_008
+    texts = generate_texts(inference_copy(smollm2, torch.bfloat16), tokenizer, chats, 24)
+    assert "Paris" in texts[0] and "blue" in texts[1].lower()
+
+
+@torch.no_grad()
+def test_fp8_and_bfloat16_stay_close_to_it(smollm2: PreTrainedModel, chats: Batch) -> None:
+    dense = answer_logits(smollm2, chats)
+    assert forward_kl(answer_logits(inference_copy(smollm2, torch.bfloat16), chats), dense).mean() < 0.005
+    quantized = inference_copy(smollm2, torch.float32)
+    apply_edit(quantized, quantize_decoder(quantized))
+    answer_logits(quantized.train(), chats)
+    freeze_scales(quantized)
+    loss = forward_kl(answer_logits(quantized.eval(), chats), dense).mean()
+    assert 1e-4 < loss < 0.1

@@ -1,0 +1,57 @@
+"""The frozen teacher: asked, never changed, never part of another module."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.forward import Batch, answer_hidden, answer_logits
+from models.pretrained import load_model
+from models.teacher import RememberingTeacher, Teacher
+
+
+@pytest.fixture
+def teacher(teacher_folder: str) -> Teacher:
+    return Teacher(teacher_folder, dtype=torch.float32)
+
+
+def test_answers_like_the_model_it_is(teacher: Teacher, teacher_folder: str, batch: Batch) -> None:
+    model = load_model(teacher_folder)
+    assert torch.equal(teacher.answer_logits(batch), answer_logits(model, batch))
+    assert torch.equal(teacher.answer_hidden(batch), answer_hidden(model, batch))
+
+
+def test_is_frozen(teacher: Teacher, batch: Batch) -> None:
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not teacher.model.training
+    assert not teacher.answer_logits(batch).requires_grad
+
+
+def test_is_no_part_of_a_module_that_holds_it(teacher: Teacher) -> None:
+    holder = nn.Linear(2, 2)
+    holder.teacher = teacher  # type: ignore[assignment]
+    holder.train()
+    assert set(holder.state_dict()) == {"weight", "bias"}
+    assert len(list(holder.parameters())) == 2
+    assert not teacher.model.training
+
+
+def test_dtype_is_its_own(teacher_folder: str, batch: Batch) -> None:
+    """Autocast of the student's training does not reach it."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Teacher(teacher_folder, dtype=torch.float32).answer_logits(batch).dtype == torch.float32
+    assert Teacher(teacher_folder, dtype=torch.bfloat16).answer_logits(batch).dtype == torch.bfloat16
+
+
+def test_to_returns_itself(teacher: Teacher) -> None:
+    assert teacher.to(torch.device("cpu")) is teacher
+
+
+def test_remembering_teacher_runs_its_body_once_a_batch(teacher: Teacher, batch: Batch) -> None:
+    runs: list[int] = []
+    teacher.model.base_model.register_forward_pre_hook(lambda *_: runs.append(1))
+    remembering, other = RememberingTeacher(teacher), {**batch, "index": [7, 8, 9, 10, 11]}
+    first = [remembering.answer_logits(b) for b in (batch, other)]
+    again = [remembering.answer_logits(b) for b in (batch, other)]
+    assert len(runs) == 2
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[0], teacher.answer_logits(batch))
