@@ -54,6 +54,26 @@ USER_ERRORS = (
 class RunConfigCallback(SaveConfigCallback):
     """Save the resolved configuration as `config.yaml` in the run's folder, and send it to loggers that keep one."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: a run that its preflight refuses leaves nothing behind."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save once the preflight has passed."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save for `validate`; within `fit`, `on_train_start` does it."""
+        if trainer.state.fn == "validate":
+            super().setup(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save for `test`."""
+        super().setup(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save for `predict`."""
+        super().setup(trainer, pl_module, "predict")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file (rank 0)."""
         folder = Path(trainer.default_root_dir)

@@ -147,13 +147,13 @@ class GradualPruning(Callback):
                     edits.append({"op": op, "layer": layer.index, "keep": top_indices(layer_scores[layer.index], kept)})
         module.edit(edits)
         after = count_parameters(module.student)
-        module.log_dict(
-            {
-                "pruning/parameters": float(after),
-                "pruning/neurons_per_layer": float(event.neurons),
-                "pruning/kv_groups_per_layer": float(event.kv_groups),
-            }
-        )
+        figures = {
+            "pruning/parameters": after,
+            "pruning/neurons_per_layer": event.neurons,
+            "pruning/kv_groups_per_layer": event.kv_groups,
+        }
+        for logger in trainer.loggers:  # directly: the trainer's own logging would put it at a later step
+            logger.log_metrics(figures, step=event.step)
         rank_zero_info(
             f"Pruned after step {event.step}: {event.neurons} neurons and {event.kv_groups} key/value groups per layer, "
             f"{before:,} -> {after:,} parameters"

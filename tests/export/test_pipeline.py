@@ -52,7 +52,7 @@ def test_the_whole_chain_and_a_second_export(folders, tmp_path, capsys):
 
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     message = capsys.readouterr().err
     assert "expected an output folder without an export, found student" in message
     assert "--overwrite" in message
@@ -77,7 +77,7 @@ def test_calibration_makes_fp8_possible_without_training(folders, tmp_path, caps
         "none",
         *QUICK,
     ]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     message = capsys.readouterr().err
     assert "QuantizationAwareTraining" in message
     assert "--calibration" in message
@@ -96,7 +96,7 @@ def test_a_verification_that_fails_ends_with_an_error(folders, tmp_path, capsys,
 
     monkeypatch.setattr(pipeline, "export_onnx", wrong)
     output = tmp_path / "out"
-    assert main([str(folders / "plain"), "--output", str(output), "--engine", "none", *QUICK]) == 1
+    assert main([str(folders / "plain"), "--output", str(output), "--engine", "none", *QUICK]) == 2
     assert "onnx fp32, prefill: relative difference" in capsys.readouterr().err
     assert json.loads((output / "report.json").read_text())["verification"][0]["status"] == "failed"
 
@@ -111,7 +111,7 @@ def test_a_verification_that_fails_ends_with_an_error(folders, tmp_path, capsys,
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, message, folders, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folders)
-    assert main([*arguments, "--output", str(tmp_path / "out"), "--engine", "none"]) == 1
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--engine", "none"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -119,7 +119,7 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, message, fold
 @needs_rtx
 def test_fp8_engines_for_older_gpus_are_refused(folders, tmp_path, capsys):
     arguments = [str(folders / "quantized"), "--output", str(tmp_path / "out"), "--precision", "fp8"]
-    assert main([*arguments, "--compute-capability", "8.6"]) == 1
+    assert main([*arguments, "--compute-capability", "8.6"]) == 2
     assert "at least 8.9 for an FP8 engine, found 8.6" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,178 @@
+"""A crash and a resume give the same bits as the uninterrupted run, whatever stands on either side of the crash."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from tiny import tiny_folder
+
+from callbacks import AtomicCheckpointIO, Checkpoint, GradualPruning, QuantizationAwareTraining
+from datamodules import Conversations
+from models import Distillation
+from models.quantization import quantized_linears
+
+STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 12, (3, 5), 7, 9
+
+
+class Crash(Callback):
+    """Stops the process's work after a given optimizer step, as far as a test can; never with `at` 0."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.at and trainer.global_step == self.at:
+            raise RuntimeError("crash")
+
+
+class Losses(Callback):
+    """Every micro-batch's loss and what it was computed on."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[float]] = {}
+        self._step = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.setdefault(self._step, []).append(float(outputs["loss"]))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("places")
+    rows = [{"prompt": f"{n} plus {n}?", "response": f"It is {2 * n}"} for n in range(22)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "student": tiny_folder(folder / "student", seed=1),
+        "teacher": tiny_folder(folder / "teacher", seed=2),
+        "data": str(folder / "data.jsonl"),
+    }
+
+
+def fit(places: dict[str, str], folder: Path, crash_at: int = 0, resume: bool = False) -> tuple[Trainer, Losses]:
+    """One run with everything on: two stages, pruning, quantization, accumulation, a learning rate schedule, epochs."""
+    module = Distillation(
+        student=places["student"],
+        teacher=places["teacher"],
+        optimizer=partial(torch.optim.AdamW, lr=3e-3),
+        warmup_steps=2,
+        on_policy_start=2,
+        on_policy_share=0.5,
+        rollout_tokens=6,
+    )
+    data = Conversations(tokenizer=places["student"], train=places["data"], batch_size=3, val_fraction=0.2, seed=3)
+    losses = Losses()
+    callbacks = [
+        GradualPruning(0.5, 0.5, *PRUNE_AT, events=2, multiple=8, calibration_batches=2),
+        QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
+        losses,
+        Crash(crash_at),
+        Checkpoint(every_n_steps=1),
+    ]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        precision="bf16-mixed",
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    last = str(folder / "checkpoints/last.ckpt") if resume else None
+    if crash_at:
+        with pytest.raises(RuntimeError, match="crash"):
+            trainer.fit(module, data)
+    else:
+        trainer.fit(module, data, ckpt_path=last)
+    return trainer, losses
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Losses]:
+    return fit(places, tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 8, 9, 11])
+def test_crash_and_resume_equal_the_uninterrupted_run(
+    step: int, places: dict[str, str], uninterrupted: tuple[Trainer, Losses], tmp_path: Path
+) -> None:
+    fit(places, tmp_path, crash_at=step)
+    trainer, losses = fit(places, tmp_path, resume=True)
+    expected, expected_losses = uninterrupted
+    ours, theirs = trainer.lightning_module, expected.lightning_module
+    assert ours.edits == theirs.edits
+    assert {s: losses.seen[s] for s in range(step, STEPS)} == {s: expected_losses.seen[s] for s in range(step, STEPS)}
+    _assert_same(ours.state_dict(), theirs.state_dict())
+    _assert_same(trainer.optimizers[0].state_dict(), expected.optimizers[0].state_dict())
+    schedules = [t.lr_scheduler_configs[0].scheduler.state_dict() for t in (trainer, expected)]
+    assert schedules[0] == schedules[1]
+
+
+def test_the_run_had_something_on_both_sides(uninterrupted: tuple[Trainer, Losses], places: dict[str, str]) -> None:
+    trainer, losses = uninterrupted
+    module = trainer.lightning_module
+    assert module.student.config.intermediate_size == 24
+    assert module.student.config.num_key_value_heads == 1
+    assert len(quantized_linears(module.student)) == 14
+    assert trainer.current_epoch >= 2
+    stages = [module.is_on_policy(step) for step in range(STEPS)]
+    assert any(stages[2:5]) and any(stages[9:]) and not all(stages[2:])
+    assert sorted(losses.seen) == list(range(STEPS))
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 3e-3
+
+
+def test_optimizer_and_student_hold_the_same_parameters(uninterrupted: tuple[Trainer, Losses]) -> None:
+    trainer, _ = uninterrupted
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainer.lightning_module.student.parameters()}
+
+
+def test_checkpoints_hold_primitives_and_no_teacher(places: dict[str, str], tmp_path: Path) -> None:
+    trainer, _ = fit(places, tmp_path)
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    assert not [key for key in checkpoint["state_dict"] if not key.startswith("student.")]
+    loaded = Distillation.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    _assert_same(loaded.state_dict(), trainer.lightning_module.state_dict())
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    real_save = torch.save
+
+    def killed(content: Any, file: Any) -> None:
+        file.write(b"half a check")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    monkeypatch.setattr(torch, "save", real_save)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def _assert_same(ours: Any, theirs: Any) -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            _assert_same(ours[key], theirs[key])
+    elif isinstance(theirs, list | tuple):
+        for mine, other in zip(ours, theirs, strict=True):
+            _assert_same(mine, other)
+    elif isinstance(theirs, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
