@@ -124,7 +124,7 @@ def _verification_table(report: Report) -> str:
             check["name"],
             check["status"],
             _number(check.get("max_relative_difference")),
-            _number(check.get("bound")),
+            _number(check.get("bound")) + (" (KL)" if check.get("bounded") == "kl" else ""),
             _number(check.get("greedy_agreement")),
             _number(check.get("kl")),
             check.get("reason") or "",

@@ -78,6 +78,18 @@ def test_more_padding_and_its_content_do_not_matter(model: PreTrainedModel, batc
     assert torch.equal(roll(model, padded).tokens_BG, roll(model, batch).tokens_BG)
 
 
+def test_positions_count_from_the_first_real_token(model: PreTrainedModel, batch: Batch) -> None:
+    """Rotary embeddings see distances only, but long-context scalings and learned positions see these numbers."""
+    seen: list[Tensor] = []
+    model.base_model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["position_ids"]), with_kwargs=True)
+    roll(model, batch, max_new_tokens=3)
+    lengths = batch["prompt_mask"].sum(1)
+    for row, length in enumerate(lengths.tolist()):
+        assert seen[0][row, -length:].tolist() == list(range(length))
+    assert torch.equal(seen[1][:, 0], lengths)
+    assert torch.equal(seen[2][:, 0], lengths + 1)
+
+
 def test_everything_after_the_first_end_token_is_masked(model: PreTrainedModel, batch: Batch) -> None:
     free = roll(model, batch).tokens_BG
     ends = [int(free[1, 2]), int(free[2, 6])]

@@ -199,6 +199,15 @@ def test_folder_round_trip(family: str, tmp_path: Path) -> None:
     assert again.config.intermediate_size == 16
 
 
+def test_folder_round_trip_where_the_head_width_was_implied(tmp_path: Path) -> None:
+    """Qwen2's config names no head width: hidden size over heads, until heads are cut."""
+    model = tiny_model("qwen2")
+    del model.config.head_dim
+    replay(model, EDITS)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_replay_rebuilds_the_student(family: str) -> None:
     """What a checkpoint does: edits through JSON onto another random model, then the weights."""
