@@ -79,7 +79,7 @@ class RunConfigCallback(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         config = _relocatable(self.config, folder)
-        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"run": self.config.as_dict()}, allow_val_change=True)

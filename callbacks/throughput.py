@@ -37,7 +37,9 @@ class Throughput(Callback):
         if steps < self.every_n_steps:
             return
         elapsed = time.perf_counter() - self._started
-        figures = {f"throughput/share_{part}": s / elapsed for part, s in pl_module.stopwatch.seconds.items()}
+        shares = {part: seconds / elapsed for part, seconds in pl_module.stopwatch.seconds.items()}
+        shares["student"] = 1 - sum(shares.values())  # forward, backward, optimizer and data: all that is not set apart
+        figures = {f"throughput/share_{part}": share for part, share in shares.items()}
         figures["throughput/tokens_per_second"] = float(pl_module.stopwatch.tokens) / elapsed
         figures["throughput/seconds_per_step"] = elapsed / steps
         pl_module.log_dict(figures)

@@ -111,16 +111,14 @@ class Distillation(StudentModule):
             batch = self._answer_ourselves(batch, batch_idx)
         with self.stopwatch("teacher"):
             teacher_logits_NV = self.teacher_logits(batch)
-        with self.stopwatch("student"):
-            logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
-            loss_N = divergence(
-                self.divergences[source],
-                logits_NV,
-                teacher_logits_NV,
-                beta=self.beta,
-                temperature=self.loss_temperature,
-            )
-            loss = loss_N.mean()
+        logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
+        loss = divergence(
+            self.divergences[source],
+            logits_NV,
+            teacher_logits_NV,
+            beta=self.beta,
+            temperature=self.loss_temperature,
+        ).mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log(f"train/{self.divergences[source]}_{source}", loss)
         if source == "dataset" and self.cross_entropy_weight:

@@ -140,7 +140,6 @@ def test_on_policy_step_learns_from_its_own_answers(build, tmp_path: Path, monke
     assert len(rollouts) == 4
     assert [name for name, _ in divergences[:3]] == ["forward_kl", "reverse_kl", "reverse_kl"]
     assert [count for _, count in divergences[1:3]] == [int(r.mask_BG.sum()) for r in rollouts[:2]]
-    assert not torch.equal(rollouts[0].tokens_BG, rollouts[1].tokens_BG)  # each step draws anew
     for one, two in zip(rollouts[:2], rollouts[2:], strict=True):
         assert torch.equal(one.tokens_BG, two.tokens_BG)
     assert torch.equal(first.student.lm_head.weight, again.student.lm_head.weight)
@@ -153,6 +152,29 @@ def test_metrics_name_the_source(build, tmp_path: Path) -> None:
     logged = set(trainer.logged_metrics)
     assert {"train/loss", "train/jsd_dataset", "train/jsd_on_policy", "train/cross_entropy"} <= logged
     assert 1 <= trainer.logged_metrics["train/rollout_tokens"] <= 6
+
+
+def test_cross_entropy_is_for_gold_answers_only(build, tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, steps=1)
+    trainer.fit(build(on_policy_start=0, cross_entropy_weight=0.5), loader())
+    assert "train/loss" in trainer.logged_metrics
+    assert "train/cross_entropy" not in trainer.logged_metrics
+
+
+def test_every_step_samples_anew(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even from the same weights and prompts."""
+    tokens: list[torch.Tensor] = []
+    real = distillation.rollout
+
+    def spying(*args: Any, **kwargs: Any) -> Rollout:
+        answers = real(*args, **kwargs)
+        tokens.append(answers.tokens_BG)
+        return answers
+
+    monkeypatch.setattr(distillation, "rollout", spying)
+    module = build(on_policy_start=0, optimizer=partial(torch.optim.SGD, lr=0.0))
+    tiny_trainer(tmp_path, steps=2).fit(module, loader())
+    assert not torch.equal(*tokens)
 
 
 # The teacher --------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_learning_rates(student_folder: str, tmp_path: Path, schedule: Any, expe
             rates.append(optimizer.param_groups[0]["lr"])
 
     module = sft(student_folder, lr=0.01, lr_schedule=schedule, warmup_steps=2)
-    tiny_trainer(tmp_path, callbacks=[Recording()]).fit(module, loader())
+    tiny_trainer(tmp_path, callbacks=[Recording()]).fit(module, loader([tiny_batch()] * 6))
     assert rates == pytest.approx([0.01 * share for share in expected], rel=1e-3)
 
 
