@@ -39,7 +39,7 @@ clean-quickstart:
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
 	@echo "==> Tests"
-	@$(PY) -m pytest -q -n 2
+	@$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	@echo "==> Lint, format and types"

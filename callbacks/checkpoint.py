@@ -62,9 +62,8 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the final state unless it was just saved."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_checkpoint(trainer, self._target())
+        """Save the final state, with what other callbacks found out at the end."""
+        self._save_checkpoint(trainer, self._target())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when asked to stop; after any other exception the last good checkpoint stays."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_folder
+from transformers import AutoModelForCausalLM
 
 import export.__main__ as export_main
 import train
@@ -72,30 +73,37 @@ def test_every_train_command_is_accepted(arguments: list[str], capsys: pytest.Ca
     assert ("usage" in capsys.readouterr().out.lower()) == asks_for_help
 
 
-@pytest.mark.recipe
-def test_the_howto_works_from_data_to_resumed_student(workspace: Path) -> None:
+@pytest.fixture(scope="module")
+def runs(workspace: Path) -> Path:
     """All commands of the how-to in order; two without a step limit are cut short."""
-    for arguments in train_arguments(HOWTO):
-        text = " ".join(arguments)
-        if "compress.yaml" in text and "short.yaml" not in text:
-            continue  # 3,000 steps; the short run is the same recipe
-        if "max_steps" not in text and "short.yaml" not in text:
-            arguments = [*arguments, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
-        assert train.entry_point(arguments) == 0, text
-    run = workspace / "runs/compress-short-001"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        for arguments in train_arguments(HOWTO):
+            text = " ".join(arguments)
+            if "compress.yaml" in text and "short.yaml" not in text:
+                continue  # 3,000 steps; the short run is the same recipe
+            if "max_steps" not in text and "short.yaml" not in text:
+                arguments = [*arguments, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
+            assert train.entry_point(arguments) == 0, text
+    return workspace / "runs"
+
+
+@pytest.mark.recipe
+def test_the_howto_works_from_data_to_resumed_student(runs: Path) -> None:
+    run = runs / "compress-short-001"
     report = json.loads((run / "report.json").read_text())
     assert [phase["name"] for phase in report["phases"]] == ["pruned", "recovered", "quantized"]
     assert {check["status"] for check in report["verification"]} == {"passed"}
-    from transformers import AutoModelForCausalLM
-
     student = AutoModelForCausalLM.from_pretrained(run / "student", trust_remote_code=False)
     assert sum(p.numel() for p in student.parameters()) == report["phases"][-1]["parameters"]
-    assert list((workspace / "runs/sft-wandb-001/wandb").glob("offline-run-*"))
+    resumed = json.loads((runs / "compress-short-002/report.json").read_text())
+    assert resumed["phases"] == report["phases"]
+    assert resumed["teacher"] == report["teacher"]
+    assert list((runs / "sft-wandb-001/wandb").glob("offline-run-*"))
 
 
 @pytest.mark.recipe
-def test_the_readmes_export_command_works(workspace: Path) -> None:
-    assert (workspace / "runs/sft-001/checkpoints/last.ckpt").is_file(), "run after the how-to"
+def test_the_readmes_export_command_works(runs: Path, workspace: Path) -> None:
     words = next(words for words in commands(README) if words[1:3] == ["-m", "export"])
     assert export_main.main([*words[3:], "--engine", "none", "--benchmark-repetitions", "1"]) == 0
     report = json.loads((workspace / "exported/report.json").read_text())

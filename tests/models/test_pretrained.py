@@ -278,3 +278,11 @@ def test_end_tokens_come_from_both_configs() -> None:
     assert end_token_ids(model) == [1, 7]
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     assert end_token_ids(model) == []
+
+
+def test_damaged_weights_are_one_sentence(tmp_path: Path) -> None:
+    folder = Path(tiny_folder(tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(FileNotFoundError, match="found none that loads"):
+        load_model(str(folder))
