@@ -8,6 +8,7 @@ or in a recipe wins over the one saved in the checkpoint, and every such differe
 import copy
 import logging
 import os
+import pickle
 import re
 import sys
 import warnings
@@ -122,8 +123,7 @@ class PotstillCLI(LightningCLI):
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"expected a checkpoint at {path!r}, found no file; check --ckpt_path")
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
-        saved.pop("_instantiator", None)
+        saved = _saved_settings(path)
         class_path = saved.pop("_class_path", None)
         if class_path != config.model.class_path:
             rank_zero_info(f"The checkpoint was written by {class_path}: all settings come from the command line")
@@ -141,10 +141,28 @@ class PotstillCLI(LightningCLI):
         return explicit[subcommand].model.init_args.as_dict()
 
 
+def _saved_settings(path: str) -> dict[str, Any]:
+    """The model's settings in a checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"expected a checkpoint at {path!r}, found a file that does not load as one ({reason}); check --ckpt_path"
+        ) from error
+    if "edits" not in checkpoint:
+        raise ValueError(f"expected a checkpoint of Potstill at {path!r}, found another program's; check --ckpt_path")
+    saved: dict[str, Any] = checkpoint["hyper_parameters"]
+    saved.pop("_instantiator", None)
+    return saved
+
+
 def _relocatable(config: Namespace, folder: Path) -> Namespace:
     """The configuration without this run's folder, so that a run started from it gets a folder of its own."""
     config = copy.deepcopy(config)
-    config.run_dir = config.ckpt_path = config.trainer.default_root_dir = None
+    # Left out, not null: a null in a file that is named after `--ckpt_path` on the command line would take it back.
+    for key in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
+        config.pop(key, None)
     for logger in _loggers(config):
         if logger.init_args.get("save_dir") == str(folder):
             logger.init_args.save_dir = "."

@@ -90,7 +90,7 @@ def import_tensorrt(flavour: Flavour = "auto") -> ModuleType:
             continue
     raise ModuleNotFoundError(
         f"expected TensorRT ({' or '.join(names)}) to be installed, found none; run `pip install -e .[tensorrt-rtx]` "
-        "(works without a GPU) or `pip install -e .[tensorrt]`, or leave the engine out (`--engine none`)"
+        "(works without a GPU) or `pip install -e .[tensorrt]`, or leave the engine out (`--engine none`, or formats [hf, onnx])"
     )
 
 

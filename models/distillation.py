@@ -7,7 +7,6 @@ function of the optimizer step, so one `fit` runs both, and a resumed run needs 
 Legend: N answer tokens, V vocabulary.
 """
 
-import hashlib
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from models.forward import Batch, answer_labels, answer_logits, inference_copy
 from models.losses import Divergence, divergence
 from models.pretrained import check_same_tokenizer, end_token_ids, load_tokenizer
 from models.rollout import rollout, rollout_batch
-from models.student import StudentModule
+from models.student import StudentModule, seed_of
 from models.teacher import Teacher
 
 
@@ -192,8 +191,7 @@ class Distillation(StudentModule):
 
 def _generator(*key: Any, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by its key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -1,6 +1,8 @@
 """`StudentModule`: builds the student, edits it, optimizes it, and keeps its structure in the checkpoint."""
 
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -128,8 +130,26 @@ class StudentModule(LightningModule):
             )
         replay(self.student, edits[known:])
         self.edits = list(edits)
+        self._check_weights(checkpoint)
+
+    def _check_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Raise `ValueError` for the weights of another student, which torch would answer with a list of tensors."""
+        ours = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"expected a checkpoint of the student {self.student_reference!r}, found {name} of shape "
+                    f"{theirs.get(name)} instead of {ours.get(name)}; it was trained from "
+                    f"{checkpoint.get('hyper_parameters', {}).get('student')!r}: set model.init_args.student to that"
+                )
 
     # Steps ----------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout, where a model has it, draws from the step's own seed: a resumed run needs no saved random state."""
+        seed = os.environ.get("PL_GLOBAL_SEED", "0")  # of seed_everything
+        torch.manual_seed(seed_of("dropout", seed, self.global_step, batch_idx, self.global_rank))
 
     def finite(self, loss: Tensor, batch: Batch) -> Tensor:
         """The loss, or an error that names the batch; the step is then not taken and no checkpoint is written."""
@@ -211,6 +231,11 @@ class StudentModule(LightningModule):
         """Floating point type for generation: bfloat16 where training uses half precision, else float32."""
         precision = "32" if self._trainer is None else str(self.trainer.precision)
         return torch.float32 if precision.startswith(("32", "64")) else torch.bfloat16
+
+
+def seed_of(*key: Any) -> int:
+    """A seed that depends on its key alone."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
 
 
 def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import wandb
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
@@ -85,6 +86,7 @@ def runs(workspace: Path) -> Path:
             if "max_steps" not in text and "short.yaml" not in text:
                 arguments = [*arguments, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
             assert train.entry_point(arguments) == 0, text
+    wandb.finish()  # a run that is still open would take in the next test's
     return workspace / "runs"
 
 

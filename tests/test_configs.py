@@ -1,0 +1,132 @@
+"""Every recipe in `configs/` runs with its own callbacks, with fewer steps on tiny models, alone and under the W&B overlay."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import tiny_folder, tiny_jsonl
+from transformers import AutoModelForCausalLM
+
+import train
+
+ROOT = Path(__file__).parent.parent
+#: What each callback of a recipe needs to act within STEPS steps on a tiny model; nothing else of the recipe is changed.
+STEPS = 6
+MOVED: dict[str, dict[str, Any]] = {
+    "GradualPruning": {"start_step": 1, "end_step": 2, "events": 2, "multiple": 8, "calibration_batches": 1},
+    "QuantizationAwareTraining": {"start_step": 4, "observe_steps": 1},
+    "Throughput": {"every_n_steps": 2},
+    "SampleCompletions": {"num_samples": 2, "max_new_tokens": 3},
+    # The small graph is what takes time; engines are compiled in the quickstart's test.
+    "ExportOnFitEnd": {"formats": ["hf", "onnx"], "verify_prompts": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    tiny_folder(folder / "student", seed=1)
+    tiny_folder(folder / "teacher", seed=2)
+    tiny_jsonl(folder / "my.jsonl", [(f"{n} plus {n}?", str(2 * n)) for n in range(24)])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def run(name: str, *more: str) -> train.PotstillCLI:
+    """A recipe cut short by an overlay that moves its callbacks' steps."""
+    recipe = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+    callbacks = recipe["trainer"]["callbacks"]
+    for callback in callbacks:
+        settings = callback.setdefault("init_args", {})
+        settings |= MOVED.get(callback["class_path"], {})
+        if name == "sft" and callback["class_path"] == "ExportOnFitEnd":
+            settings["formats"] = ["hf"]
+    model: dict[str, Any] = {"student": "student", "generate_tokens": 2, "warmup_steps": 1}
+    if recipe["model"]["class_path"] == "Distillation":
+        model |= {"teacher": "teacher", "on_policy_start": 2, "on_policy_ramp": 1, "rollout_tokens": 4}
+    overlay = {
+        "trainer": {
+            "max_steps": STEPS,
+            "val_check_interval": 3,
+            "log_every_n_steps": 1,
+            "callbacks": callbacks,
+            "enable_progress_bar": False,
+        },
+        "model": {"init_args": model},
+        "data": {"init_args": {"train": "my.jsonl", "batch_size": 4, "max_length": 64, "val_fraction": 0.2}},
+    }
+    Path(f"{name}-short.yaml").write_text(yaml.safe_dump(overlay))
+    files = ["--config", f"configs/{name}.yaml", "--config", f"{name}-short.yaml"]
+    return train.main(["fit", *files, *more])
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("name", ["sft", "distill", "compress"])
+def test_a_recipe_runs_with_its_own_callbacks(name: str) -> None:
+    cli = run(name)
+    folder = cli.run_dir
+    assert cli.trainer.global_step == STEPS
+    named = [
+        c["class_path"] for c in yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["trainer"]["callbacks"]
+    ]
+    assert set(named) <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+    assert {"config.yaml", "metrics.csv", "samples.jsonl", "checkpoints", "student", "report.json", "report.md"} <= set(
+        os.listdir(folder)
+    )
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", trust_remote_code=False)
+    report = json.loads((folder / "report.json").read_text())
+    checks = [check["status"] for check in report["verification"]]
+    if name == "sft":
+        assert checks == []
+    else:
+        assert set(checks) == {"passed"}
+        assert (folder / "onnx/model.onnx").is_file()
+    if name == "compress":
+        assert student.config.intermediate_size == 32  # 48 less a quarter, rounded to a multiple of 8
+        assert [phase["name"] for phase in report["phases"]] == ["pruned", "recovered", "quantized"]
+        assert report["phases"][-1]["parameters"] == student.num_parameters()
+    else:
+        assert student.config.intermediate_size == 48
+
+
+@pytest.mark.recipe
+def test_the_wandb_overlay_logs_offline_into_the_runs_folder(place: Path) -> None:
+    """Configuration, metrics, the table of samples and the report; a second run is not refused."""
+    import wandb
+
+    before = set(os.listdir(place))
+    folders = []
+    for _ in range(2):
+        folders.append(run("sft", "--config", "configs/wandb.yaml", "--name", "logged").run_dir)
+        wandb.finish()
+    assert [folder.name for folder in folders] == ["logged-001", "logged-002"]
+    for folder in folders:
+        (offline,) = (folder / "wandb").glob("offline-run-*")
+        logged = next(offline.glob("*.wandb")).read_bytes()
+        for part in (b"warmup_steps", b"val/perplexity", b"throughput/tokens_per_second"):
+            assert part in logged, part
+        tables = [json.loads(path.read_text()) for path in sorted(offline.glob("files/media/table/samples*.json"))]
+        assert len(tables) == STEPS // 3
+        assert all(table["columns"] == ["step", "prompt", "completion", "answer"] for table in tables)
+        assert {row[0] for table in tables for row in table["data"]} == {3, 6}
+        assert {path.name for path in (offline / "files").glob("report.*")} == {"report.json", "report.md"}
+        assert (folder / "metrics.csv").read_text().count("\n") > STEPS
+    assert set(os.listdir(place)) - before <= {"runs", "sft-short.yaml"}, "nothing outside the runs' folders"
+
+
+def test_every_file_in_configs_is_tested_somewhere() -> None:
+    """A new recipe needs a run: here, or for the quickstart's two parts in `test_train.py`."""
+    names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert names == {"sft", "distill", "compress", "wandb", "quickstart", "quickstart_teacher"}
+    quickstart = (ROOT / "tests/test_train.py").read_text()
+    assert "configs/quickstart.yaml" in quickstart and "configs/quickstart_teacher.yaml" in quickstart
