@@ -31,7 +31,7 @@ def main() -> None:
             rollout(model, prompts_BP, mask_BP, max_new_tokens=arguments.new_tokens, temperature=1.0, end_tokens=[])
 
         def theirs(prompts_BP: torch.Tensor = prompts_BP, mask_BP: torch.Tensor = mask_BP) -> None:
-            model.generate(
+            model.generate(  # type: ignore[operator]  # transformers adds it where type checkers do not look
                 prompts_BP,
                 attention_mask=mask_BP,
                 max_new_tokens=arguments.new_tokens,

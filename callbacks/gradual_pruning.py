@@ -147,7 +147,7 @@ class GradualPruning(Callback):
                     edits.append({"op": op, "layer": layer.index, "keep": top_indices(layer_scores[layer.index], kept)})
         module.edit(edits)
         after = count_parameters(module.student)
-        figures = {
+        figures: dict[str, float] = {
             "pruning/parameters": after,
             "pruning/neurons_per_layer": event.neurons,
             "pruning/kv_groups_per_layer": event.kv_groups,
