@@ -21,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save so that `path` holds either its old content or the complete new one."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.tmp")  # always the same: what a killed save left is overwritten
         try:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)

@@ -25,6 +25,10 @@ class Phases:
         layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}"
         interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
         with tqdm(total=steps, desc=name, bar_format=layout, mininterval=interval) as bar:
-            yield bar.update
+
+            def step() -> None:
+                bar.update()
+
+            yield step
             bar.update(steps - bar.n)
         self.seconds[name] = time.perf_counter() - start
