@@ -113,7 +113,8 @@ class PotstillCLI(LightningCLI):
             )
         for logger in _loggers(config):
             if logger.init_args.get("save_dir", "") in (None, "."):
-                logger.init_args.save_dir = str(self.run_dir)
+                # Absolute: W&B writes from a process of its own, which may have another working directory.
+                logger.init_args.save_dir = str(self.run_dir.absolute())
 
     def _parse_ckpt_path(self) -> None:
         """Settings in rising order of precedence: defaults, checkpoint, recipe and command line."""
@@ -164,7 +165,7 @@ def _relocatable(config: Namespace, folder: Path) -> Namespace:
     for key in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
         config.pop(key, None)
     for logger in _loggers(config):
-        if logger.init_args.get("save_dir") == str(folder):
+        if logger.init_args.get("save_dir") == str(folder.absolute()):
             logger.init_args.save_dir = "."
     return config
 

@@ -105,7 +105,7 @@ class ExportOnFitEnd(Callback):
         write_report(output, report)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.save(str(output / "report.*"), base_path=str(output))
+                logger.experiment.save(str(output.absolute() / "report.*"), base_path=str(output.absolute()))
         print(f"\n{summary(report)}\n\nThe whole report: {output / 'report.md'}")
         raise_on_failure(report["verification"])
 
