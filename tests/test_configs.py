@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,21 @@ def test_the_wandb_overlay_logs_offline_into_the_runs_folder(place: Path) -> Non
     before = set(os.listdir(place))
     command = [sys.executable, str(ROOT / "train.py")]
     command += arguments("sft", "--config", "configs/wandb.yaml", "--name", "logged")
+    # Not the W&B service that an earlier test may have started here: it would write on after the run has ended.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_SERVICE")}
+    environment["PYTHONPATH"] = str(ROOT)
     for _ in range(2):  # each in a process of its own, as W&B expects: its service outlives a run
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        subprocess.run(command, check=True, env=environment, capture_output=True)
     folders = sorted((place / "runs").glob("logged-*"))
     assert [folder.name for folder in folders] == ["logged-001", "logged-002"]
     for folder in folders:
         (offline,) = (folder / "wandb").glob("offline-run-*")
-        logged = next(offline.glob("*.wandb")).read_bytes()
-        for part in (b"warmup_steps", b"val/perplexity", b"throughput/tokens_per_second"):
-            assert part in logged, part
+        log = next(offline.glob("*.wandb"))
+        parts = (b"warmup_steps", b"val/perplexity", b"throughput/tokens_per_second")
+        deadline = time.monotonic() + 60
+        while not all(part in log.read_bytes() for part in parts) and time.monotonic() < deadline:
+            time.sleep(0.2)  # W&B's own process flushes the file
+        assert [part for part in parts if part not in log.read_bytes()] == []
         tables = [json.loads(path.read_text()) for path in sorted(offline.glob("files/media/table/samples*.json"))]
         assert len(tables) == STEPS // 3
         assert all(table["columns"] == ["step", "prompt", "completion", "answer"] for table in tables)
