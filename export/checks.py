@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from export.reference import mean_kl
+from models.losses import forward_kl
 
 Status = Literal["passed", "failed", "not_run"]
 # Largest accepted max|a - b| / max|b|, by the type between the matrix products.
@@ -81,7 +81,7 @@ class Comparison:
     def add_logits(self, step: int, ours_NV: Tensor, theirs_NV: Tensor) -> None:
         """Compare logits, the greedy tokens and the distributions; N valid positions."""
         self.add(f"logits at step {step}", ours_NV, theirs_NV)
-        self._kl.append(mean_kl(theirs_NV, ours_NV))
+        self._kl.append(forward_kl(ours_NV, theirs_NV))
         self._agreement.append(ours_NV.argmax(dim=-1) == theirs_NV.argmax(dim=-1))
 
     def check(

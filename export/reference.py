@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from export.runtime import position_ids
 from export.trace import cache_tensors
+from models.forward import inference_copy
+from models.losses import forward_kl
 from models.quantization.linear import FakeQuantizer, quantized_linears
 
 
@@ -67,14 +69,14 @@ def record(
     on_step: Callable[[], None] = lambda: None,
 ) -> Reference:
     """Run left-padded prompts and `decode_steps` greedy tokens through a model on its own device in its own precision."""
-    training, threads = model.training, torch.get_num_threads()
-    model.eval()
+    threads = torch.get_num_threads()
+    model = inference_copy(model, model.dtype)
     # Steps are short: a thread that waits for a core held by another process costs more than it brings.
     torch.set_num_threads(max(1, threads - 1))
     cache = DynamicCache()
     input_ids, mask_BS = input_ids_BT, attention_mask_BT
     steps: list[Step] = []
-    with _rounded_weights(model), _recorded_quantizer_inputs(model) as quantizer_inputs:
+    with _recorded_quantizer_inputs(model) as quantizer_inputs:
         for _ in range(decode_steps + 1):
             num_new = input_ids.shape[1]
             output = model(
@@ -90,32 +92,9 @@ def record(
             input_ids = output.logits[:, -1:].argmax(dim=-1)
             mask_BS = torch.cat([mask_BS, torch.ones_like(input_ids)], dim=1)
             on_step()
-    with _rounded_weights(model):
-        sensitivity = _sensitivity(model, steps) if quantized_linears(model) else None
-    model.train(training)
+    sensitivity = _sensitivity(model, steps) if quantized_linears(model) else None
     torch.set_num_threads(threads)
     return Reference(steps, sensitivity)
-
-
-def mean_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || other) in nats for each row of logits (..., V)."""
-    log_p, log_q = reference_logits.float().log_softmax(dim=-1), logits.float().log_softmax(dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-@contextmanager
-def _rounded_weights(model: nn.Module) -> Iterator[None]:
-    """Round the weights of a quantized model once instead of at every step; the values it computes with are the same."""
-    linears = quantized_linears(model).values()
-    saved = [(linear, linear.weight.data, linear.weight_quantizer) for linear in linears]
-    try:
-        for linear, _, _ in saved:
-            linear.weight.data = linear.weight_quantizer(linear.weight.data)
-            linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]
-        yield
-    finally:
-        for linear, weight, quantizer in saved:
-            linear.weight.data, linear.weight_quantizer = weight, quantizer
 
 
 @contextmanager
@@ -158,6 +137,6 @@ def _sensitivity(model: PreTrainedModel, steps: list[Step]) -> float:
     exact_NV = run()
     handle = model.get_input_embeddings().register_forward_hook(nudge)
     try:
-        return sum(mean_kl(exact_NV, run()).mean().item() for _ in range(2)) / 2
+        return sum(forward_kl(run(), exact_NV).mean().item() for _ in range(2)) / 2
     finally:
         handle.remove()

@@ -86,7 +86,7 @@ def import_tensorrt(flavour: Flavour = "auto") -> ModuleType:
     for name in names:
         try:
             return importlib.import_module(name)
-        except ImportError:
+        except ModuleNotFoundError:  # an installation that is there but broken must not look like none
             continue
     raise ModuleNotFoundError(
         f"expected TensorRT ({' or '.join(names)}) to be installed, found none; run `pip install -e .[tensorrt-rtx]` "

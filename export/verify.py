@@ -10,7 +10,7 @@
 "Fed": each activation quantizer gets the value that entered it in torch, see `export/cut.py` for why; what the graph computed in
 its place is compared too, in float16 graphs by root mean square.  "Sensitivity": how far
 the torch model moves from itself when its embeddings change in the last digit; no runtime with another order of summation can
-be expected to come closer.  Rows at padding positions are left out.  Bounds are never loosened to make a check pass.
+be expected to come closer.  Rows at padding positions are left out.  A check that fails is never repeated with a wider bound.
 """
 
 from collections.abc import Callable, Sequence

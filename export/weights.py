@@ -2,7 +2,7 @@
 
 - Weights of matrix products are stored transposed, so that the graph multiplies them as they lie.
 - Fake-quantized weights are stored as FLOAT8E4M3FN, directly followed by DequantizeLinear: one byte a weight, and the form
-  that engines turn into FP8 matrix products.  Their codes are computed by the same expression as in training.
+  that engines turn into FP8 matrix products.  Their codes are a cast of what training rounds by arithmetic; tests hold the two to the same bits.
 - A tensor with several uses (tied embeddings) is stored once.
 - Projections that read the same tensor with the same scale (query, key and value; gate and up) share its quantization.
 """
