@@ -7,7 +7,6 @@ Everything is tokenized once in `setup`; loaders only pad.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.chat import Conversation, Example, check_tokenizer, encode, truncate
 from datamodules.collate import Batch, collate, pad_id_of
+from datamodules.loader import ResumableLoader
 from datamodules.sampler import LengthBucketSampler
 
 SPLITS_OF_STAGE: dict[str, tuple[str, ...]] = {
@@ -210,6 +210,13 @@ class ChatDataModule(LightningDataModule):
             yield collate([examples[i] for i in drawn[: self.batch_size]], pad_id=pad_id_of(self.tokenizer))
             drawn = drawn[self.batch_size :]
 
+    def _accumulate(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    def _limit(self) -> float:
+        """Batches of an epoch; less than there are with `trainer.limit_train_batches`."""
+        return self.trainer.num_training_batches if self.trainer else float("inf")
+
     def _eval_loader(self, split: str) -> StatefulDataLoader:
         # Sorted as data, not by a sampler: under DDP Lightning can then put its own sampler in place.
         return self._loader(sorted(self.examples(split), key=len), self.eval_batch_size, None)
@@ -222,30 +229,11 @@ class ChatDataModule(LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers if sampler else 0,
+            accumulate=self._accumulate if sampler else None,
+            limit=self._limit,
             collate_fn=partial(collate, pad_id=pad_id_of(self.tokenizer)),
             pin_memory=torch.cuda.is_available(),
         )
-
-
-class ResumableLoader(StatefulDataLoader):
-    """torchdata's loader, whose state depends on the number of workers: another number is refused in plain words."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and position, and the number of workers."""
-        return {**super().state_dict(), "num_workers": self.num_workers}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the state was saved.
-
-        Raises:
-            ValueError: The state comes from a loader with another number of workers.
-        """
-        if state_dict["num_workers"] != self.num_workers:
-            raise ValueError(
-                f"expected num_workers {state_dict['num_workers']} as in the run that saved the checkpoint, found "
-                f"{self.num_workers}; resume with the same number"
-            )
-        super().load_state_dict(state_dict)
 
 
 def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> list[float]:

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens of prompt and answer, P prompt tokens.
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Batch(TypedDict):
     prompts: list[str]  # readable prompt text
     answers: list[str]  # gold answer text
     index: list[int]  # position in the split
+    step: NotRequired[dict[str, Any]]  # training only: the optimizer step it belongs to, see datamodules/loader.py
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,16 +3,21 @@
 from types import SimpleNamespace
 from typing import Any
 
+from typing import Any
+
 import pytest
 import torch
 from chat_doubles import Words
 
-from datamodules.collate import Batch
 
-
-def same(a: Batch, b: Batch) -> bool:
-    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # noqa: E731
-    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)  # type: ignore[literal-required]
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
 
 
 def test_truncation_is_counted_and_reported_once(tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +103,9 @@ def test_ranks_see_different_samples(tokenizer_folder: str) -> None:
     def rank(number: int) -> Any:
         data = Words(tokenizer_folder, batch_size=5)
         progress = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)))
-        data.trainer = SimpleNamespace(world_size=2, global_rank=number, fit_loop=progress)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(
+            accumulate_grad_batches=1, num_training_batches=9, world_size=2, global_rank=number, fit_loop=progress
+        )  # type: ignore[assignment]
         return [i for batch in data.train_dataloader() for i in batch["index"]]
 
     assert sorted(rank(0) + rank(1)) == list(range(50))
