@@ -7,8 +7,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_only
 
+from models.decoder import decoder_for
 from models.evaluation import generate_texts
-from models.forward import inference_copy
+from models.pretrained import end_token_ids
 from models.student import StudentModule
 
 
@@ -32,8 +33,11 @@ class SampleCompletions(Callback):
         assert isinstance(pl_module, StudentModule)
         batch = move_data_to_device(next(iter(trainer.datamodule.val_dataloader())), pl_module.device)  # type: ignore[attr-defined]
         batch = {key: value[: self.num_samples] for key, value in batch.items()}
-        model = inference_copy(pl_module.student, pl_module.inference_dtype)
-        texts = generate_texts(model, pl_module.tokenizer, batch, self.max_new_tokens)
+        decoder = decoder_for(pl_module.student, pl_module.inference_dtype)
+        ends = end_token_ids(pl_module.student)
+        texts = generate_texts(
+            decoder, pl_module.tokenizer, batch, max_new_tokens=self.max_new_tokens, end_tokens=ends
+        )
         rows = [
             {"step": trainer.global_step, "prompt": prompt, "completion": text, "answer": answer}
             for prompt, text, answer in zip(batch["prompts"], texts, batch["answers"], strict=True)

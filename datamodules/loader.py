@@ -3,7 +3,7 @@
 With gradient accumulation, two things need more than one micro-batch: a loss that is a mean over all answer tokens of the optimizer
 step, and a rollout that samples all its answers at once.  So the micro-batches of a step are fetched together, and each says in
 `batch["step"]` which one of how many it is (`position`, `size`) and how many answer tokens the step has on this rank
-(`answer_tokens`); the first one also carries what a rollout needs of all of them (`batches`).
+(`answer_tokens`); the first one handed out also carries what a rollout needs of all of them (`batches`).
 """
 
 from collections.abc import Callable, Iterator
@@ -58,8 +58,8 @@ class ResumableLoader(StatefulDataLoader):
             step = list(islice(batches, max(size, 0)))
             if not step:
                 return
-            _announce(step)
             skip, self._skip = self._skip, 0
+            _announce(step, first=skip)
             for self._position, batch in enumerate(step[skip:], start=skip + 1):
                 self._handed_out += 1
                 if self._position == len(step):
@@ -89,8 +89,8 @@ class ResumableLoader(StatefulDataLoader):
         super().load_state_dict(state)
 
 
-def _announce(step: list[Batch]) -> None:
-    """Tell every micro-batch about its optimizer step."""
+def _announce(step: list[Batch], first: int) -> None:
+    """Tell every micro-batch about its optimizer step; `first` is the position of the one handed out first."""
     answer_tokens = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in step)
     prompts = [{key: batch[key] for key in _PROMPT_KEYS} for batch in step]  # type: ignore[literal-required]
     for position, batch in enumerate(step):
@@ -98,5 +98,5 @@ def _announce(step: list[Batch]) -> None:
             "position": position,
             "size": len(step),
             "answer_tokens": answer_tokens,
-            "batches": prompts if position == 0 else [],
+            "batches": prompts if position == first else [],
         }

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.decoder import Decoder, decoder_for
 from models.forward import Batch, answer_labels, answer_logits, inference_copy
 from models.losses import forward_kl
 from models.pretrained import end_token_ids
@@ -83,6 +84,7 @@ def evaluate(
     """
     device = model.device
     judged = model if teacher and model is teacher.model else inference_copy(model, dtype)
+    decoder = decoder_for(model, model.dtype if judged is model else dtype) if scorer and max_new_tokens else None
     metrics = AnswerMetrics().to(device)
     for cpu_batch in batches:
         batch = move_data_to_device(cpu_batch, device)
@@ -92,22 +94,25 @@ def evaluate(
         else:
             logits_NV = answer_logits(judged, batch)
         metrics.update(logits_NV, answer_labels(batch), teacher_logits_NV)
-        if scorer and max_new_tokens:
-            scores = scorer(generate_texts(judged, tokenizer, batch, max_new_tokens), batch)
+        if scorer and decoder:
+            texts = generate_texts(
+                decoder, tokenizer, batch, max_new_tokens=max_new_tokens, end_tokens=end_token_ids(model)
+            )
+            scores = scorer(texts, batch)
             metrics.task_score.update(torch.tensor(list(scores), device=device))
     return metrics.compute()
 
 
 def generate_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
 ) -> list[str]:
-    """Greedy answers of a model in evaluation mode to the prompts of a batch."""
+    """Greedy answers to the prompts of a batch."""
     answers = rollout(
-        model,
-        batch["prompt_ids"],
-        batch["prompt_mask"],
-        max_new_tokens=max_new_tokens,
-        temperature=0.0,
-        end_tokens=end_token_ids(model),
+        decoder, batch["prompt_ids"], batch["prompt_mask"], max_new_tokens=max_new_tokens, end_tokens=end_tokens
     )
     return answer_texts(tokenizer, answers)

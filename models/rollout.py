@@ -1,9 +1,9 @@
-"""Sampling answers from a model: a left-padded batch, a key/value cache, and a generator of its own.
+"""Sampling answers from a model: a left-padded batch, a decoder with its cache, and random numbers that belong to each sample.
 
-The generator makes a rollout a pure function of (weights, prompts, seed), so that a resumed run samples the same tokens
-without any saved random state.  Sampling is never differentiated.
+A rollout is a pure function of (weights, prompt, seed) for every sample alone, so that a resumed run, another micro-batching or
+another number of ranks samples the same tokens without any saved random state.  Sampling is never differentiated.
 
-Legend: B samples, P prompt tokens, G generated tokens, T = P + G, D hidden, V vocabulary.
+Legend: B samples, P prompt tokens, G generated tokens, T = P + G.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn import functional as F
 
+from models.decoder import Decoder
 from models.forward import IGNORE, Batch
+from models.sampling import GREEDY, Sampling, sample, uniforms
+
+# Rows that have ended leave the batch when they are this share of it: taking them out copies the cache.
+_ENDED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,54 +31,66 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(
-    model: PreTrainedModel,
+    decoder: Decoder,
     prompts_BP: Tensor,
     mask_BP: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float,
     end_tokens: Sequence[int],
-    generator: torch.Generator | None = None,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
     vocabulary: int | None = None,
 ) -> Rollout:
-    """Sample one answer for every prompt.
+    """Sample one answer for every prompt; answers that have ended cost nothing more.
 
     Args:
-        model: Causal language model in evaluation mode; its dtype is the dtype of the computation.
+        decoder: The model's weights and cache, see `models.decoder.decoder_for`.
         prompts_BP: Left-padded prompt tokens.
         mask_BP: 1 for prompt tokens, 0 for padding.
         max_new_tokens: Number of tokens at most.
-        temperature: Sampling temperature; 0 takes the most probable token.
         end_tokens: Tokens that end an answer.
-        generator: Source of randomness, on the device of the prompts; not needed at temperature 0.
+        sampling: Temperature and truncation.
+        seeds: One for every sample; not needed at temperature 0.
         vocabulary: Sample only the first so many tokens, for heads padded beyond what a teacher knows; None takes all.
+
+    Raises:
+        ValueError: Sampling above temperature 0 without a seed for every sample.
     """
-    cache = DynamicCache(config=model.config)
-    ends = torch.tensor(list(end_tokens), device=prompts_BP.device)
-    mask_BT, positions_BP = mask_BP, (mask_BP.cumsum(1) - 1).clamp(min=0)
-    alive_B = torch.ones(len(prompts_BP), dtype=torch.bool, device=prompts_BP.device)
-    tokens: list[Tensor] = []
-    masks: list[Tensor] = []
-    inputs_BP = prompts_BP
-    for _ in range(max_new_tokens):
-        hidden_BPD = model.base_model(
-            input_ids=inputs_BP,
-            attention_mask=mask_BT,
-            position_ids=positions_BP,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        # Two dimensions on purpose: on a strided (B, 1, D) input, torch would copy the frozen head once per sample.
-        token_B = _sample(model.get_output_embeddings()(hidden_BPD[:, -1])[:, :vocabulary], temperature, generator)
-        tokens.append(token_B)
-        masks.append(alive_B.long())
+    num_samples, device = len(prompts_BP), prompts_BP.device
+    if sampling.temperature and (seeds is None or len(seeds) != num_samples):
+        raise ValueError(
+            f"expected a seed for each of {num_samples} samples at temperature {sampling.temperature:g}, found "
+            f"{'none' if seeds is None else len(seeds)}; pass seeds, or sample at temperature 0"
+        )
+    ends = torch.tensor(list(end_tokens), dtype=torch.long, device=device)
+    uniforms_BG = uniforms(seeds, max_new_tokens, device) if seeds is not None else None
+    tokens_BG = torch.zeros(num_samples, max_new_tokens, dtype=torch.long, device=device)
+    mask_BG = torch.zeros_like(tokens_BG)
+    rows_B = torch.arange(num_samples, device=device)  # of the samples that the decoder still holds
+    alive_B = torch.ones(num_samples, dtype=torch.bool, device=device)
+    logits_BV = decoder.prefill(prompts_BP, mask_BP, max_new_tokens)
+    for position in range(max_new_tokens):
+        uniform_B = alive_B.float() if uniforms_BG is None else uniforms_BG[rows_B, position]
+        token_B = sample(
+            logits_BV[:, :vocabulary], uniform_B, sampling, end_tokens=ends, num_sampled=position
+        )
+        tokens_BG[rows_B, position] = torch.where(alive_B, token_B, 0)
+        mask_BG[rows_B, position] = alive_B.long()
         alive_B = alive_B & ~torch.isin(token_B, ends)
-        if not alive_B.any():
+        num_alive = int(alive_B.sum())
+        if not num_alive or position + 1 == max_new_tokens:
             break
-        mask_BT = torch.cat([mask_BT, masks[-1][:, None]], dim=1)
-        positions_BP = positions_BP[:, -1:] + 1
-        inputs_BP = token_B[:, None]
-    return Rollout(torch.stack(tokens, dim=1), torch.stack(masks, dim=1))
+        if num_alive <= (1 - _ENDED_SHARE) * len(alive_B):
+            decoder.keep(alive_B.nonzero().squeeze(1))
+            rows_B, token_B, alive_B = rows_B[alive_B], token_B[alive_B], alive_B[alive_B]
+        logits_BV = decoder.step(token_B)
+    return Rollout(tokens_BG[:, : position + 1], mask_BG[:, : position + 1])
+
+
+def pad_left(prompts: Sequence[Tensor]) -> Tensor:
+    """Left-padded prompts (or masks) of several batches as one batch, with zeros in front."""
+    width = max(prompt_BP.shape[1] for prompt_BP in prompts)
+    return torch.cat([F.pad(prompt_BP, (width - prompt_BP.shape[1], 0)) for prompt_BP in prompts])
 
 
 def rollout_batch(batch: Batch, answers: Rollout) -> Batch:

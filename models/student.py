@@ -1,6 +1,5 @@
 """`StudentModule`: builds the student, edits it, optimizes it, and keeps its structure in the checkpoint."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -15,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from models.architecture import check_family
+from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics, generate_texts
-from models.forward import Batch, answer_labels, answer_logits, inference_copy
-from models.pretrained import load_model, load_tokenizer
+from models.forward import Batch, answer_labels, answer_logits
+from models.pretrained import end_token_ids, load_model, load_tokenizer
+from models.sampling import seed_of
 from models.structure import Edit, apply_edit, replay
 from models.timing import Stopwatch
 
@@ -64,7 +65,7 @@ class StudentModule(LightningModule):
         self.tokenizer: PreTrainedTokenizerBase
         self.metrics = AnswerMetrics()
         self.stopwatch = Stopwatch()
-        self._judged: tuple[PreTrainedModel, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
+        self._decoder: Decoder | None = None  # of the student that is being evaluated
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -196,33 +197,46 @@ class StudentModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers: one row `{prompt, prediction, answer}` per sample."""
-        texts = generate_texts(self._judged[0], self.tokenizer, batch, max(self.generate_tokens, 1))
+        assert self._decoder is not None
+        texts = self._answers(self._decoder, self.student, batch)
         rows = zip(batch["prompts"], texts, batch["answers"], strict=True)
         return [{"prompt": prompt, "prediction": text, "answer": answer} for prompt, text, answer in rows]
 
     def on_predict_epoch_end(self) -> None:
         """Free the copy."""
-        self._judged = ()
+        self._decoder = None
 
     def _start_evaluation(self) -> None:
         self.metrics.reset()
-        self._judged = (inference_copy(self.student, self.inference_dtype),)
+        self._decoder = decoder_for(self.student, self.inference_dtype)
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         self.metrics.update(answer_logits(self.student, batch), answer_labels(batch), self.teacher_logits(batch))
-        self._score(self._judged[0], self.metrics, batch, split)
+        assert self._decoder is not None
+        self._score(self._decoder, self.student, self.metrics, batch, split)
 
-    def _score(self, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
+    def _score(
+        self, decoder: Decoder, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str
+    ) -> None:
         """Add the task score of a model's greedy answers, where the data has one."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.generate_tokens and getattr(datamodule, "has_score", False):
-            texts = generate_texts(model, self.tokenizer, batch, self.generate_tokens)
+            texts = self._answers(decoder, model, batch)
             metrics.task_score.update(torch.tensor(datamodule.score(texts, batch, split), device=self.device))
             if hasattr(datamodule, "gym_score"):
                 metrics.scorer_score.update(torch.tensor(datamodule.gym_score(texts, batch, split), device=self.device))
 
+    def _answers(self, decoder: Decoder, model: PreTrainedModel, batch: Batch) -> list[str]:
+        return generate_texts(
+            decoder,
+            self.tokenizer,
+            batch,
+            max_new_tokens=max(self.generate_tokens, 1),
+            end_tokens=end_token_ids(model),
+        )
+
     def _end_evaluation(self, split: str) -> None:
-        self._judged = ()
+        self._decoder = None
         self.log_dict({f"{split}/{name}": value for name, value in self.metrics.compute().items()})
         self.metrics.reset()
 
@@ -231,11 +245,6 @@ class StudentModule(LightningModule):
         """Floating point type for generation: bfloat16 where training uses half precision, else float32."""
         precision = "32" if self._trainer is None else str(self.trainer.precision)
         return torch.float32 if precision.startswith(("32", "64")) else torch.bfloat16
-
-
-def seed_of(*key: Any) -> int:
-    """A seed that depends on its key alone."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
 
 
 def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,8 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-from typing import Any
-
 import pytest
 import torch
 from chat_doubles import Words
