@@ -1,5 +1,47 @@
-"""Objectives: plain functions on tensors, without a Trainer and without configuration."""
+"""Objectives: plain functions on tensors, without a Trainer and without configuration.
 
-from models.losses.divergences import Divergence, divergence, forward_kl, generalized_jsd, reverse_kl
+`divergences`, `policy_gradient` and `hidden_states` define losses; `objective` mixes them; `linear` computes the mix from hidden
+states without holding all logits, with the gradients of `closed_form`.
+"""
 
-__all__ = ["Divergence", "divergence", "forward_kl", "generalized_jsd", "reverse_kl"]
+from models.losses.divergences import (
+    Divergence,
+    divergence,
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    top_k_kl,
+    total_variation,
+)
+from models.losses.head import Head, check_head, head_of
+from models.losses.hidden_states import hidden_state_loss
+from models.losses.linear import FullTargets, Targets, TopKTargets, default_chunk_tokens, linear_objective
+from models.losses.objective import LOSSES, Objective
+from models.losses.policy_gradient import advantages, policy_gradient
+
+__all__ = [
+    "LOSSES",
+    "Divergence",
+    "FullTargets",
+    "Head",
+    "Objective",
+    "Targets",
+    "TopKTargets",
+    "advantages",
+    "check_head",
+    "default_chunk_tokens",
+    "divergence",
+    "forward_kl",
+    "generalized_jsd",
+    "head_of",
+    "hidden_state_loss",
+    "linear_objective",
+    "policy_gradient",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "top_k_kl",
+    "total_variation",
+]
