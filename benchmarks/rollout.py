@@ -8,9 +8,11 @@ Both sample in bfloat16 with a key/value cache, without end tokens, so that both
 import torch
 
 from benchmarks.harness import interleave, parser, report, spread
+from models.decoder import decoder_for
 from models.forward import inference_copy
 from models.pretrained import load_model
 from models.rollout import rollout
+from models.sampling import Sampling
 
 PROMPT_TOKENS = 32
 
@@ -22,13 +24,22 @@ def main() -> None:
     options.add_argument("--new-tokens", type=int, default=64, help="tokens sampled for each prompt (default: 64)")
     arguments = options.parse_args()
     model = inference_copy(load_model(arguments.model), torch.bfloat16)
+    decoder = decoder_for(model, torch.bfloat16)
     results, ratios = [], {}
     for batch in (4, 16):
         prompts_BP = torch.randint(100, model.config.vocab_size, (batch, PROMPT_TOKENS))
         mask_BP = torch.ones_like(prompts_BP)
 
         def ours(prompts_BP: torch.Tensor = prompts_BP, mask_BP: torch.Tensor = mask_BP) -> None:
-            rollout(model, prompts_BP, mask_BP, max_new_tokens=arguments.new_tokens, temperature=1.0, end_tokens=[])
+            rollout(
+                decoder,
+                prompts_BP,
+                mask_BP,
+                max_new_tokens=arguments.new_tokens,
+                end_tokens=[],
+                sampling=Sampling(),
+                seeds=range(len(prompts_BP)),
+            )
 
         def theirs(prompts_BP: torch.Tensor = prompts_BP, mask_BP: torch.Tensor = mask_BP) -> None:
             model.generate(  # type: ignore[operator]  # transformers adds it where type checkers do not look

@@ -35,9 +35,7 @@ class SampleCompletions(Callback):
         batch = {key: value[: self.num_samples] for key, value in batch.items()}
         decoder = decoder_for(pl_module.student, pl_module.inference_dtype)
         ends = end_token_ids(pl_module.student)
-        texts = generate_texts(
-            decoder, pl_module.tokenizer, batch, max_new_tokens=self.max_new_tokens, end_tokens=ends
-        )
+        texts = generate_texts(decoder, pl_module.tokenizer, batch, max_new_tokens=self.max_new_tokens, end_tokens=ends)
         rows = [
             {"step": trainer.global_step, "prompt": prompt, "completion": text, "answer": answer}
             for prompt, text, answer in zip(batch["prompts"], texts, batch["answers"], strict=True)

@@ -1,26 +1,32 @@
 """Distillation in two stages as one schedule (GKD, arXiv 2306.13649; order of stages as in arXiv 2502.14305).
 
-Stage 1: word-level divergence to the teacher on the answers of the data, plus cross-entropy if asked for.
-Stage 2: the same on answers that the student samples itself.  Which stage a step belongs to is a draw whose probability is a
-function of the optimizer step, so one `fit` runs both, and a resumed run needs no saved state.
+Stage 1: word-level divergence to the teacher on the answers of the data.  Stage 2: the same on answers that the student gives
+itself.  Which stage a step belongs to is a draw whose probability is a function of the optimizer step, so one `fit` runs both.
 
-Legend: N answer tokens, V vocabulary.
+Legend: N answer tokens, D hidden, V vocabulary.
 """
 
-from typing import Any, Literal
+import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import functional as F
 
+from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics
-from models.forward import Batch, answer_labels, answer_logits, inference_copy
-from models.losses import Divergence, divergence
-from models.pretrained import check_same_tokenizer, end_token_ids, load_tokenizer
-from models.rollout import rollout, rollout_batch
-from models.student import StudentModule, seed_of
+from models.forward import Batch, answer_labels, answer_states
+from models.losses import Objective, check_head, head_of, hidden_state_loss, linear_objective
+from models.on_policy import OnPolicy, OnPolicyAnswers, Source
+from models.pretrained import check_same_tokenizer, end_token_ids, load_tokenizer, vocabulary_size
+from models.rollout import Rollout, rollout_batch
+from models.sampling import Sampling
+from models.step_mean import step_of
+from models.student import StudentModule, settings_of
 from models.teacher import Teacher
+
+FORWARD_KL, NEVER, PLAIN = Objective(), OnPolicy(), Sampling()  # defaults; all three are frozen
 
 
 class Distillation(StudentModule):
@@ -28,18 +34,12 @@ class Distillation(StudentModule):
 
     Args:
         teacher: Model to learn from (same tokenizer as the student): folder, hub id, .gguf file or package:NAME.
-        divergence: Per-token loss in nats: forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher), jsd is
-            between them (see beta).
-        on_policy_divergence: The same for the student's own answers; none repeats divergence.
-        beta: Position of jsd between forward KL (0) and reverse KL (1); change the learning rate with it.
-        loss_temperature: Divides the logits of both models inside the divergence.
-        cross_entropy_weight: Weight of the cross-entropy on gold answers, added to the divergence (stage 1 only).
-        on_policy_start: Optimizer steps of stage 1; negative leaves stage 2 out.
-        on_policy_ramp: Optimizer steps over which the share of on-policy steps rises to on_policy_share after that.
-        on_policy_share: Final share of steps on the student's own answers, 0 to 1.
-        rollout_tokens: Length of the student's own answers in tokens, at most.
-        sampling_temperature: Temperature at which the student samples them; independent of loss_temperature.
-        rollout_seed: Seed of the draws and samples; the same on every rank.
+        objective: Weighted mix of per-token losses on the answers of the data (stage 1).
+        on_policy_objective: The same for the student's own answers (stage 2); none takes objective without cross_entropy.
+        on_policy: When the student answers for itself, how long, and whether answers are replayed.
+        sampling: How the student samples its own answers; independent of the objective's temperature.
+        hidden_state_weight: Weight of the distance between hidden states of student and teacher, added to the objective; 0 for none.
+        hidden_state_layers: Decoder layers of the student and the teacher's layers they learn from, both counted from 0.
         kwargs: Settings of StudentModule.
 
     Raises:
@@ -49,38 +49,35 @@ class Distillation(StudentModule):
     def __init__(
         self,
         teacher: str,
-        divergence: Divergence = "forward_kl",
-        on_policy_divergence: Divergence | None = None,
-        beta: float = 0.5,
-        loss_temperature: float = 1.0,
-        cross_entropy_weight: float = 0.0,
-        on_policy_start: int = -1,
-        on_policy_ramp: int = 0,
-        on_policy_share: float = 1.0,
-        rollout_tokens: int = 64,
-        sampling_temperature: float = 1.0,
-        rollout_seed: int = 0,
+        objective: Objective = FORWARD_KL,
+        on_policy_objective: Objective | None = None,
+        on_policy: OnPolicy = NEVER,
+        sampling: Sampling = PLAIN,
+        hidden_state_weight: float = 0.0,
+        hidden_state_layers: dict[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _check_range("on_policy_share", on_policy_share, 0, 1)
-        _check_range("beta", beta, 0, 1)
-        _check_range("loss_temperature", loss_temperature, 1e-3, 1e3)
-        _check_range("sampling_temperature", sampling_temperature, 1e-3, 1e3)
-        _check_range("rollout_tokens", rollout_tokens, 1, 1_000_000)
         self.teacher_reference = teacher
-        self.divergences = {"dataset": divergence, "on_policy": on_policy_divergence or divergence}
-        self.beta = beta
-        self.loss_temperature = loss_temperature
-        self.cross_entropy_weight = cross_entropy_weight
-        self.on_policy_start = on_policy_start
-        self.on_policy_ramp = on_policy_ramp
-        self.on_policy_share = on_policy_share
-        self.rollout_tokens = rollout_tokens
-        self.sampling_temperature = sampling_temperature
-        self.rollout_seed = rollout_seed
-        self._sampler: tuple[int, Any] | None = None
+        objective = settings_of(Objective, objective)
+        on_policy_objective = settings_of(Objective, on_policy_objective or _without_gold(objective))
+        self.objectives: dict[Source, Objective] = {
+            "dataset": objective,
+            "fresh": on_policy_objective,
+            "replay": on_policy_objective,
+        }
+        self.own_answers = OnPolicyAnswers(settings_of(OnPolicy, on_policy), settings_of(Sampling, sampling))
+        self.hidden_state_weight = hidden_state_weight
+        self.hidden_state_layers = {int(ours): int(theirs) for ours, theirs in (hidden_state_layers or {}).items()}
+        if (hidden_state_weight > 0) != bool(hidden_state_layers):
+            raise ValueError(
+                f"expected model.hidden_state_weight and model.hidden_state_layers together, found {hidden_state_weight} and "
+                f"{hidden_state_layers}; set both, or neither"
+            )
+        self._sampler: tuple[int, int, Decoder] | None = None  # edits and optimizer step of its weights, and itself
+        self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
+        self._teacher_decoder: Decoder | None = None
 
     def configure_model(self) -> None:
         """Load student and teacher, and refuse a pair that does not share a tokenizer."""
@@ -93,8 +90,21 @@ class Distillation(StudentModule):
         self.teacher = Teacher(
             self.teacher_reference, dtype=self.inference_dtype, trust_remote_code=self.trust_remote_code
         )
-        # Heads may be padded beyond the tokenizer, each to another size: only ids that both have take part.
-        self.vocabulary = min(m.get_output_embeddings().weight.shape[0] for m in (self.student, self.teacher.model))
+        check_head(self.teacher.model, head_of(self.teacher.model))
+        self._agree_on_vocabulary()
+
+    def _agree_on_vocabulary(self) -> None:
+        """Heads may be padded beyond the tokenizer, each to another size: only true tokens take part, on both sides."""
+        heads = {"student": head_of(self.student), "teacher": head_of(self.teacher.model)}
+        rows = {name: len(head.weight_VD) for name, head in heads.items()}
+        self.vocabulary = min(vocabulary_size(self.tokenizer), *rows.values())
+        if set(rows.values()) != {self.vocabulary}:
+            rank_zero_info(
+                "Of the heads' rows (student %d, teacher %d), the tokenizer's %d tokens take part; the rest is padding",
+                rows["student"],
+                rows["teacher"],
+                self.vocabulary,
+            )
 
     def setup(self, stage: str) -> None:
         """Put the teacher where the student will be."""
@@ -104,70 +114,89 @@ class Distillation(StudentModule):
     # Training -------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One divergence, on the data's answers or on the student's own."""
-        source: Literal["dataset", "on_policy"] = "on_policy" if self.is_on_policy(self.global_step) else "dataset"
-        if source == "on_policy":
-            batch = self._answer_ourselves(batch, batch_idx)
+        """The objective of the optimizer step's source of answers, on one micro-batch."""
+        source, batch = self._answered(batch)
         with self.stopwatch("teacher"):
-            teacher_logits_NV = self.teacher_logits(batch)
-        logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
-        loss = divergence(
-            self.divergences[source],
-            logits_NV,
-            teacher_logits_NV,
-            beta=self.beta,
-            temperature=self.loss_temperature,
-        ).mean()
-        self.log("train/loss", loss, prog_bar=True)
-        self.log(f"train/{self.divergences[source]}_{source}", loss)
-        if source == "dataset" and self.cross_entropy_weight:
-            cross_entropy = F.cross_entropy(logits_NV.float(), answer_labels(batch))
-            self.log("train/cross_entropy", cross_entropy)
-            loss = loss + self.cross_entropy_weight * cross_entropy
-        return self.finite(loss, batch)
+            targets, their_states = self.teacher.targets(batch, layers=self.hidden_state_layers.values())
+        hidden_ND, our_states = answer_states(self.student, batch, layers=self.hidden_state_layers)
+        total, sums = linear_objective(
+            hidden_ND,
+            head_of(self.student),
+            targets,
+            answer_labels(batch),
+            self.objectives[source],
+            vocabulary=self.vocabulary,
+            sequence_lengths=(batch["labels"][:, 1:] != -100).sum(1).tolist(),
+        )
+        for ours_ND, theirs_ND in zip(our_states, their_states, strict=True):
+            distance = hidden_state_loss(ours_ND, theirs_ND).sum() / len(our_states)
+            total = total + self.hidden_state_weight * distance
+            self.step_mean.add("train/hidden_states", distance)
+        for name, value in sums.items():
+            self.step_mean.add(f"train/{name}_{'dataset' if source == 'dataset' else 'on_policy'}", value)
+        return self.share_of_step(total, batch)
 
-    def on_policy_probability(self, step: int) -> float:
-        """Probability that an optimizer step uses the student's own answers."""
-        if self.on_policy_start < 0 or step < self.on_policy_start:
-            return 0.0
-        progress = (step - self.on_policy_start + 1) / max(self.on_policy_ramp, 1)
-        return self.on_policy_share * min(progress, 1.0)
+    def _answered(self, batch: Batch) -> tuple[Source, Batch]:
+        """The micro-batch with the answers to learn from; those of the whole optimizer step are sampled with its first."""
+        source = self.own_answers.source(self.global_step, self.trainer.max_steps)
+        step = step_of(batch, self.trainer.accumulate_grad_batches)
+        if source == "dataset":
+            if step["batches"]:
+                self.step_mean.start(step["answer_tokens"])
+            return source, batch
+        if step["batches"]:
+            with self.stopwatch("rollout"):
+                self._rolled = self.own_answers.answers(
+                    source,
+                    step["batches"],
+                    self.global_step,
+                    self.global_rank,
+                    self._sampler_of_step,
+                    end_tokens=end_token_ids(self.student),
+                    vocabulary=self.vocabulary,
+                )
+            num_tokens = torch.stack([answers.mask_BG.sum() for _, answers in self._rolled]).sum()
+            self.step_mean.start(num_tokens)
+            self.log("train/rollout_tokens", num_tokens / sum(len(answers.mask_BG) for _, answers in self._rolled))
+        prompts, answers = self._rolled[step["position"]]
+        return source, {**batch, **rollout_batch(prompts, answers)}
 
-    def is_on_policy(self, step: int) -> bool:
-        """The draw of an optimizer step: the same for all its micro-batches and on every rank."""
-        draw = torch.rand((), generator=_generator("draw", self.rollout_seed, step))
-        return bool(draw < self.on_policy_probability(step))
+    def _sampler_of_step(self) -> Decoder:
+        """The decoder in half precision, its weights taken once per optimizer step."""
+        now = (len(self.edits), self.global_step)
+        if self._sampler is None or self._sampler[0] != now[0]:
+            self._sampler = None  # free the old one first
+            self._sampler = (*now, decoder_for(self.student, self.inference_dtype))
+        elif self._sampler[1] != now[1]:
+            self._sampler = (*now, self._sampler[2])
+            self._sampler[2].refresh()
+        return self._sampler[2]
 
-    def _answer_ourselves(self, batch: Batch, batch_idx: int) -> Batch:
-        with self.stopwatch("rollout"), torch.autocast(self.device.type, enabled=False):
-            sampler = self._sampler_of_step()
-            answers = rollout(
-                sampler,
-                batch["prompt_ids"],
-                batch["prompt_mask"],
-                max_new_tokens=self.rollout_tokens,
-                temperature=self.sampling_temperature,
-                end_tokens=end_token_ids(sampler),
-                generator=_generator(
-                    "rollout", self.rollout_seed, self.global_step, batch_idx, self.global_rank, device=self.device
-                ),
-                vocabulary=self.vocabulary,
-            )
-        self.log("train/rollout_tokens", answers.mask_BG.sum(1).float().mean())
-        return rollout_batch(batch, answers)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the draws of stage 2 depend on: each rank's own replay buffer, and the adaptive share."""
+        super().on_save_checkpoint(checkpoint)
+        states: list[Any] = [self.own_answers.state_dict()] * (self._trainer.world_size if self._trainer else 1)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(states, self.own_answers.state_dict())
+        checkpoint["on_policy"] = states
 
-    def _sampler_of_step(self) -> Any:
-        """The half-precision copy that samples, made once per optimizer step."""
-        if self._sampler is None or self._sampler[0] != self.global_step:
-            self._sampler = None  # free the old copy first
-            self._sampler = (self.global_step, inference_copy(self.student, self.inference_dtype))
-        return self._sampler[1]
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the replay buffer of this rank."""
+        super().on_load_checkpoint(checkpoint)
+        states = checkpoint.get("on_policy") or []  # SFT has none
+        if states:
+            self.own_answers.load_state_dict(states[(self.global_rank if self._trainer else 0) % len(states)])
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
     def teacher_logits(self, batch: Batch) -> Tensor:
         """Teacher's logits at the answer positions, over the common vocabulary."""
         return self.teacher.answer_logits(batch)[:, : self.vocabulary]
+
+    def _start_evaluation(self) -> None:
+        super()._start_evaluation()
+        if self._teacher_metrics is not None:
+            self._teacher_metrics.reset()
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         super()._evaluation_step(batch, split)
@@ -176,26 +205,24 @@ class Distillation(StudentModule):
 
     def _judge_teacher(self, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
         metrics.update(self.teacher_logits(batch), answer_labels(batch), None)
-        self._score(self.teacher.model, metrics, batch, split)
+        if self._teacher_decoder is None:
+            self._teacher_decoder = decoder_for(self.teacher.model, self.inference_dtype)
+        self._score(self._teacher_decoder, self.teacher.model, metrics, batch, split)
 
-    def _end_evaluation(self, split: str) -> None:
-        super()._end_evaluation(split)
+    def _end_evaluation(self, split: str) -> dict[str, float]:
+        figures = super()._end_evaluation(split)
+        self._teacher_decoder = None
+        if split == "val" and not self.trainer.sanity_checking:
+            self.own_answers.validated(math.log(figures["val/perplexity"]))
         if self._teacher_metrics is not None and not self.trainer.sanity_checking:
-            figures = {f"{split}/teacher_{name}": value for name, value in self._teacher_metrics.compute().items()}
-            self.log_dict(figures)
-            rank_zero_info("The teacher's own figures: %s", ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+            theirs = {f"{split}/teacher_{name}": value for name, value in self._teacher_metrics.compute().items()}
+            self.log_dict(theirs)
+            rank_zero_info("The teacher's own figures: %s", ", ".join(f"{k} {v:.4f}" for k, v in theirs.items()))
             self._teacher_metrics = None  # once is enough: the teacher never changes
-        elif self._teacher_metrics is not None:
-            self._teacher_metrics.reset()
+        return figures
 
 
-def _generator(*key: Any, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by its key alone."""
-    return torch.Generator(device).manual_seed(seed_of(*key))
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(
-            f"expected model.{name} between {low:g} and {high:g}, found {value:g}; change it in the recipe"
-        )
+def _without_gold(objective: Objective) -> Objective:
+    """The objective for answers that nobody calls right: without cross-entropy, if there is anything else."""
+    weights = {name: weight for name, weight in objective.weights.items() if name != "cross_entropy"}
+    return replace(objective, weights=weights or objective.weights)

@@ -4,6 +4,7 @@ Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary,
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,9 +25,30 @@ def answer_labels(batch: Batch) -> Tensor:
 
 def answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states at the positions that predict answer tokens, shape (N, D), in the order of `answer_labels`."""
-    output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return answer_states(model, batch)[0]
+
+
+def answer_states(model: PreTrainedModel, batch: Batch, layers: Iterable[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states as `answer_hidden`, and the outputs (N, D) of some decoder layers, counted from 0.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+    layers = list(layers)
+    output = model.base_model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        output_hidden_states=bool(layers),
+    )
     predicts_answer_BT = batch["labels"][:, 1:] != IGNORE
-    return output.last_hidden_state[:, :-1][predicts_answer_BT]
+    states = output.hidden_states[1:] if layers else ()  # without the embeddings
+    if layers and not 0 <= min(layers) <= max(layers) < len(states):
+        raise ValueError(
+            f"expected decoder layers between 0 and {len(states) - 1}, found {layers}; change model.hidden_state_layers"
+        )
+    picked = [states[layer][:, :-1][predicts_answer_BT] for layer in layers]
+    return output.last_hidden_state[:, :-1][predicts_answer_BT], picked
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

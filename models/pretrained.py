@@ -106,6 +106,11 @@ def end_token_ids(model: PreTrainedModel) -> list[int]:
     return sorted(set(ids))
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the tokenizer knows, gaps included; a head may have more rows than that."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` unless both tokenizers map every token to the same id: word-level distillation compares ids."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()

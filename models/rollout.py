@@ -71,9 +71,7 @@ def rollout(
     logits_BV = decoder.prefill(prompts_BP, mask_BP, max_new_tokens)
     for position in range(max_new_tokens):
         uniform_B = alive_B.float() if uniforms_BG is None else uniforms_BG[rows_B, position]
-        token_B = sample(
-            logits_BV[:, :vocabulary], uniform_B, sampling, end_tokens=ends, num_sampled=position
-        )
+        token_B = sample(logits_BV[:, :vocabulary], uniform_B, sampling, end_tokens=ends, num_sampled=position)
         tokens_BG[rows_B, position] = torch.where(alive_B, token_B, 0)
         mask_BG[rows_B, position] = alive_B.long()
         alive_B = alive_B & ~torch.isin(token_B, ends)

@@ -1,17 +1,23 @@
 """Supervised fine-tuning: cross-entropy on the answers of the data ("teacher correction" when the teacher is tuned)."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import Batch, answer_hidden, answer_labels
+from models.losses import Objective, head_of, linear_objective
+from models.step_mean import step_of
 from models.student import StudentModule
+
+CROSS_ENTROPY = Objective({"cross_entropy": 1.0})
 
 
 class SFT(StudentModule):
-    """Fine-tune a model on gold answers; the loss is the mean cross-entropy per answer token, in nats."""
+    """Fine-tune a model on gold answers; the loss is the mean cross-entropy per answer token of the optimizer step, in nats."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
-        loss = F.cross_entropy(answer_logits(self.student, batch).float(), answer_labels(batch))
-        self.log("train/loss", loss, prog_bar=True)
-        return self.finite(loss, batch)
+        """Cross-entropy of one micro-batch."""
+        step = step_of(batch, self.trainer.accumulate_grad_batches)
+        if step["batches"]:
+            self.step_mean.start(step["answer_tokens"])
+        hidden_ND = answer_hidden(self.student, batch)
+        total, _ = linear_objective(hidden_ND, head_of(self.student), None, answer_labels(batch), CROSS_ENTROPY)
+        return self.share_of_step(total, batch)

@@ -3,8 +3,9 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -17,12 +18,15 @@ from models.architecture import check_family
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics, generate_texts
 from models.forward import Batch, answer_labels, answer_logits
+from models.losses import check_head, head_of
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.sampling import seed_of
+from models.step_mean import StepMean, step_of
 from models.structure import Edit, apply_edit, replay
 from models.timing import Stopwatch
 
 log = logging.getLogger(__name__)
+Settings = TypeVar("Settings")
 
 
 class StudentModule(LightningModule):
@@ -52,8 +56,10 @@ class StudentModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        # A checkpoint holds primitives only: what the CLI records is plain data, a class or a partial is not.
+        # A checkpoint holds primitives only: what the CLI records is plain data; a class, a partial or settings are not.
         self.remove_ignored_hparams([name for name, value in self.hparams.items() if callable(value)])
+        settings = {name: value for name, value in self.hparams.items() if is_dataclass(value)}
+        self.hparams.update({name: asdict(value) for name, value in settings.items()})  # type: ignore[arg-type]
         self.student_reference = student
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -65,6 +71,7 @@ class StudentModule(LightningModule):
         self.tokenizer: PreTrainedTokenizerBase
         self.metrics = AnswerMetrics()
         self.stopwatch = Stopwatch()
+        self.step_mean = StepMean(self)
         self._decoder: Decoder | None = None  # of the student that is being evaluated
 
     # Building -------------------------------------------------------------------------------------------------------
@@ -76,6 +83,8 @@ class StudentModule(LightningModule):
         self.tokenizer = load_tokenizer(self.student_reference, trust_remote_code=self.trust_remote_code)
         student = load_model(self.student_reference, trust_remote_code=self.trust_remote_code)
         check_family(student.config)
+        check_head(student, head_of(student))
+        self.vocabulary = len(head_of(student).weight_VD)
         self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -152,6 +161,16 @@ class StudentModule(LightningModule):
         seed = os.environ.get("PL_GLOBAL_SEED", "0")  # of seed_everything
         torch.manual_seed(seed_of("dropout", seed, self.global_step, batch_idx, self.global_rank))
 
+    def share_of_step(self, total: Tensor, batch: Batch) -> Tensor:
+        """What `training_step` returns for a loss summed over answer tokens: its share of the optimizer step's mean."""
+        self.step_mean.add("train/loss", total)
+        step = step_of(batch, self.trainer.accumulate_grad_batches)
+        if step["position"] + 1 == step["size"]:
+            figures = self.step_mean.means()
+            self.log("train/loss", figures.pop("train/loss"), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+            self.log_dict(figures, sync_dist=self.trainer.world_size > 1)
+        return self.finite(self.step_mean.loss(total), batch)
+
     def finite(self, loss: Tensor, batch: Batch) -> Tensor:
         """The loss, or an error that names the batch; the step is then not taken and no checkpoint is written."""
         self.stopwatch.tokens = self.stopwatch.tokens + batch["attention_mask"].sum()
@@ -211,7 +230,8 @@ class StudentModule(LightningModule):
         self._decoder = decoder_for(self.student, self.inference_dtype)
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        self.metrics.update(answer_logits(self.student, batch), answer_labels(batch), self.teacher_logits(batch))
+        logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
+        self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch))
         assert self._decoder is not None
         self._score(self._decoder, self.student, self.metrics, batch, split)
 
@@ -235,16 +255,23 @@ class StudentModule(LightningModule):
             end_tokens=end_token_ids(model),
         )
 
-    def _end_evaluation(self, split: str) -> None:
+    def _end_evaluation(self, split: str) -> dict[str, float]:
         self._decoder = None
-        self.log_dict({f"{split}/{name}": value for name, value in self.metrics.compute().items()})
+        figures = {f"{split}/{name}": value for name, value in self.metrics.compute().items()}
+        self.log_dict(figures)
         self.metrics.reset()
+        return figures
 
     @property
     def inference_dtype(self) -> torch.dtype:
         """Floating point type for generation: bfloat16 where training uses half precision, else float32."""
         precision = "32" if self._trainer is None else str(self.trainer.precision)
         return torch.float32 if precision.startswith(("32", "64")) else torch.bfloat16
+
+
+def settings_of(kind: type[Settings], given: Settings | dict[str, Any]) -> Settings:
+    """Settings as an object: a checkpoint, which holds plain data only, gives them back as a dict."""
+    return kind(**given) if isinstance(given, dict) else given
 
 
 def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -6,11 +6,14 @@ distributed wrapper, and nothing can train it, quantize it or save it by acciden
 Legend: N answer tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.forward import Batch, answer_hidden
+from models.forward import Batch, answer_hidden, answer_states
+from models.losses import FullTargets, Targets, head_of
 from models.pretrained import load_model
 
 
@@ -31,6 +34,13 @@ class Teacher:
         """Move the teacher to a device; returns itself."""
         self.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         return self
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, layers: Iterable[int] = ()) -> tuple[Targets, list[Tensor]]:
+        """What the teacher says at the answer positions, not yet multiplied with its head; outputs of some layers."""
+        with torch.autocast(self.model.device.type, enabled=False):
+            hidden_NE, states = answer_states(self.model, batch, layers)
+        return FullTargets(hidden_NE, head_of(self.model)), states
 
     @torch.no_grad()
     def answer_hidden(self, batch: Batch) -> Tensor:

@@ -56,7 +56,7 @@ def arguments(name: str, *more: str) -> list[str]:
             settings["formats"] = ["hf"]
     model: dict[str, Any] = {"student": "student", "generate_tokens": 2, "warmup_steps": 1}
     if recipe["model"]["class_path"] == "Distillation":
-        model |= {"teacher": "teacher", "on_policy_start": 2, "on_policy_ramp": 1, "rollout_tokens": 4}
+        model |= {"teacher": "teacher", "on_policy": {"start": 2, "ramp": 1, "tokens": 4}}
     overlay = {
         "trainer": {
             "max_steps": STEPS,

@@ -62,9 +62,7 @@ RECIPE = {
         "init_args": {
             "student": "student",
             "teacher": "teacher",
-            "on_policy_start": 1,
-            "on_policy_share": 0.6,
-            "rollout_tokens": 5,
+            "on_policy": {"start": 1, "share": 0.6, "tokens": 5},
             "generate_tokens": 3,
             "warmup_steps": 2,
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}},

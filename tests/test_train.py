@@ -90,7 +90,7 @@ def test_the_quickstart_runs_on_a_tiny_model(place: Path, models: dict[str, str]
         yaml.safe_dump(
             {
                 "trainer": {"max_steps": 8, "val_check_interval": 4, "callbacks": callbacks},
-                "model": {"init_args": {"on_policy_start": 2, "on_policy_ramp": 0, "warmup_steps": 1}},
+                "model": {"init_args": {"on_policy": {"start": 2, "ramp": 0}, "warmup_steps": 1}},
                 "data": {"init_args": data},
             }
         )

@@ -28,6 +28,7 @@ from export.report import read_metrics
 from models import Distillation
 from models.architecture import count_parameters, decoder_layers
 from models.evaluation import evaluate
+from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
 
 
@@ -50,8 +51,7 @@ def fit(folders: dict[str, str], place: Path, *callbacks: Callback, steps: int =
         teacher=folders["teacher"],
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         generate_tokens=4,
-        on_policy_start=1,
-        rollout_tokens=4,
+        on_policy=OnPolicy(start=1, tokens=4),
     )
     data = Conversations(
         tokenizer=folders["student"], train=folders["data"], batch_size=4, val_fraction=0.2, score_exact_match=True

@@ -13,6 +13,7 @@ from tiny import tiny_folder
 from callbacks import AtomicCheckpointIO, Checkpoint, GradualPruning, QuantizationAwareTraining
 from datamodules import Conversations
 from models import Distillation
+from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 12, (3, 5), 7, 9
@@ -62,9 +63,7 @@ def fit(places: dict[str, str], folder: Path, crash_at: int = 0, resume: bool = 
         teacher=places["teacher"],
         optimizer=partial(torch.optim.AdamW, lr=3e-3),
         warmup_steps=2,
-        on_policy_start=2,
-        on_policy_share=0.5,
-        rollout_tokens=6,
+        on_policy=OnPolicy(start=2, share=0.5, tokens=6),
     )
     data = Conversations(tokenizer=places["student"], train=places["data"], batch_size=3, val_fraction=0.2, seed=3)
     losses = Losses()
@@ -125,7 +124,7 @@ def test_the_run_had_something_on_both_sides(uninterrupted: tuple[Trainer, Losse
     assert module.student.config.num_key_value_heads == 1
     assert len(quantized_linears(module.student)) == 14
     assert trainer.current_epoch >= 2
-    stages = [module.is_on_policy(step) for step in range(STEPS)]
+    stages = [module.own_answers.source(step, STEPS) != "dataset" for step in range(STEPS)]
     assert any(stages[2:5]) and any(stages[9:]) and not all(stages[2:])
     assert sorted(losses.seen) == list(range(STEPS))
     assert trainer.optimizers[0].param_groups[0]["lr"] < 3e-3

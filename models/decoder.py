@@ -1,0 +1,307 @@
+"""Incremental decoding: inference weights of a student in training, a key/value cache, and one token for every row at a time.
+
+Two decoders with the same three methods:
+
+- `TransformersDecoder` runs the Hugging Face model with its own cache.  It serves every family and is the definition.
+- `FusedDecoder` computes the same for Llama-type models from its own copy of the weights: query, key and value as one matrix
+  product, gate and up as another, a cache allocated once.  A small model's token costs little more than reading its weights,
+  and the many small calls around them would cost several times that.
+
+Both keep weights of their own, in the floating point type of the rollout; `refresh` takes them from the model again.
+
+Legend: B rows, P prompt tokens, T cached positions, D hidden, H query heads, G key/value heads, K head width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from models.architecture import decoder_layers
+from models.forward import inference_copy
+from models.quantization.fp8 import fake_quantize_fp8
+from models.quantization.linear import FakeQuantizedLinear
+
+# Rotary frequencies of these kinds depend on the length of the sequence, so they cannot be computed once.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+_KNOWN_LINEARS = (nn.Linear, FakeQuantizedLinear)
+
+
+class Decoder(Protocol):
+    """What `rollout` needs of a model."""
+
+    def refresh(self) -> None:
+        """Take the model's present weights."""
+
+    def prefill(self, prompts_BP: Tensor, mask_BP: Tensor, max_new_tokens: int) -> Tensor:
+        """Read left-padded prompts and make room for `max_new_tokens` more; next-token logits (B, V)."""
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Append one token to every row; next-token logits (B, V)."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+
+
+def decoder_for(model: PreTrainedModel, dtype: torch.dtype) -> Decoder:
+    """The fastest decoder for a model; it computes in `dtype`, in evaluation mode, and leaves the model alone."""
+    return FusedDecoder(model, dtype) if FusedDecoder.supports(model) else TransformersDecoder(model, dtype)
+
+
+class TransformersDecoder:
+    """Any causal language model, through its own forward and cache.
+
+    Args:
+        model: The model whose weights are taken at every `refresh`.
+        dtype: Floating point type of the copy.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._source, self._dtype = model, dtype
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the model again."""
+        self.model = inference_copy(self._source, self._dtype)
+
+    @torch.no_grad()
+    def prefill(self, prompts_BP: Tensor, mask_BP: Tensor, max_new_tokens: int) -> Tensor:
+        """See `Decoder`."""
+        self._cache = DynamicCache(config=self.model.config)
+        self._mask_BT, self._lengths_B = mask_BP, mask_BP.sum(1)
+        return self._forward(prompts_BP, (mask_BP.cumsum(1) - 1).clamp(min=0))
+
+    @torch.no_grad()
+    def step(self, token_B: Tensor) -> Tensor:
+        """See `Decoder`."""
+        self._mask_BT = F.pad(self._mask_BT, (0, 1), value=1)
+        self._lengths_B = self._lengths_B + 1
+        return self._forward(token_B[:, None], self._lengths_B[:, None] - 1)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Decoder`."""
+        self._cache.batch_select_indices(rows)
+        self._mask_BT, self._lengths_B = self._mask_BT[rows], self._lengths_B[rows]
+
+    def _forward(self, tokens_BN: Tensor, positions_BN: Tensor) -> Tensor:
+        output = self.model.base_model(
+            input_ids=tokens_BN,
+            attention_mask=self._mask_BT,
+            position_ids=positions_BN,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        # Two dimensions on purpose: on a strided (B, 1, D) input, torch would copy the frozen head once per row.
+        return self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
+
+
+class FusedDecoder:
+    """Llama-type models (see `models/architecture.py`), pruned and fake-quantized ones included.
+
+    Args:
+        model: The model whose weights are taken at every `refresh`; changes of its structure need a new decoder.
+        dtype: Floating point type of weights, cache and computation.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._body: Any = model.base_model
+        self._layers = [_Layer(model, index, dtype) for index in range(len(decoder_layers(model)))]
+        self._head = _Weights([model.get_output_embeddings()], dtype)
+        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        self._embedding = self._head if tied else _Weights([model.get_input_embeddings()], dtype)
+        self._norm = _Norm(self._body.norm, dtype)
+        self.refresh()
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Whether this class computes what the model computes."""
+        config = model.config
+        rope: Any = getattr(model.base_model, "rotary_emb", None)
+        return (
+            config.model_type in ("llama", "mistral", "qwen2", "qwen3")
+            and rope is not None
+            and rope.rope_type not in _LENGTH_DEPENDENT_ROPE
+            and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+            and getattr(config, "sliding_window", None) is None
+            and all(
+                type(getattr(owner, name)) in _KNOWN_LINEARS
+                for layer in decoder_layers(model)
+                for owner, name in layer.linears()
+            )
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the model's weights into the buffers of this decoder."""
+        parts: list[Any] = [self._head, self._embedding, self._norm, *(part for layer in self._layers for part in layer.parts)]
+        for part in dict.fromkeys(parts):  # a tied embedding is the head
+            part.refresh()
+
+    @torch.no_grad()
+    def prefill(self, prompts_BP: Tensor, mask_BP: Tensor, max_new_tokens: int) -> Tensor:
+        """See `Decoder`."""
+        num_prompt = prompts_BP.shape[1]
+        total = num_prompt + max_new_tokens
+        self._lengths_B, self._position = mask_BP.sum(1), num_prompt
+        self._mask_BT = F.pad(mask_BP.bool(), (0, max_new_tokens), value=True)
+        cos_1TK, sin_1TK = self._body.rotary_emb(
+            torch.empty(0, dtype=torch.float32, device=prompts_BP.device),
+            torch.arange(total, device=prompts_BP.device)[None],
+        )
+        # The sign of the rotated half goes into the sine, so that rotating is a flip and two products.
+        half = cos_1TK.shape[-1] // 2
+        signed_TK = torch.cat([-sin_1TK[0, :, :half], sin_1TK[0, :, half:]], dim=-1)
+        self._cos_TK, self._sin_TK = cos_1TK[0].to(self._dtype), signed_TK.to(self._dtype)
+        for layer in self._layers:
+            layer.allocate(len(prompts_BP), total)
+        positions_BP = (mask_BP.cumsum(1) - 1).clamp(min=0)
+        causal_PP = torch.ones(num_prompt, num_prompt, dtype=torch.bool, device=prompts_BP.device).tril()
+        # A padding position sees itself, so that its softmax has a term; nobody sees padding.
+        seen_BPP = causal_PP & mask_BP.bool()[:, None] | torch.eye(
+            num_prompt, dtype=torch.bool, device=causal_PP.device
+        )
+        return self._forward(prompts_BP, positions_BP, 0, seen_BPP[:, None])
+
+    @torch.no_grad()
+    def step(self, token_B: Tensor) -> Tensor:
+        """See `Decoder`."""
+        start, self._position = self._position, self._position + 1
+        positions_B1 = self._lengths_B[:, None]
+        self._lengths_B = self._lengths_B + 1
+        return self._forward(token_B[:, None], positions_B1, start, self._mask_BT[:, None, None, : self._position])
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Decoder`."""
+        for layer in self._layers:
+            layer.keep(rows)
+        self._mask_BT, self._lengths_B = self._mask_BT[rows], self._lengths_B[rows]
+
+    def _forward(self, tokens_BN: Tensor, positions_BN: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
+        cos_B1NK, sin_B1NK = self._cos_TK[positions_BN][:, None], self._sin_TK[positions_BN][:, None]
+        x_BND = F.embedding(tokens_BN, self._embedding.weight)
+        for layer in self._layers:
+            x_BND = layer(x_BND, cos_B1NK, sin_B1NK, start, seen_B1NT)
+        return self._head(self._norm(x_BND[:, -1]))
+
+
+class _Layer:
+    """One transformer block with its part of the cache."""
+
+    def __init__(self, model: PreTrainedModel, index: int, dtype: torch.dtype) -> None:
+        view = decoder_layers(model)[index]
+        body: Any = model.base_model
+        block = body.layers[index]
+        attention, mlp = view.attention, view.mlp
+        self.heads, self.groups, self.head_dim = view.num_query_heads, view.num_kv_groups, view.head_dim
+        self.scaling, self.activation = attention.scaling, mlp.act_fn
+        self.input_norm, self.mlp_norm = (
+            _Norm(block.input_layernorm, dtype),
+            _Norm(block.post_attention_layernorm, dtype),
+        )
+        self.head_norms = [_Norm(getattr(attention, n), dtype) for n in ("q_norm", "k_norm") if hasattr(attention, n)]
+        self.qkv = _Weights([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.output = _Weights([attention.o_proj], dtype)
+        self.gate_up = _Weights([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = _Weights([mlp.down_proj], dtype)
+        self.parts = (self.input_norm, self.mlp_norm, *self.head_norms, self.qkv, self.output, self.gate_up, self.down)
+
+    def allocate(self, rows: int, positions: int) -> None:
+        shape = (rows, self.groups, positions, self.head_dim)
+        self.keys_BGTK, self.values_BGTK = (self.qkv.weight.new_empty(shape) for _ in range(2))
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys_BGTK, self.values_BGTK = self.keys_BGTK[rows], self.values_BGTK[rows]
+
+    def __call__(self, x_BND: Tensor, cos_B1NK: Tensor, sin_B1NK: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
+        x_BND = x_BND + self._attend(self.input_norm(x_BND), cos_B1NK, sin_B1NK, start, seen_B1NT)
+        gate_BNM, up_BNM = self.gate_up(self.mlp_norm(x_BND)).chunk(2, dim=-1)
+        return x_BND + self.down(self.activation(gate_BNM) * up_BNM)
+
+    def _attend(self, x_BND: Tensor, cos_B1NK: Tensor, sin_B1NK: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
+        rows, new, _ = x_BND.shape
+        heads_BXNK = self.qkv(x_BND).view(rows, new, -1, self.head_dim).transpose(1, 2)
+        rotated_BXNK, values_BGNK = heads_BXNK.split([self.heads + self.groups, self.groups], dim=1)
+        if self.head_norms:
+            parts = rotated_BXNK.split([self.heads, self.groups], dim=1)
+            rotated_BXNK = torch.cat([norm(x) for norm, x in zip(self.head_norms, parts, strict=True)], dim=1)
+        flipped_BXNK = rotated_BXNK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        rotated_BXNK = torch.addcmul(rotated_BXNK * cos_B1NK, flipped_BXNK, sin_B1NK)
+        queries_BHNK, keys_BGNK = rotated_BXNK.split([self.heads, self.groups], dim=1)
+        end = start + new
+        self.keys_BGTK[:, :, start:end] = keys_BGNK
+        self.values_BGTK[:, :, start:end] = values_BGNK
+        if new == 1:
+            # The query heads of one group stand in the place of positions: keys and values are read once, not repeated.
+            queries_BHNK = queries_BHNK.reshape(rows, self.groups, -1, self.head_dim)
+        attended = F.scaled_dot_product_attention(
+            queries_BHNK,
+            self.keys_BGTK[:, :, :end],
+            self.values_BGTK[:, :, :end],
+            attn_mask=seen_B1NT,
+            scale=self.scaling,
+            enable_gqa=new > 1,
+        )
+        if new == 1:
+            return self.output(attended.reshape(rows, 1, -1))
+        return self.output(attended.transpose(1, 2).reshape(rows, new, -1))
+
+
+class _Weights:
+    """One matrix for all linear layers that read the same tensor; quantized ones are called one after the other."""
+
+    def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
+        self.linears = linears
+        self.quantized = isinstance(linears[0], FakeQuantizedLinear)
+        self.sizes = [linear.weight.shape[0] for linear in linears]
+        first = linears[0].weight
+        self.weight = torch.empty(sum(self.sizes), first.shape[1], dtype=dtype, device=first.device)
+        has_bias = getattr(linears[0], "bias", None) is not None
+        self.bias = torch.empty(sum(self.sizes), dtype=dtype, device=first.device) if has_bias else None
+        self.packs = not self.quantized and dtype == torch.bfloat16 and first.device.type == "cpu" and _can_pack()
+        self.packed: Tensor | None = None
+
+    def refresh(self) -> None:
+        for linear, part in zip(self.linears, self.weight.split(self.sizes), strict=True):
+            part.copy_(_quantize(linear.weight, linear.weight_quantizer) if self.quantized else linear.weight)
+        if self.bias is not None:
+            for linear, part in zip(self.linears, self.bias.split(self.sizes), strict=True):
+                part.copy_(linear.bias)
+        if self.packs:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if not self.quantized:
+            return F.linear(x, self.weight, self.bias)
+        biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
+        parts = zip(self.linears, self.weight.split(self.sizes), biases, strict=True)
+        return torch.cat([F.linear(_quantize(x, linear.input_quantizer), w, b) for linear, w, b in parts], dim=-1)
+
+
+def _can_pack() -> bool:
+    """Whether oneDNN can lay a matrix out once for many products, as torch's own compiler does for inference."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _quantize(x: Tensor, quantizer: Any) -> Tensor:
+    """What the quantizer does in evaluation mode: a rollout must not set the scales of a student in training."""
+    return fake_quantize_fp8(x, quantizer.scale) if quantizer.frozen else x
+
+
+class _Norm:
+    """RMSNorm; a product in float32 would be cast back at once, so the weight has the type of the computation."""
+
+    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+        self.norm, self.dtype = norm, dtype
+
+    def refresh(self) -> None:
+        self.weight = self.norm.weight.to(self.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.norm.variance_epsilon)
