@@ -32,6 +32,7 @@ import callbacks
 import datamodules  # noqa: F401  # registers short class names
 import models
 from export.verify import VerificationError
+from models.low_precision import admit_optimizer_states
 
 # Known, harmless on purpose, and otherwise the first thing a newcomer reads.
 QUIET = (
@@ -144,6 +145,7 @@ class PotstillCLI(LightningCLI):
 
 def _saved_settings(path: str) -> dict[str, Any]:
     """The model's settings in a checkpoint."""
+    admit_optimizer_states(Path(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
