@@ -1,14 +1,13 @@
 """LoRA: the student's weights stay frozen and small adapters beside its linear layers are trained."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from models.lora import PROJECTIONS, check_peft
+from models.lora import PROJECTIONS, Projection, check_peft
 from models.student import StudentModule
 
 
@@ -34,9 +33,7 @@ class LoRA(Callback):
         rank: int = 16,
         alpha: float = 32.0,
         dropout: float = 0.0,
-        modules: Sequence[
-            Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        ] = PROJECTIONS,
+        modules: Sequence[Projection] = PROJECTIONS,
     ) -> None:
         if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
             raise ValueError(

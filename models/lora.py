@@ -8,13 +8,15 @@ PEFT is imported only where adapters exist, as it is an optional dependency (ext
 
 import copy
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 
 def check_peft() -> None:

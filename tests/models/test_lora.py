@@ -68,7 +68,7 @@ def lora_module(student: str) -> SFT:
 def fit(module: SFT, folder: Path, steps: int, ckpt_path: str | None = None) -> None:
     torch.manual_seed(0)  # of the adapters, as seed_everything does it
     callback = LoRA(rank=4, alpha=8, dropout=0.5, modules=EDIT["modules"])
-    tiny_trainer(folder, steps, callbacks=[callback]).fit(module, loader(), ckpt_path=ckpt_path)
+    tiny_trainer(folder, steps, callbacks=[callback]).fit(module, loader([tiny_batch()] * 4), ckpt_path=ckpt_path)
 
 
 def test_only_adapters_are_trained(run: tuple[SFT, dict[str, Tensor], Path]) -> None:
