@@ -22,6 +22,9 @@ from models.rollout import rollout, rollout_batch
 from models.student import StudentModule, seed_of
 from models.teacher import Teacher
 
+TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
+FLOATS = ("float32", "bfloat16")
+
 
 class Distillation(StudentModule):
     """Distil a frozen teacher into the student, on the data's answers first, then on the student's own.
@@ -40,6 +43,8 @@ class Distillation(StudentModule):
         rollout_tokens: Length of the student's own answers in tokens, at most.
         sampling_temperature: Temperature at which the student samples them; independent of loss_temperature.
         rollout_seed: Seed of the draws and samples; the same on every rank.
+        teacher_dtype: Teacher's weights: auto is bfloat16 in half-precision training and else float32; int8 keeps its decoder
+            layers in 8 bits (one scale per output), which changes its answers a little.
         kwargs: Settings of StudentModule.
 
     Raises:
@@ -60,6 +65,7 @@ class Distillation(StudentModule):
         rollout_tokens: int = 64,
         sampling_temperature: float = 1.0,
         rollout_seed: int = 0,
+        teacher_dtype: TeacherDtype = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -79,6 +85,7 @@ class Distillation(StudentModule):
         self.rollout_tokens = rollout_tokens
         self.sampling_temperature = sampling_temperature
         self.rollout_seed = rollout_seed
+        self.teacher_dtype: TeacherDtype = teacher_dtype
         self._sampler: tuple[int, Any] | None = None
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
 
@@ -91,7 +98,10 @@ class Distillation(StudentModule):
             self.tokenizer, load_tokenizer(self.teacher_reference, trust_remote_code=self.trust_remote_code)
         )
         self.teacher = Teacher(
-            self.teacher_reference, dtype=self.inference_dtype, trust_remote_code=self.trust_remote_code
+            self.teacher_reference,
+            dtype=getattr(torch, self.teacher_dtype) if self.teacher_dtype in FLOATS else self.inference_dtype,
+            int8=self.teacher_dtype == "int8",
+            trust_remote_code=self.trust_remote_code,
         )
         # Heads may be padded beyond the tokenizer, each to another size: only ids that both have take part.
         self.vocabulary = min(m.get_output_embeddings().weight.shape[0] for m in (self.student, self.teacher.model))
