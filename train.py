@@ -21,6 +21,13 @@ os.environ.setdefault(
 )  # the tokenizers library warns in forked loader workers otherwise
 
 import torch
+
+for name in (
+    "torchao",
+    "torch.utils._pytree",
+):  # importing torchao names kernels of other GPUs, and its own deprecations
+    logging.getLogger(name).setLevel(logging.ERROR)
+
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
