@@ -21,6 +21,13 @@ os.environ.setdefault(
 )  # the tokenizers library warns in forked loader workers otherwise
 
 import torch
+
+for name in (
+    "torchao",
+    "torch.utils._pytree",
+):  # importing torchao names kernels of other GPUs, and its own deprecations
+    logging.getLogger(name).setLevel(logging.ERROR)
+
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -32,6 +39,7 @@ import callbacks
 import datamodules  # noqa: F401  # registers short class names
 import models
 from export.verify import VerificationError
+from models.low_precision import admit_optimizer_states
 
 # Known, harmless on purpose, and otherwise the first thing a newcomer reads.
 QUIET = (
@@ -144,6 +152,7 @@ class PotstillCLI(LightningCLI):
 
 def _saved_settings(path: str) -> dict[str, Any]:
     """The model's settings in a checkpoint."""
+    admit_optimizer_states(Path(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

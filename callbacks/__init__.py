@@ -3,6 +3,7 @@
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
+from callbacks.lora import LoRA
 from callbacks.phases import PhaseEvaluation
 from callbacks.preflight import Preflight
 from callbacks.quantization import QuantizationAwareTraining
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "ExportOnFitEnd",
     "GradualPruning",
+    "LoRA",
     "PhaseEvaluation",
     "Preflight",
     "QuantizationAwareTraining",

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from models.low_precision import admit_optimizer_states
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write to a temporary name in the same folder, flush to disk, rename.
@@ -30,6 +32,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load to the CPU, optimizer states in 8 bits included, for which Lightning's function for that does not work."""
+        admit_optimizer_states(Path(path))
+        return super().load_checkpoint(path, map_location="cpu", weights_only=weights_only)  # type: ignore[arg-type]
 
 
 class Checkpoint(ModelCheckpoint):

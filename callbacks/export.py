@@ -76,6 +76,11 @@ class ExportOnFitEnd(Callback):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_order(callbacks)
+        if self.compare_with_teacher and getattr(pl_module, "teacher_dtype", "auto") == "int8":
+            raise ValueError(
+                "expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher, found model.teacher_dtype "
+                "int8; choose auto, or leave the comparison out"
+            )
         quantized = any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks)
         if self.settings.precision == "fp8" and self.settings.graph and not quantized:
             raise ValueError(

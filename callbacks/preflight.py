@@ -18,6 +18,7 @@ from export.pipeline import check_output_free
 from export.slice import one_layer_slice
 from export.to_onnx import export_onnx
 from models.architecture import count_parameters
+from models.lora import merge_adapters
 from models.quantization import freeze_scales
 from models.structure import apply_edit, quantize_decoder
 from models.student import StudentModule
@@ -40,8 +41,8 @@ class Preflight(Callback):
         quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
         export = next((c for c in callbacks if isinstance(c, ExportOnFitEnd)), None)
         _check_steps(trainer, pruning, quantization)
-        if not pl_module.edits:  # a resumed student has had part of this done to it already
-            layer = one_layer_slice(pl_module.student)
+        if all(edit["op"] == "lora" for edit in pl_module.edits):  # a resumed student has had part of this done to it
+            layer = merge_adapters(one_layer_slice(pl_module.student))
             _rehearse_pruning(layer, pruning)
             if quantization is not None:
                 _rehearse_quantization(layer)
@@ -91,10 +92,12 @@ def _forward(layer: PreTrainedModel) -> None:
 
 
 def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFitEnd | None) -> None:
-    weights = 4 * count_parameters(module.student)
+    exported = 4 * count_parameters(module.student)
+    weights = sum(p.numel() * p.element_size() for p in module.student.parameters())
+    trained = sum(p.numel() * p.element_size() for p in module.student.parameters() if p.requires_grad)
     # A checkpoint holds weights and two moments, and the new one is complete before the old one goes; an export writes the
     # folder, one or two graphs and an engine.
-    disk = 2 * 3 * weights + (4 * weights if export else 0)
+    disk = 2 * (weights + 2 * trained) + (4 * exported if export else 0)
     free_disk = shutil.disk_usage(_existing_parent(Path(trainer.default_root_dir))).free
     if free_disk < disk:
         raise ValueError(
@@ -103,7 +106,7 @@ def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFi
         )
     # Gradients and two moments are still to come, and the export holds another copy or two after training.
     on_cpu = module.device.type == "cpu"
-    memory = 3 * weights if on_cpu or export else weights
+    memory = max(3 * trained if on_cpu else weights, 3 * exported if export else 0)
     free_memory = psutil.virtual_memory().available
     if free_memory < memory:
         raise ValueError(

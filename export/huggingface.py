@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.files import move_into_place, staging_folder
 from models.architecture import decoder_layers
+from models.lora import merged
 from models.pretrained import load_model, load_tokenizer
 from models.quantization.linear import quantized_linears
 from models.structure import apply_edit, is_uniform
@@ -43,7 +44,7 @@ def save_student(
         ValueError: The layers have different sizes, which one `config.json` can't express.
     """
     check_saveable(model)
-    plain = without_quantizers(model)
+    plain = without_quantizers(merged(model))
     if dtype is not None:
         plain = copy.deepcopy(plain)
         for parameter in plain.parameters():  # buffers (rotary frequencies) must keep their digits

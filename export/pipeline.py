@@ -35,6 +35,7 @@ from export.to_tensorrt import (
     import_tensorrt,
 )
 from export.verify import verify_engine, verify_onnx
+from models.lora import merged
 from models.quantization.linear import quantized_linears
 
 Format = Literal["hf", "onnx", "engine"]
@@ -135,6 +136,7 @@ def export_all(
         check_output_free(output)
     if "hf" in settings.formats:
         check_saveable(model)
+    model = merged(model)
     computed = model if settings.precision == "fp8" else _plain(model)
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)

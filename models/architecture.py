@@ -79,5 +79,5 @@ def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, tied ones once; LoRA adapters do not count, as they end up in the weights beside them."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)

@@ -138,7 +138,12 @@ class FusedDecoder:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the model's weights into the buffers of this decoder."""
-        parts: list[Any] = [self._head, self._embedding, self._norm, *(part for layer in self._layers for part in layer.parts)]
+        parts: list[Any] = [
+            self._head,
+            self._embedding,
+            self._norm,
+            *(part for layer in self._layers for part in layer.parts),
+        ]
         for part in dict.fromkeys(parts):  # a tied embedding is the head
             part.refresh()
 

@@ -8,7 +8,7 @@ Legend: N answer tokens, D hidden, V vocabulary.
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,6 +26,8 @@ from models.step_mean import step_of
 from models.student import StudentModule, settings_of
 from models.teacher import Teacher
 
+TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
+FLOATS = ("float32", "bfloat16")
 FORWARD_KL, NEVER, PLAIN = Objective(), OnPolicy(), Sampling()  # defaults; all three are frozen
 
 
@@ -40,6 +42,8 @@ class Distillation(StudentModule):
         sampling: How the student samples its own answers; independent of the objective's temperature.
         hidden_state_weight: Weight of the distance between hidden states of student and teacher, added to the objective; 0 for none.
         hidden_state_layers: Decoder layers of the student and the teacher's layers they learn from, both counted from 0.
+        teacher_dtype: Teacher's weights: auto is bfloat16 in half-precision training and else float32; int8 keeps its decoder
+            layers in 8 bits (one scale per output), which changes its answers a little.
         kwargs: Settings of StudentModule.
 
     Raises:
@@ -55,10 +59,12 @@ class Distillation(StudentModule):
         sampling: Sampling = PLAIN,
         hidden_state_weight: float = 0.0,
         hidden_state_layers: dict[int, int] | None = None,
+        teacher_dtype: TeacherDtype = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.teacher_reference = teacher
+        self.teacher_dtype: TeacherDtype = teacher_dtype
         objective = settings_of(Objective, objective)
         on_policy_objective = settings_of(Objective, on_policy_objective or _without_gold(objective))
         self.objectives: dict[Source, Objective] = {
@@ -88,7 +94,10 @@ class Distillation(StudentModule):
             self.tokenizer, load_tokenizer(self.teacher_reference, trust_remote_code=self.trust_remote_code)
         )
         self.teacher = Teacher(
-            self.teacher_reference, dtype=self.inference_dtype, trust_remote_code=self.trust_remote_code
+            self.teacher_reference,
+            dtype=getattr(torch, self.teacher_dtype) if self.teacher_dtype in FLOATS else self.inference_dtype,
+            int8=self.teacher_dtype == "int8",
+            trust_remote_code=self.trust_remote_code,
         )
         check_head(self.teacher.model, head_of(self.teacher.model))
         self._agree_on_vocabulary()

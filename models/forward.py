@@ -5,12 +5,15 @@ Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary,
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from models.lora import merge_adapters
 from models.quantization.linear import quantized_linears
 
 Batch = dict[str, Any]
@@ -56,14 +59,26 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.get_output_embeddings()(answer_hidden(model, batch))
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """From now on, training keeps each decoder layer's input only and runs the layer again in the backward pass.
+
+    Evaluation mode is not affected.  Dropout draws the same numbers both times.
+    """
+    # transformers' public name for this changed within version 5, and it also hooks the embeddings, which only re-entrant
+    # checkpoints need.
+    model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+
+
 @torch.no_grad()
 def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy of a model for generation: evaluation mode, weights in `dtype`, fake-quantized weights rounded once and for all.
+    """A copy of a model for generation: evaluation mode, weights in `dtype`, fake-quantized weights rounded once and for all,
+    LoRA adapters merged, no activation checkpoints.
 
     Only parameters change type.  Buffers keep float32: rotary frequencies in bfloat16 would turn by wrong angles, and
     quantization scales would put values on another grid.
     """
-    duplicate = copy.deepcopy(model).eval().requires_grad_(False)
+    duplicate = merge_adapters(copy.deepcopy(model).eval()).requires_grad_(False)
+    duplicate._set_gradient_checkpointing(False)
     for linear in quantized_linears(duplicate).values():
         linear.weight.data = linear.weight_quantizer(linear.weight)
         linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]

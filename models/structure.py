@@ -8,6 +8,7 @@ The module saves its list in the checkpoint and replays it before the weights lo
 | `narrow_mlp`       | `layer`, `keep` (neurons)             | keeps these neurons of a gated MLP                              |
 | `narrow_kv_groups` | `layer`, `keep` (key/value groups)    | keeps these groups of an attention, with their query heads      |
 | `fake_quantize`    | `format`, `modules` (qualified names) | linear layers become `FakeQuantizedLinear`, observing at first  |
+| `lora`             | `rank`, `alpha`, `dropout`, `modules` | adapters beside these projections; all else is frozen           |
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
+from models.lora import has_adapters, insert_adapters
 from models.pruning.slicing import group_indices, narrow_linear
 from models.quantization.linear import FakeQuantizedLinear
 
@@ -36,6 +38,11 @@ def apply_edit(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimize
         raise ValueError(
             f"expected an edit with an 'op' among {', '.join(_OPERATIONS)}, found {edit.get('op')!r}; "
             "the checkpoint may come from a newer version of Potstill"
+        )
+    if has_adapters(model) and edit["op"] != "lora":
+        raise ValueError(
+            f"expected a student without LoRA adapters for {edit['op']}, found one that has them; prune or quantize the "
+            "student/ folder of the LoRA run instead"
         )
     _OPERATIONS[edit["op"]](model, edit, optimizers)
 
@@ -102,10 +109,15 @@ def _fake_quantize(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Opti
         setattr(modules[parent], child, linear.to(linear.weight.device))
 
 
+def _lora(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer]) -> None:
+    insert_adapters(model, edit["modules"], rank=edit["rank"], alpha=edit["alpha"], dropout=edit["dropout"])
+
+
 _OPERATIONS: dict[str, Callable[[PreTrainedModel, Edit, Sequence[Optimizer]], None]] = {
     "narrow_mlp": _narrow_mlp,
     "narrow_kv_groups": _narrow_kv_groups,
     "fake_quantize": _fake_quantize,
+    "lora": _lora,
 }
 
 

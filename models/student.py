@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from models.architecture import check_family
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics, generate_texts
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import Batch, answer_labels, answer_logits, checkpoint_activations
+from models.lora import merge_adapters
 from models.losses import check_head, head_of
+from models.low_precision import admit_optimizer_states, check_rounding
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.sampling import seed_of
 from models.step_mean import StepMean, step_of
@@ -38,6 +40,10 @@ class StudentModule(LightningModule):
         lr_schedule: Course of the learning rate over trainer.max_steps, after the warm-up.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         generate_tokens: Length in tokens of the answers that validation generates for the task score; 0 for none.
+        gradient_checkpointing: Keep each decoder layer's input only and compute the layer again in the backward pass: less
+            memory, about a third more time, the same gradients.
+        student_dtype: Weights' floating point type while training; bfloat16 needs an optimizer that rounds stochastically,
+            for example torchao.optim.AdamW8bit with bf16_stochastic_round (see configs/bf16_weights.yaml).
         trust_remote_code: Run Python code that comes with the models.
 
     Raises:
@@ -52,6 +58,8 @@ class StudentModule(LightningModule):
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_steps: int = 0,
         generate_tokens: int = 64,
+        gradient_checkpointing: bool = False,
+        student_dtype: Literal["float32", "bfloat16"] = "float32",
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -65,6 +73,8 @@ class StudentModule(LightningModule):
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.generate_tokens = generate_tokens
+        self.gradient_checkpointing = gradient_checkpointing
+        self.student_dtype = student_dtype
         self.trust_remote_code = trust_remote_code
         self.edits: list[Edit] = []
         self.student: PreTrainedModel
@@ -77,19 +87,23 @@ class StudentModule(LightningModule):
     # Building -------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the student in float32 and its tokenizer, once."""
+        """Load the student and its tokenizer, once."""
         if hasattr(self, "student"):
             return
         self.tokenizer = load_tokenizer(self.student_reference, trust_remote_code=self.trust_remote_code)
-        student = load_model(self.student_reference, trust_remote_code=self.trust_remote_code)
+        dtype = getattr(torch, self.student_dtype)
+        student = load_model(self.student_reference, dtype=dtype, trust_remote_code=self.trust_remote_code)
         check_family(student.config)
         check_head(student, head_of(student))
         self.vocabulary = len(head_of(student).weight_VD)
+        if self.gradient_checkpointing:
+            checkpoint_activations(student)
         self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the student's parameters, with a schedule over `trainer.max_steps`."""
-        optimizer = self.optimizer(self.student.parameters())
+        """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`."""
+        optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
+        check_rounding(optimizer)
         steps = self.trainer.max_steps
         if self.lr_schedule != "constant" and steps <= 0:
             raise ValueError(
@@ -275,11 +289,12 @@ def settings_of(kind: type[Settings], given: Settings | dict[str, Any]) -> Setti
 
 
 def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student of a Lightning checkpoint with its structure, in evaluation mode, and its tokenizer.
+    """The student of a Lightning checkpoint with its structure, adapters merged, in evaluation mode, and its tokenizer.
 
     Raises:
         ValueError: The file is not a checkpoint of a `StudentModule`.
     """
+    admit_optimizer_states(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if "edits" not in checkpoint or "student" not in checkpoint.get("hyper_parameters", {}):
         raise ValueError(
@@ -290,4 +305,4 @@ def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedToke
     module = StudentModule(settings["student"], trust_remote_code=settings.get("trust_remote_code", False))
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    return module.student.eval(), module.tokenizer
+    return merge_adapters(module.student.eval()), module.tokenizer

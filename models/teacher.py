@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from models.forward import Batch, answer_hidden, answer_states
 from models.losses import FullTargets, Targets, head_of
+from models.low_precision import quantize_weights
 from models.pretrained import load_model
 
 
@@ -22,13 +23,18 @@ class Teacher:
 
     Args:
         reference: Model reference, see `models/pretrained.py`.
-        dtype: Weights' floating point type.
+        dtype: Floating point type of the weights, and of the computation.
+        int8: Keep the linear layers of the decoder in 8 bits with one scale per output; the head stays in `dtype`.
         trust_remote_code: Run Python code that comes with the model.
     """
 
-    def __init__(self, reference: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, reference: str, *, dtype: torch.dtype, int8: bool = False, trust_remote_code: bool = False
+    ) -> None:
         model = load_model(reference, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model: PreTrainedModel = model.requires_grad_(False)
+        if int8:
+            quantize_weights(model.base_model)
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the teacher to a device; returns itself."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny import tiny_folder, tiny_jsonl
 from transformers import AutoModelForCausalLM
@@ -108,6 +109,28 @@ def test_a_recipe_runs_with_its_own_callbacks(name: str) -> None:
 
 
 @pytest.mark.recipe
+@pytest.mark.parametrize(
+    "overlays",
+    [["adam8bit"], ["checkpointing", "lora"], ["checkpointing", "bf16_weights", "teacher_int8"]],
+    ids="+".join,
+)
+def test_a_recipe_runs_under_the_memory_overlays(overlays: list[str]) -> None:
+    """Together as far as they combine, through the student's own answers to a verified export, and on from a checkpoint."""
+    pytest.importorskip("torchao")
+    pytest.importorskip("peft")
+    files = [argument for name in overlays for argument in ("--config", f"configs/{name}.yaml")]
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its update once for every shape, seconds each
+        cli = run("distill", *files)
+        assert cli.trainer.global_step == STEPS
+        report = json.loads((cli.run_dir / "report.json").read_text())
+        assert {check["status"] for check in report["verification"]} == {"passed"}
+        student = AutoModelForCausalLM.from_pretrained(cli.run_dir / "student", trust_remote_code=False)
+        assert student.config.intermediate_size == 48
+        more = ["--ckpt_path", str(cli.run_dir / "checkpoints/last.ckpt"), "--trainer.max_steps", str(STEPS + 1)]
+        assert run("distill", *files, *more).trainer.global_step == STEPS + 1
+
+
+@pytest.mark.recipe
 def test_the_wandb_overlay_logs_offline_into_the_runs_folder(place: Path) -> None:
     """Configuration, metrics, the table of samples and the report; a second run is not refused."""
     before = set(os.listdir(place))
@@ -140,6 +163,12 @@ def test_the_wandb_overlay_logs_offline_into_the_runs_folder(place: Path) -> Non
 def test_every_file_in_configs_is_tested_somewhere() -> None:
     """A new recipe needs a run: here, or for the quickstart's two parts in `test_train.py`."""
     names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert names == {"sft", "distill", "compress", "wandb", "quickstart", "quickstart_teacher"}
+    assert names == {"sft", "distill", "compress", "wandb", "quickstart", "quickstart_teacher"} | {
+        "checkpointing",
+        "adam8bit",
+        "bf16_weights",
+        "lora",
+        "teacher_int8",
+    }
     quickstart = (ROOT / "tests/test_train.py").read_text()
     assert "configs/quickstart.yaml" in quickstart and "configs/quickstart_teacher.yaml" in quickstart

@@ -31,7 +31,21 @@ def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers
     for optimizer in optimizers:
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == old_shape:
-                optimizer.state[parameter][name] = value.index_select(dim, keep.to(value.device))
+                optimizer.state[parameter][name] = _narrow_state(optimizer, parameter, value, dim, keep)
+
+
+def _narrow_state(optimizer: Optimizer, parameter: nn.Parameter, value: Tensor, dim: int, keep: Tensor) -> Tensor:
+    if type(value) is Tensor:
+        return value.index_select(dim, keep.to(value.device))
+    # torchao's low-bit states share a scale among neighbours, which slicing separates: quantize anew, in a buffer that the
+    # optimizer itself makes for the parameter's new shape.
+    if not hasattr(optimizer, "_new_buffer"):
+        raise ValueError(
+            f"expected optimizer states that are plain tensors or torchao's for pruning during fit, found "
+            f"{type(value).__name__} of {type(optimizer).__name__}; choose another optimizer"
+        )
+    kept = value.dequantize().index_select(dim, keep.to(value.device))
+    return optimizer._new_buffer(parameter, getattr(value, "signed", True)).copy_(kept)
 
 
 def narrow_linear(linear: Any, keep: Tensor, dim: int, optimizers: Sequence[Optimizer] = ()) -> None:

@@ -12,6 +12,7 @@ from tiny import tiny_batch, tiny_folder, tiny_model
 from torch.nn import functional as F
 from training import EDITS, Editing, loader, tiny_trainer
 
+from callbacks import ExportOnFitEnd
 from models import Distillation, distillation
 from models.forward import Batch, answer_labels, answer_logits
 from models.losses import forward_kl, generalized_jsd, reverse_kl
@@ -282,3 +283,38 @@ def test_half_precision_training_samples_in_bfloat16(build, tmp_path: Path) -> N
     assert {p.dtype for p in module.teacher.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in module.student.parameters()} == {torch.float32}
     assert module.stopwatch.seconds.keys() == {"rollout", "teacher"}
+
+
+# Teacher's numbers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("teacher_dtype", "precision", "expected"),
+    [
+        ("auto", "32-true", torch.float32),
+        ("auto", "bf16-mixed", torch.bfloat16),
+        ("bfloat16", "32-true", torch.bfloat16),
+    ],
+)
+def test_the_teachers_type_follows_training_or_the_setting(
+    teacher_dtype: str, precision: str, expected: torch.dtype, build, tmp_path: Path
+) -> None:
+    module = build(teacher_dtype=teacher_dtype)
+    tiny_trainer(tmp_path, steps=1, precision=precision).fit(module, loader())
+    assert {p.dtype for p in module.teacher.model.parameters()} == {expected}
+
+
+def test_a_teacher_in_8_bits_teaches_and_is_not_exported(build, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    losses = {}
+    for teacher_dtype in ("auto", "int8"):
+        module = build(teacher_dtype=teacher_dtype)
+        trainer = tiny_trainer(tmp_path, steps=1)
+        trainer.fit(module, loader(), loader())
+        losses[teacher_dtype] = float(trainer.callback_metrics["train/loss"])
+    assert losses["int8"] == pytest.approx(losses["auto"], rel=0.05)
+    assert losses["int8"] != losses["auto"]
+    with pytest.raises(
+        ValueError, match="expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher"
+    ):
+        ExportOnFitEnd(formats=["hf"], compare_with_teacher=True).setup(trainer, module, "fit")

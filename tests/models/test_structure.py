@@ -256,7 +256,7 @@ def test_a_quantized_model_can_still_be_narrowed(model: PreTrainedModel) -> None
 BAD: list[tuple[Edit, str]] = [
     (
         {"op": "shrink"},
-        r"expected an edit with an 'op' among narrow_mlp, narrow_kv_groups, fake_quantize, found 'shrink'",
+        r"expected an edit with an 'op' among narrow_mlp, narrow_kv_groups, fake_quantize, lora, found 'shrink'",
     ),
     ({}, "found None"),
     ({"op": "narrow_mlp", "layer": 0, "keep": []}, "narrow_mlp to keep between 1 and 48 distinct .* layer 0, found 0 "),

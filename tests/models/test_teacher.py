@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models.forward import Batch, answer_hidden, answer_logits
+from models.losses import forward_kl
 from models.pretrained import load_model
 from models.teacher import RememberingTeacher, Teacher
 
@@ -55,3 +56,20 @@ def test_remembering_teacher_runs_its_body_once_a_batch(teacher: Teacher, batch:
     assert len(runs) == 2
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(first[0], teacher.answer_logits(batch))
+
+
+def test_int8_keeps_the_head_and_nearly_the_answers(teacher: Teacher, teacher_folder: str, batch: Batch) -> None:
+    pytest.importorskip("torchao")
+    small = Teacher(teacher_folder, dtype=torch.float32, int8=True)
+    head = small.model.get_output_embeddings().weight
+    assert torch.equal(head, teacher.model.get_output_embeddings().weight)
+    assert head is small.model.get_input_embeddings().weight
+    assert not any(parameter.requires_grad for parameter in small.model.parameters())
+    for (name, ours), theirs in zip(small.model.named_modules(), teacher.model.modules(), strict=True):
+        if isinstance(ours, nn.Linear) and ours.weight is not head:
+            assert ours.weight.qdata.dtype == torch.int8, name
+            # Half a step of each row's grid, up to rounding.
+            step = theirs.weight.abs().amax(1, keepdim=True) / 127
+            assert ((ours.weight.dequantize() - theirs.weight).abs() <= 0.51 * step).all(), name
+    kl = forward_kl(small.answer_logits(batch), teacher.answer_logits(batch)).mean()
+    assert 0 < kl < 0.02

@@ -1,0 +1,180 @@
+"""Memory levers: seconds and peak memory of one distillation step under each overlay, under all together, and under none.
+
+    python -m benchmarks.memory [OVERLAY ...] [--model REFERENCE] [--batch-size N] [--length TOKENS] [--json FILE]
+
+Every side is `python train.py fit --config configs/distill.yaml` with its overlays, in a process of its own that waits for its
+turn before each step.  Steps are of stage 1 (answers of the data), with the model as its own teacher.  Peak memory is that of the
+process in main memory (VmHWM, reset before each step), or what torch allocated at most on a GPU.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer
+
+from benchmarks.harness import interleave, parser, report, spread
+
+ROOT = Path(__file__).parent.parent
+RECIPE = "configs/distill.yaml"
+OVERLAYS = ("checkpointing", "adam8bit", "bf16_weights", "lora", "teacher_int8")
+TURNS = "POTSTILL_TURNS"  # file descriptors of the worker: to read turns from, to answer to
+
+
+class TakeTurns(Callback):
+    """Wait for a line before every step, and answer with a JSON line after it: `peak_bytes`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open both pipes."""
+        turns, answers = map(int, os.environ[TURNS].split(","))
+        self._turns, self._answers = os.fdopen(turns), os.fdopen(answers, "w")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Wait, then forget earlier peaks."""
+        if not self._turns.readline():
+            os._exit(0)  # the benchmark has ended: nothing is to be saved
+        _reset_peak(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Answer when the step is done on the device, too."""
+        answer = {"peak_bytes": _peak_bytes(pl_module.device), "tokens": int(batch["attention_mask"].sum())}
+        print(json.dumps(answer), file=self._answers, flush=True)
+
+
+class Worker:
+    """A run of its own that does one step at a time.
+
+    Args:
+        overlays: Files that change the recipe.
+        settings: More such settings, for all sides.
+        folder: Where it may write.
+    """
+
+    def __init__(self, overlays: Sequence[Path], settings: Mapping[str, Any], folder: Path) -> None:
+        folder.mkdir()
+        shared = folder / "benchmark.yaml"
+        shared.write_text(yaml.safe_dump(dict(settings)))
+        files = [ROOT / RECIPE, shared, *overlays]  # overlays may add callbacks to ours
+        command = [sys.executable, str(ROOT / "train.py"), "fit", "--run_dir", str(folder / "run")]
+        command += [word for file in files for word in ("--config", str(file.absolute()))]
+        worker_turns, turns = os.pipe()
+        answers, worker_answers = os.pipe()
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(ROOT), TURNS: f"{worker_turns},{worker_answers}"},
+                pass_fds=(worker_turns, worker_answers),
+            )
+        os.close(worker_turns)
+        os.close(worker_answers)
+        self._turns, self._answers = os.fdopen(turns, "w"), os.fdopen(answers)
+        self.answers: list[dict[str, int]] = []
+
+    def step(self) -> None:
+        """Do one step; waits until the worker is ready.
+
+        Raises:
+            RuntimeError: The worker ended; the message holds its last lines.
+        """
+        try:
+            print("go", file=self._turns, flush=True)
+            line = self._answers.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._process.wait()
+            lines = "\n".join(self._log.read_text().splitlines()[-20:])
+            raise RuntimeError(f"expected a step of the worker, found that it had ended; its last lines:\n{lines}")
+        self.answers.append(json.loads(line))
+
+    def close(self) -> None:
+        """End the run without saving."""
+        self._turns.close()
+        self._answers.close()
+        self._process.wait()
+
+
+def sides(overlays: Sequence[Path]) -> dict[str, list[Path]]:
+    """What to compare: no overlay, each alone, all together (where two set the same thing, the later one wins)."""
+    alone = {path.stem: [path] for path in overlays}
+    return {"none": [], **alone} | ({"together": list(overlays)} if len(overlays) > 1 else {})
+
+
+def main() -> None:
+    """Measure all sides in turns."""
+    options = parser(__doc__)
+    add = options.add_argument
+    add("overlays", nargs="*", type=Path, metavar="OVERLAY", help=f"YAML files (default: {', '.join(OVERLAYS)})")
+    add("--model", default="package:smollm2-135m-instruct", help="reference of student and teacher")
+    add("--batch-size", type=int, default=4, help="samples a step (default: 4)")
+    add("--length", type=int, default=256, help="tokens a sample (default: 256)")
+    arguments = options.parse_args()
+    overlays = arguments.overlays or [ROOT / f"configs/{name}.yaml" for name in OVERLAYS]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        settings = _settings(folder, arguments.model, arguments.batch_size, arguments.length)
+        workers = {name: Worker(files, settings, folder / name) for name, files in sides(overlays).items()}
+        try:
+            seconds = interleave(
+                {name: worker.step for name, worker in workers.items()}, repetitions=arguments.repetitions
+            )
+        finally:
+            for worker in workers.values():
+                worker.close()
+    results: list[dict[str, Any]] = []
+    for name, worker in workers.items():
+        peak = max(answer["peak_bytes"] for answer in worker.answers[1:])  # the first step builds the optimizer's state
+        results.append({"name": name, **spread(seconds[name]), "peak_gib": peak / 2**30, **worker.answers[-1]})
+    ratios = {f"time_{row['name']}": row["median_s"] / results[0]["median_s"] for row in results[1:]}
+    ratios |= {f"memory_{row['name']}": row["peak_bytes"] / results[0]["peak_bytes"] for row in results[1:]}
+    report(results, ratios, ["torch", "transformers", "torchao", "peft"], arguments.json)
+
+
+def _settings(folder: Path, model: str, batch_size: int, length: int) -> dict[str, Any]:
+    """An overlay: synthetic data that fills every sample to `length`, nothing but training, and turns."""
+    data = folder / "data.jsonl"
+    # Texts in which every word is new, so that no tokenizer makes less of them than a token a word.
+    rows = [{"prompt": f"Count from {n}.", "response": " ".join(map(str, range(n, n + length)))} for n in range(1, 500)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+    return {
+        "trainer": {**quiet, "callbacks": [{"class_path": "benchmarks.memory.TakeTurns"}]},
+        "checkpoint": {"every_n_steps": 1_000_000},
+        "model": {"init_args": {"student": model, "teacher": model}},
+        "data": {"init_args": {"train": str(data), "batch_size": batch_size, "max_length": length}},
+    }
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Largest since the last reset; on systems without /proc, since the start of the process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()

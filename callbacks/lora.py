@@ -1,0 +1,62 @@
+"""LoRA: the student's weights stay frozen and small adapters beside its linear layers are trained."""
+
+from collections.abc import Sequence
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.gradual_pruning import GradualPruning
+from callbacks.quantization import QuantizationAwareTraining
+from models.lora import PROJECTIONS, Projection, check_peft
+from models.student import StudentModule
+
+
+class LoRA(Callback):
+    """Train low-rank adapters instead of the weights (arXiv 2106.09685): hardly any gradients and optimizer state.
+
+    The adapters are merged into the weights wherever the student generates or is exported, so that the exported student is an
+    ordinary model.  Use a higher learning rate than for all weights, about ten times.
+
+    Args:
+        rank: Rank of the adapters.
+        alpha: Their scale is alpha / rank.
+        dropout: Probability with which an adapter's input is dropped, 0 to 1 (1 excluded).
+        modules: Linear layers of every decoder layer that get an adapter; by default all seven.
+
+    Raises:
+        ModuleNotFoundError: The package peft is not installed.
+        ValueError: A setting is out of range, or the recipe also prunes or quantizes during training.
+    """
+
+    def __init__(
+        self,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        modules: Sequence[Projection] = PROJECTIONS,
+    ) -> None:
+        if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"expected LoRA.rank of 1 or more, alpha above 0 and dropout between 0 and 1 (1 excluded), found {rank}, "
+                f"{alpha:g} and {dropout:g}; change them in the recipe"
+            )
+        check_peft()
+        self.edit = {"op": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "modules": list(modules)}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Insert the adapters before the optimizer is built; a checkpoint that loads afterwards fills them."""
+        if stage != "fit":
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradualPruning | QuantizationAwareTraining):
+                raise ValueError(
+                    f"expected LoRA without {type(callback).__name__}, found both, which would change the same layers; "
+                    "train with LoRA first, and start the other from its student/ folder"
+                )
+        assert isinstance(pl_module, StudentModule)
+        pl_module.configure_model()
+        if self.edit in pl_module.edits:
+            return
+        pl_module.edit([self.edit])
+        trainable = sum(p.numel() for p in pl_module.student.parameters() if p.requires_grad)
+        rank_zero_info(f"LoRA of rank {self.edit['rank']}: {trainable:,} trainable parameters")

@@ -1,0 +1,41 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import memory
+
+
+def test_each_overlay_alone_and_all_together() -> None:
+    files = [Path("a.yaml"), Path("b.yaml")]
+    assert memory.sides(files) == {"none": [], "a": files[:1], "b": files[1:], "together": files}
+    assert memory.sides(files[:1]) == {"none": [], "a": files[:1]}
+    for name in memory.OVERLAYS:
+        assert (memory.ROOT / f"configs/{name}.yaml").is_file()
+
+
+def test_measures_real_runs_in_turns(student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of an overlay reach its worker alone: twice the samples in a batch are twice the tokens."""
+    overlay, target = tmp_path / "double.yaml", tmp_path / "out.json"
+    overlay.write_text(yaml.safe_dump({"data": {"init_args": {"batch_size": 4}}}))
+    arguments = ["--model", student_folder, "--batch-size", "2", "--length", "64", "--repetitions", "1"]
+    monkeypatch.setattr(sys, "argv", ["memory", str(overlay), *arguments, "--json", str(target)])
+    memory.main()
+    written = json.loads(target.read_text())
+    none, double = written["results"]
+    assert (none["name"], double["name"]) == ("none", "double")
+    assert (none["tokens"], double["tokens"]) == (2 * 64, 4 * 64)
+    assert all(row["median_s"] > 0 and row["peak_bytes"] > 2**27 for row in (none, double))
+    assert written["ratios"]["memory_double"] == pytest.approx(double["peak_bytes"] / none["peak_bytes"])
+
+
+def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
+    settings = {"model": {"init_args": {"student": str(tmp_path / "nothing"), "teacher": "nothing"}}}
+    worker = memory.Worker([], settings, tmp_path / "worker")
+    with pytest.raises(
+        RuntimeError, match="expected a step of the worker, found that it had ended[^$]*error: expected"
+    ):
+        worker.step()
+    worker.close()
