@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,9 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def run(arguments: Sequence[str], place: Path, seconds: float = 240) -> str:
-    """Run a script that starts a second process itself; what it printed.  Nothing of it outlives the time limit."""
-    process = subprocess.Popen(
+def start(arguments: Sequence[str], place: Path) -> subprocess.Popen:
+    """A script that starts a second process itself, in a process group of its own."""
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=place,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -34,12 +35,23 @@ def run(arguments: Sequence[str], place: Path, seconds: float = 240) -> str:
         text=True,
         start_new_session=True,
     )
+
+
+def wait(process: subprocess.Popen, seconds: float = 240) -> str:
+    """What both processes printed until they ended.  Nothing of them outlives the time limit."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"the ranks hang:\n{output[-5000:]}")
+    return output
+
+
+def run(arguments: Sequence[str], place: Path) -> str:
+    """Run a script to its end; what it printed."""
+    process = start(arguments, place)
+    output = wait(process)
     assert process.returncode == 0, output[-5000:]
     return output
 
@@ -215,3 +227,31 @@ def test_a_recipe_runs_to_its_report_on_two_devices(place: Path) -> None:
     assert checkpoint["global_step"] == 6
     assert checkpoint["state_dict"]["student.model.layers.0.mlp.up_proj.weight"].shape == (24, 32)
     assert "sync_dist" not in output
+
+
+@pytest.mark.recipe
+def test_ranks_that_are_asked_to_stop_save_and_end(place: Path) -> None:
+    """SIGTERM to both at once, as a scheduler sends it, in the middle of training."""
+    settings = {
+        "trainer.max_steps": 100_000,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp",
+        "model": "SFT",
+        "model.init_args.student": "student",
+        "data": "Conversations",
+        "data.init_args.train": "data.jsonl",
+        "data.init_args.val_fraction": 0,
+        "run_dir": "stopped",
+    }
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    process = start([str(ROOT / "train.py"), "fit", *arguments], place)
+    deadline = time.monotonic() + 120
+    while not (place / "stopped/config.yaml").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = wait(process, 120)
+    checkpoint = place / "stopped/checkpoints/last.ckpt"
+    assert checkpoint.exists(), output[-5000:]
+    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 100_000
