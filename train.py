@@ -29,14 +29,14 @@ for name in (
     logging.getLogger(name).setLevel(logging.ERROR)
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks
-import datamodules  # noqa: F401  # registers short class names
+import datamodules
 import models
 from export.verify import VerificationError
 from models.low_precision import admit_optimizer_states
@@ -46,6 +46,7 @@ QUIET = (
     "The '.*dataloader' does not have many workers",  # batches are tokenised in advance: workers would only cost memory
     "Found .* module.* in eval mode at the start of training",  # torchmetrics and frozen parts are meant to be
     "Precision .* is not supported by the model summary",  # the summary's sizes in MB, not ours
+    "It is recommended to use .*sync_dist=True",  # our metrics are already those of all devices
     "'set_vital' is deprecated",  # torchdata
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning
 )
@@ -240,7 +241,7 @@ def main(args: ArgsType = None) -> PotstillCLI:
     """Run the command line; `args` replaces `sys.argv` in tests."""
     return PotstillCLI(
         models.StudentModule,
-        LightningDataModule,
+        datamodules.ChatDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

@@ -1,6 +1,8 @@
 """Checkpoints that a `kill -9` cannot spoil, and one more when the machine asks us to stop."""
 
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.order import StepBoundary
 from models.low_precision import admit_optimizer_states
 
 
@@ -62,6 +65,8 @@ class Checkpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
+        self._asked_to_stop = False
+        self._boundary = StepBoundary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Default to the run's folder whatever the logger calls its own, and make single-file saves atomic."""
@@ -69,6 +74,30 @@ class Checkpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With several devices, only take note of SIGTERM: they stop together, after the same optimizer step.
+
+        Lightning's own handler starts a collective wherever its rank happens to be, and ranks that are signalled at once hang.
+        The trainer puts the handlers of before `fit` back at its end.
+        """
+        super().on_train_start(trainer, pl_module)
+        self._asked_to_stop = False
+        self._boundary.start(trainer.global_step)
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time; stop every device if one of them was asked to."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (
+            trainer.world_size > 1
+            and self._boundary.passed(trainer.global_step)
+            and trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
+        ):
+            raise SIGTERMException
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state, with what other callbacks found out at the end."""
@@ -78,6 +107,9 @@ class Checkpoint(ModelCheckpoint):
         """Save when asked to stop; after any other exception the last good checkpoint stays."""
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
             self._save_checkpoint(trainer, self._target())
+
+    def _note(self, *_: Any) -> None:
+        self._asked_to_stop = True
 
     def _target(self) -> str:
         assert self.dirpath is not None

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.data import data_of
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
@@ -71,7 +72,7 @@ class ExportOnFitEnd(Callback):
         self.compare_with_teacher = compare_with_teacher
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what does not need the model."""
+        """Check what does not need the model, on every rank; the export itself is rank 0's alone."""
         if stage != "fit":
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -81,6 +82,7 @@ class ExportOnFitEnd(Callback):
                 "expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher, found model.teacher_dtype "
                 "int8; choose auto, or leave the comparison out"
             )
+        data_of(trainer)
         quantized = any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks)
         if self.settings.precision == "fp8" and self.settings.graph and not quantized:
             raise ValueError(
@@ -95,7 +97,7 @@ class ExportOnFitEnd(Callback):
         if trainer.interrupted:
             return
         output = Path(self.output or trainer.default_root_dir)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = data_of(trainer)
         held_out = datamodule.has_split("val")
         batch = next(iter(datamodule.val_dataloader() if held_out else datamodule.calibration_batches(1, seed=0)))
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}

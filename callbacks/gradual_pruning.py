@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.data import data_of
+from callbacks.distributed import check_strategy, edit_on_all_ranks, share_of_rank
 from callbacks.order import StepBoundary, check_order
 from models.architecture import DecoderLayer, count_parameters, decoder_layers
 from models.pruning import activation_scores, event_steps, sparsity_after, top_indices, units_to_keep
@@ -42,8 +43,8 @@ class GradualPruning(Callback):
         seed: Seed of the choice of these batches.
 
     Raises:
-        ValueError: A setting is out of range or leaves a layer without neurons or heads; the data module has no
-            `calibration_batches`; the strategy shards or replicates the model (prune on one device, between such runs).
+        ValueError: A setting is out of range or leaves a layer without neurons or heads; the data module is no
+            `ChatDataModule`; the strategy shards the model (prune in a run of its own before).
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class GradualPruning(Callback):
         if stage != "fit":
             return
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
-        _check_strategy(trainer)
+        check_strategy(trainer)
+        data_of(trainer)
         assert isinstance(pl_module, StudentModule)
         pl_module.configure_model()
         self.plan = {event.step: event for event in self._planned_events(decoder_layers(pl_module.student)[0])}
@@ -133,9 +135,13 @@ class GradualPruning(Callback):
         return events
 
     def _cut(self, trainer: Trainer, module: StudentModule, event: PruningEvent) -> None:
-        batches = trainer.datamodule.calibration_batches(self.calibration_batches, self.seed + event.step)  # type: ignore[attr-defined]
+        batches = data_of(trainer).calibration_batches(self.calibration_batches, self.seed + event.step)
         with trainer.precision_plugin.forward_context():
-            scores = activation_scores(module.student, batches)
+            scores = activation_scores(
+                module.student,
+                share_of_rank(trainer, batches, self.calibration_batches),
+                total=lambda x: trainer.strategy.reduce(x, reduce_op="sum"),
+            )
         before = count_parameters(module.student)
         edits: list[Edit] = []
         for layer in decoder_layers(module.student):
@@ -145,7 +151,7 @@ class GradualPruning(Callback):
             ):
                 if kept < total:
                     edits.append({"op": op, "layer": layer.index, "keep": top_indices(layer_scores[layer.index], kept)})
-        module.edit(edits)
+        edit_on_all_ranks(trainer, module, edits)
         after = count_parameters(module.student)
         figures: dict[str, float] = {
             "pruning/parameters": after,
@@ -157,17 +163,4 @@ class GradualPruning(Callback):
         rank_zero_info(
             f"Pruned after step {event.step}: {event.neurons} neurons and {event.kv_groups} key/value groups per layer, "
             f"{before:,} -> {after:,} parameters"
-        )
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise ValueError(
-            f"expected one device for pruning during fit, found the strategy {type(trainer.strategy).__name__}; "
-            "set trainer.devices to 1, or prune in a run of its own and train its student/ folder with that strategy"
-        )
-    if not hasattr(getattr(trainer, "datamodule", None), "calibration_batches"):
-        raise ValueError(
-            "expected a data module with calibration_batches() for pruning, found none; use Conversations or "
-            "ReasoningTasks, or write the method (see datamodules/base.py)"
         )

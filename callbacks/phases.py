@@ -7,6 +7,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from callbacks.data import data_of
+from callbacks.distributed import share_of_rank
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
 from callbacks.quantization import QuantizationAwareTraining
@@ -22,14 +24,15 @@ class PhaseEvaluation(Callback):
 
     Phases are named by what just ended: `pruned` (right after the last pruning event), `recovered` (just before quantizers
     are inserted, or at the end without them), `quantized` (at the end, with them), `trained` (at the end of a run without
-    either).  Figures go to the logger as `phase/<name>/...` and into `report.json`; they survive a resume.
+    either).  Figures go to the logger as `phase/<name>/...` and into `report.json`; they survive a resume.  Several devices
+    share the work.
 
     Args:
         generate_tokens: Length in tokens of the answers generated for the task score; 0 for none.
         split: Which held-out data: test, or val where there is no test data.
 
     Raises:
-        ValueError: The data module has no such split.
+        ValueError: The data module has no such split, or is no `ChatDataModule`.
     """
 
     def __init__(self, generate_tokens: int = 64, split: Literal["test", "val"] = "test") -> None:
@@ -49,7 +52,7 @@ class PhaseEvaluation(Callback):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_order(callbacks)
-        if not trainer.datamodule.has_split(self.split):  # type: ignore[attr-defined]
+        if not data_of(trainer).has_split(self.split):
             raise ValueError(
                 f"expected {self.split} data for PhaseEvaluation, found none; set data.init_args.{self.split}, or choose "
                 "another PhaseEvaluation.split"
@@ -81,8 +84,7 @@ class PhaseEvaluation(Callback):
             model = self._teacher.model
             figures = self._figures(trainer, pl_module, model, "teacher")
             self.teacher_figures = {"name": "teacher", "parameters": count_parameters(model), **figures}
-            constant = getattr(trainer.datamodule, "constant_answer_score", None)  # type: ignore[attr-defined]
-            self.constant_answer_score = constant(self.split) if constant else None
+            self.constant_answer_score = data_of(trainer).constant_answer_score(self.split)
         self._teacher = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,19 +113,22 @@ class PhaseEvaluation(Callback):
 
     def _figures(self, trainer: Trainer, module: LightningModule, model: Any, name: str) -> dict[str, float]:
         assert isinstance(module, StudentModule)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: Any = data_of(trainer)  # its batches are typed dicts, the models' are plain
         datamodule.setup("test" if self.split == "test" else "validate")
+        loader = getattr(datamodule, f"{self.split}_dataloader")()
+        batches = tqdm(
+            share_of_rank(trainer, loader, len(loader)),
+            desc=f"Judging: {name}",
+            unit="batch",
+            leave=False,
+            disable=not trainer.is_global_zero,
+        )
         if self._teacher is None and isinstance(module, Distillation):
             self._teacher = RememberingTeacher(module.teacher)
         with torch.autocast(module.device.type, enabled=False):
             return evaluate(
                 model,
-                tqdm(
-                    getattr(datamodule, f"{self.split}_dataloader")(),
-                    desc=f"Judging: {name}",
-                    unit="batch",
-                    leave=False,
-                ),
+                batches,
                 tokenizer=module.tokenizer,
                 teacher=self._teacher,
                 scorer=(lambda texts, batch: datamodule.score(texts, batch, self.split))

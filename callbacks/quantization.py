@@ -5,9 +5,10 @@ from typing import Any, Literal
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.distributed import check_strategy, edit_on_all_ranks
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
-from models.quantization import freeze_scales, quantized_linears
+from models.quantization import freeze_scales, merge_observations, quantized_linears
 from models.structure import quantize_decoder
 from models.student import StudentModule
 
@@ -16,7 +17,7 @@ class QuantizationAwareTraining(Callback):
     """Fake-quantize the decoder's linear layers from a given step on (embeddings, head and norms stay as they are).
 
     After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good.  Scales
-    are buffers of the student: a resumed run goes on with the same ones.
+    are buffers of the student: a resumed run goes on with the same ones.  Several devices share what they observe.
 
     Args:
         start_step: Optimizer steps done before quantizers are inserted.
@@ -24,7 +25,8 @@ class QuantizationAwareTraining(Callback):
         format: Number format: fp8_e4m3 with one scale per weight and one per input.
 
     Raises:
-        ValueError: Steps out of range, quantization before the last pruning event, or callbacks in the wrong order.
+        ValueError: Steps out of range, quantization before the last pruning event, callbacks in the wrong order, or a strategy
+            that shards the model.
     """
 
     def __init__(self, start_step: int, observe_steps: int = 4, format: Literal["fp8_e4m3"] = "fp8_e4m3") -> None:
@@ -43,6 +45,7 @@ class QuantizationAwareTraining(Callback):
         if stage != "fit":
             return
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
+        check_strategy(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradualPruning) and callback.last_step >= self.start_step:
                 raise ValueError(
@@ -59,10 +62,14 @@ class QuantizationAwareTraining(Callback):
     ) -> None:
         """Insert or freeze the quantizers if it is time."""
         assert isinstance(pl_module, StudentModule)
+        if trainer.world_size > 1 and self.start_step <= trainer.global_step <= self.freeze_step:
+            # After every micro-batch: a DDP forward pass overwrites the other ranks' buffers with rank 0's, and a checkpoint
+            # holds rank 0's alone.
+            merge_observations(pl_module.student, lambda x: trainer.strategy.reduce(x, reduce_op="max"))
         if not self._boundary.passed(trainer.global_step):
             return
         if trainer.global_step == self.start_step:
-            pl_module.edit([quantize_decoder(pl_module.student, self.format)])
+            edit_on_all_ranks(trainer, pl_module, [quantize_decoder(pl_module.student, self.format)])
             rank_zero_info(
                 f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on"
             )

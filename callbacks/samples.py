@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_only
 
+from callbacks.data import data_of
 from models.decoder import decoder_for
 from models.evaluation import generate_texts
 from models.pretrained import end_token_ids
@@ -25,13 +26,18 @@ class SampleCompletions(Callback):
         self.num_samples = num_samples
         self.max_new_tokens = max_new_tokens
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there will be prompts to complete."""
+        if stage == "fit":
+            data_of(trainer)
+
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate and log; sanity checks are left out."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         assert isinstance(pl_module, StudentModule)
-        batch = move_data_to_device(next(iter(trainer.datamodule.val_dataloader())), pl_module.device)  # type: ignore[attr-defined]
+        batch = move_data_to_device(next(iter(data_of(trainer).val_dataloader())), pl_module.device)
         batch = {key: value[: self.num_samples] for key, value in batch.items()}
         decoder = decoder_for(pl_module.student, pl_module.inference_dtype)
         ends = end_token_ids(pl_module.student)

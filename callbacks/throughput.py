@@ -3,13 +3,15 @@
 import time
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from models.student import StudentModule
 
 
 class Throughput(Callback):
-    """Log `throughput/tokens_per_second` (tokens of the training sequences, prompts included) and the share of time per part.
+    """Log `throughput/tokens_per_second` (tokens of the training sequences of all devices, prompts included) and the share of
+    time per part.
 
     Args:
         every_n_steps: Optimizer steps between two entries.
@@ -40,7 +42,8 @@ class Throughput(Callback):
         shares = {part: seconds / elapsed for part, seconds in pl_module.stopwatch.seconds.items()}
         shares["student"] = 1 - sum(shares.values())  # forward, backward, optimizer and data: all that is not set apart
         figures = {f"throughput/share_{part}": share for part, share in shares.items()}
-        figures["throughput/tokens_per_second"] = float(pl_module.stopwatch.tokens) / elapsed
+        tokens = torch.as_tensor(pl_module.stopwatch.tokens, device=pl_module.device)
+        figures["throughput/tokens_per_second"] = float(trainer.strategy.reduce(tokens, reduce_op="sum")) / elapsed
         figures["throughput/seconds_per_step"] = elapsed / steps
         pl_module.log_dict(figures)
         self._restart(trainer, pl_module)

@@ -7,7 +7,7 @@ of `o_proj` over the group's query heads.  Forward passes only, statistics in fl
 Legend: B samples, T tokens, M neurons, G key/value groups.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +31,15 @@ class ImportanceScores:
 
 
 @torch.no_grad()
-def activation_scores(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> ImportanceScores:
+def activation_scores(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, total: Callable[[Tensor], Tensor] = lambda x: x
+) -> ImportanceScores:
     """Collect activation importance over calibration batches (`input_ids`, `attention_mask`); the mode is left unchanged.
+
+    Args:
+        model: The model to judge.
+        batches: Calibration batches; with several processes, those of this one.
+        total: Sums a tensor over all processes, which gives the scores over all their batches.
 
     Raises:
         ValueError: There was no batch, or the model's family is unknown.
@@ -65,7 +72,9 @@ def activation_scores(model: PreTrainedModel, batches: Iterable[dict[str, Any]])
         model.train(was_training)
     if not seen:
         raise ValueError("expected at least one calibration batch, found none; raise calibration_batches to 1 or more")
-    return ImportanceScores([s.sqrt() for s in neuron_squares], [s.sqrt() for s in group_squares])
+    squares = neuron_squares + group_squares
+    scores = total(torch.cat(squares)).sqrt().split([len(s) for s in squares])
+    return ImportanceScores(list(scores[: len(layers)]), list(scores[len(layers) :]))
 
 
 def top_indices(scores: Tensor, count: int) -> list[int]:

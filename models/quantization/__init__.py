@@ -1,7 +1,13 @@
 """Number formats and fake quantization."""
 
 from models.quantization.fp8 import E4M3_MAX, fake_quantize_fp8, scale_from_amax
-from models.quantization.linear import FakeQuantizedLinear, FakeQuantizer, freeze_scales, quantized_linears
+from models.quantization.linear import (
+    FakeQuantizedLinear,
+    FakeQuantizer,
+    freeze_scales,
+    merge_observations,
+    quantized_linears,
+)
 
 __all__ = [
     "E4M3_MAX",
@@ -9,6 +15,7 @@ __all__ = [
     "FakeQuantizer",
     "fake_quantize_fp8",
     "freeze_scales",
+    "merge_observations",
     "quantized_linears",
     "scale_from_amax",
 ]

@@ -114,3 +114,16 @@ def freeze_scales(model: nn.Module) -> int:
                 quantizer.freeze()
                 frozen += 1
     return frozen
+
+
+def merge_observations(model: nn.Module, maximum: Callable[[Tensor], Tensor]) -> None:
+    """Let every quantizer that still observes know what its counterparts in other processes have seen.
+
+    Args:
+        model: Model with fake-quantized layers, the same ones in every process.
+        maximum: Elementwise maximum of a tensor over all processes.
+    """
+    quantizers = [q for q in model.modules() if isinstance(q, FakeQuantizer) and not q.frozen]
+    if quantizers:
+        for quantizer, amax in zip(quantizers, maximum(torch.stack([q.amax for q in quantizers])), strict=True):
+            quantizer.amax.copy_(amax)

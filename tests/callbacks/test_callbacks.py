@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tiny import tiny_folder
 
@@ -25,7 +25,7 @@ from callbacks import (
 )
 from datamodules import Conversations
 from export.report import read_metrics
-from models import Distillation
+from models import SFT, Distillation
 from models.architecture import count_parameters, decoder_layers
 from models.evaluation import evaluate
 from models.on_policy import OnPolicy
@@ -107,9 +107,31 @@ def test_pruning_follows_its_schedule_under_accumulation(folders: dict[str, str]
     assert logged[-1][1] == count_parameters(trainer.lightning_module.student) < logged[0][1]
 
 
-def test_pruning_is_refused_where_it_cannot_shrink(folders: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="one device"):  # from a child process, whose exception is wrapped
-        fit(folders, tmp_path, GradualPruning(0.5, start_step=1, end_step=1), devices=2, strategy="ddp_fork")
+class PlainData(LightningDataModule):
+    """Somebody else's data module: it trains, but cannot score, calibrate or provide prompts."""
+
+    def train_dataloader(self) -> Any:
+        raise AssertionError("training began")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        GradualPruning(0.5, start_step=1, end_step=1),
+        PhaseEvaluation(),
+        ExportOnFitEnd("fp32", ["hf"]),
+        SampleCompletions(),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_foreign_data_modules_are_refused_before_the_first_step(
+    callback: Callback, folders: dict[str, str], tmp_path: Path
+) -> None:
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, max_steps=2, callbacks=[callback], logger=False)
+    with pytest.raises(ValueError, match="extends ChatDataModule, found none; use"):
+        trainer.fit(SFT(student=folders["student"]), [])
+    with pytest.raises(ValueError, match="extends ChatDataModule, found PlainData; use"):
+        trainer.fit(SFT(student=folders["student"]), datamodule=PlainData())
 
 
 @pytest.mark.parametrize(

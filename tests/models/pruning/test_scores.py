@@ -51,6 +51,21 @@ def test_scores_are_those_of_the_samples_alone(model: PreTrainedModel, batch: Ba
     assert all(s.dtype == torch.float32 for s in scores.neurons + scores.kv_groups)
 
 
+def test_processes_together_score_all_their_batches(model: PreTrainedModel, batch: Batch) -> None:
+    """Two halves of the batches, summed as processes would sum them, against all batches in one process."""
+    sent: list[torch.Tensor] = []
+
+    def send(squares: torch.Tensor) -> torch.Tensor:
+        sent.append(squares.clone())
+        return squares
+
+    activation_scores(model, [tiny_batch(LONGER)], total=send)
+    halves = activation_scores(model, [batch], total=lambda squares: squares + sent[0])
+    together = activation_scores(model, [batch, tiny_batch(LONGER)])
+    torch.testing.assert_close(halves.neurons, together.neurons)
+    torch.testing.assert_close(halves.kv_groups, together.kv_groups)
+
+
 def test_padding_tokens_do_not_matter(model: PreTrainedModel, batch: Batch) -> None:
     other = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 17)
     assert not torch.equal(other, batch["input_ids"])

@@ -12,6 +12,7 @@ from models.quantization import (
     FakeQuantizer,
     fake_quantize_fp8,
     freeze_scales,
+    merge_observations,
     quantized_linears,
     scale_from_amax,
 )
@@ -162,6 +163,25 @@ def test_freezing_again_changes_nothing(layer: FakeQuantizedLinear, x: torch.Ten
         layer.weight.mul_(2)
     assert freeze_scales(layer) == 0
     assert torch.equal(layer.weight_quantizer.scale, before["weight_quantizer.scale"])
+
+
+def test_observations_of_other_processes_are_merged_until_frozen(layer: FakeQuantizedLinear, x: torch.Tensor) -> None:
+    model = nn.Sequential(layer, FakeQuantizedLinear(nn.Linear(3, 3)))
+    layer.train()(x)
+    ours = float(layer.input_quantizer.amax)
+    seen_elsewhere = torch.tensor(
+        [ours / 2, 100.0, 3.0, 0.0]
+    )  # input and weight of the first layer, then of the second
+    merge_observations(model, lambda amax: torch.maximum(amax, seen_elsewhere))
+    assert float(layer.input_quantizer.amax) == ours
+    assert float(layer.weight_quantizer.amax) == 100
+    assert float(model[1].input_quantizer.amax) == 3
+    layer.input_quantizer.freeze()
+    layer.weight_quantizer.freeze()
+    merge_observations(model, lambda amax: amax + 1)
+    assert float(layer.input_quantizer.amax) == ours
+    assert float(model[1].input_quantizer.amax) == 4
+    merge_observations(layer, lambda amax: pytest.fail("nobody observes"))
 
 
 def test_quantized_layers_are_found_by_name() -> None:

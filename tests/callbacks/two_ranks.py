@@ -1,0 +1,146 @@
+"""What `test_ranks.py` starts: two processes train one student together, and each writes down what it has.
+
+`python two_ranks.py PLACE`, where PLACE holds `student/`, `teacher/` and `data.jsonl`.
+"""
+
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import move_data_to_device
+
+from callbacks import GradualPruning, PhaseEvaluation, QuantizationAwareTraining, SampleCompletions, Throughput
+from callbacks import gradual_pruning as pruning_module
+from datamodules import Conversations
+from models import Distillation
+from models.evaluation import evaluate
+from models.pruning import ImportanceScores
+from models.quantization import quantized_linears
+
+STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 10, (2, 4), 5, 7
+SAVE_AT = (3, 6)  # between two pruning events; while quantizers observe
+
+
+class Record(Callback):
+    """Weights after every optimizer step, samples, and the largest input this rank showed to each quantizer."""
+
+    def __init__(self, place: Path, save: bool) -> None:
+        self.place, self.save = place, save
+        self.weights: dict[int, torch.Tensor] = {}
+        self.samples: dict[int, list[list[int]]] = {}
+        self.largest: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        self.samples.setdefault(step, []).append(list(batch["index"]))
+        if step in self.weights:
+            return  # a micro-batch
+        self.weights[step] = torch.cat([p.detach().flatten() for p in pl_module.student.parameters()])
+        if self.save and step in SAVE_AT:
+            trainer.save_checkpoint(self.place / f"step{step}.ckpt")
+        if step == QUANTIZE_AT:
+            for name, linear in quantized_linears(pl_module.student).items():
+                linear.input_quantizer.register_forward_pre_hook(partial(self._look, name))
+
+    def _look(self, name: str, quantizer: Any, inputs: tuple[torch.Tensor]) -> None:
+        if quantizer.training and not quantizer.frozen:
+            self.largest[name] = max(self.largest.get(name, 0.0), float(inputs[0].detach().abs().max()))
+
+
+def disagree_on_rank_1(*args: Any, **kwargs: Any) -> ImportanceScores:
+    """Opposite scores on one rank: its own cut would be another one."""
+    scores = activation_scores(*args, **kwargs)
+    sign = -1 if torch.distributed.get_rank() == 1 else 1
+    return ImportanceScores([sign * s for s in scores.neurons], [sign * s for s in scores.kv_groups])
+
+
+activation_scores = pruning_module.activation_scores
+
+
+def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
+    """One run with everything on; what this rank has in the end."""
+    module = Distillation(
+        student=str(place / "student"),
+        teacher=str(place / "teacher"),
+        optimizer=partial(torch.optim.AdamW, lr=3e-3),
+        on_policy_start=2,
+        on_policy_share=0.5,
+        rollout_tokens=6,
+        generate_tokens=3,
+    )
+    data = Conversations(
+        tokenizer=str(place / "student"),
+        train=str(place / "data.jsonl"),
+        batch_size=2,
+        eval_batch_size=3,
+        val_fraction=0.25,
+        score_exact_match=True,
+    )
+    record = Record(place, save=not resume_from)
+    phases = PhaseEvaluation(generate_tokens=3, split="val")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(timeout=timedelta(seconds=120)),
+        max_steps=STEPS,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        val_check_interval=8,
+        check_val_every_n_epoch=None,
+        default_root_dir=place,
+        callbacks=[
+            GradualPruning(0.5, 0.5, *PRUNE_AT, events=2, schedule="linear", multiple=4, calibration_batches=3),
+            phases,
+            QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
+            Throughput(2),
+            SampleCompletions(2, 3),
+            record,
+        ],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, data, ckpt_path=str(place / f"step{resume_from}.ckpt") if resume_from else None)
+    batches = [move_data_to_device(batch, module.device) for batch in data.val_dataloader()]
+    whole = evaluate(
+        module.student,
+        batches,
+        tokenizer=module.tokenizer,
+        teacher=module.teacher,
+        scorer=lambda texts, batch: data.score(texts, batch, "val") or [],
+        max_new_tokens=3,
+        dtype=torch.float32,
+    )
+    return {
+        "state": dict(module.state_dict()),
+        "edits": module.edits,
+        "optimizer": trainer.optimizers[0].state_dict() if trainer.optimizers else None,
+        "weights": record.weights,
+        "samples": record.samples,
+        "largest": record.largest,
+        "phases": phases.phases,
+        "teacher": phases.teacher_figures,
+        "whole": whole,
+        "num_val_batches": len(batches),
+        "frozen": [q.input_quantizer.frozen for q in quantized_linears(module.student).values()],
+    }
+
+
+def main() -> None:
+    """An uninterrupted run and two that go on from its checkpoints."""
+    torch.set_num_threads(1)
+    place = Path(sys.argv[1])
+    pruning_module.activation_scores = disagree_on_rank_1  # type: ignore[assignment]
+    runs = {name: fit(place, step) for name, step in (("whole", 0), ("between", SAVE_AT[0]), ("observing", SAVE_AT[1]))}
+    torch.save(runs, place / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()
