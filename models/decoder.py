@@ -261,7 +261,7 @@ class _Weights:
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
         self.linears = linears
-        self.quantized = isinstance(linears[0], FakeQuantizedLinear)
+        self.quantized = any(isinstance(linear, FakeQuantizedLinear) for linear in linears)
         self.sizes = [linear.weight.shape[0] for linear in linears]
         first = linears[0].weight
         self.weight = torch.empty(sum(self.sizes), first.shape[1], dtype=dtype, device=first.device)
@@ -272,7 +272,7 @@ class _Weights:
 
     def refresh(self) -> None:
         for linear, part in zip(self.linears, self.weight.split(self.sizes), strict=True):
-            part.copy_(_quantize(linear.weight, linear.weight_quantizer) if self.quantized else linear.weight)
+            part.copy_(_quantize(linear.weight, linear, "weight_quantizer"))
         if self.bias is not None:
             for linear, part in zip(self.linears, self.bias.split(self.sizes), strict=True):
                 part.copy_(linear.bias)
@@ -286,7 +286,7 @@ class _Weights:
             return F.linear(x, self.weight, self.bias)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         parts = zip(self.linears, self.weight.split(self.sizes), biases, strict=True)
-        return torch.cat([F.linear(_quantize(x, linear.input_quantizer), w, b) for linear, w, b in parts], dim=-1)
+        return torch.cat([F.linear(_quantize(x, linear, "input_quantizer"), w, b) for linear, w, b in parts], dim=-1)
 
 
 def _can_pack() -> bool:
@@ -294,9 +294,10 @@ def _can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _quantize(x: Tensor, quantizer: Any) -> Tensor:
-    """What the quantizer does in evaluation mode: a rollout must not set the scales of a student in training."""
-    return fake_quantize_fp8(x, quantizer.scale) if quantizer.frozen else x
+def _quantize(x: Tensor, linear: Any, name: str) -> Tensor:
+    """What a layer's quantizer does in evaluation mode: a rollout must not set the scales of a student in training."""
+    quantizer = getattr(linear, name, None)
+    return fake_quantize_fp8(x, quantizer.scale) if quantizer is not None and quantizer.frozen else x
 
 
 class _Norm:
@@ -306,7 +307,7 @@ class _Norm:
         self.norm, self.dtype = norm, dtype
 
     def refresh(self) -> None:
-        self.weight = self.norm.weight.to(self.dtype)
+        self.weight = self.norm.weight.to(self.dtype, copy=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.norm.variance_epsilon)
