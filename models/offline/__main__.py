@@ -26,7 +26,7 @@ from models.offline.capture import CaptureReport, CaptureSettings, capture
 from models.offline.teacher import PREFIX, is_offline, open_offline_teacher
 
 # Recipes have them and a capture does not need them; of the trainer, only its precision.
-UNUSED = ("seed_everything", "name", "root", "run_dir", "ckpt_path", "checkpoint")
+UNUSED = ("seed_everything", "name", "root", "run_dir", "ckpt_path", "weights_only", "verbose", "checkpoint")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +132,7 @@ def _parser() -> LightningArgumentParser:
     parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     for name in UNUSED:
-        add(f"--{name}", type=Any)
+        add(f"--{name}", type=dict[str, Any] if name == "checkpoint" else Any)
     for action in parser._actions:
         if action.dest.partition(".")[0] in ("trainer", *UNUSED):
             action.help = SUPPRESS

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import train
 from models.offline import OfflineTeacher, store
-from models.offline.__main__ import main
+from models.offline.__main__ import _parser, main
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,6 +52,19 @@ def test_settings_reach_the_capture(recipe: list[str], tmp_path: Path) -> None:
     found = [index[name] for name in ("form", "top_k", "batch_size", "shard_tokens", "dtype")]
     assert found == ["top_k", 5, 3, 40, "float32"] and list(index["splits"]) == ["train"]
     assert len(list(cache.glob("train-*.safetensors"))) == index["splits"]["train"]["shards"] > 1
+
+
+@pytest.mark.parametrize("name", ["sft", "compress", "quickstart"])
+def test_what_a_run_saved_as_its_configuration_is_taken(
+    name: str, recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["fit", "--config", str(ROOT / f"configs/{name}.yaml"), "--print_config"])
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    given = ["--config", str(tmp_path / "config.yaml"), "--checkpoint.every_n_steps", "5", "--name", "other"]
+    options = _parser().parse_args([*given, "--output", "cache"])
+    assert options.data.init_args.tokenizer == options.model.init_args.student
+    assert options.trainer.precision == "bf16-mixed"
 
 
 def test_mistakes_are_one_sentence(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
