@@ -80,7 +80,6 @@ class Distillation(StudentModule):
                 f"expected model.hidden_state_weight and model.hidden_state_layers together, found {hidden_state_weight} and "
                 f"{hidden_state_layers}; set both, or neither"
             )
-        self._sampler: tuple[int, int, Decoder] | None = None  # edits and optimizer step of its weights, and itself
         self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
         self._teacher_decoder: Decoder | None = None
@@ -160,7 +159,7 @@ class Distillation(StudentModule):
                     step["batches"],
                     self.global_step,
                     self.global_rank,
-                    self._sampler_of_step,
+                    lambda: decoder_for(self.student, self.inference_dtype),
                     end_tokens=end_token_ids(self.student),
                     vocabulary=self.vocabulary,
                 )
@@ -169,17 +168,6 @@ class Distillation(StudentModule):
             self.log("train/rollout_tokens", num_tokens / sum(len(answers.mask_BG) for _, answers in self._rolled))
         prompts, answers = self._rolled[step["position"]]
         return source, {**batch, **rollout_batch(prompts, answers)}
-
-    def _sampler_of_step(self) -> Decoder:
-        """The decoder in half precision, its weights taken once per optimizer step."""
-        now = (len(self.edits), self.global_step)
-        if self._sampler is None or self._sampler[0] != now[0]:
-            self._sampler = None  # free the old one first
-            self._sampler = (*now, decoder_for(self.student, self.inference_dtype))
-        elif self._sampler[1] != now[1]:
-            self._sampler = (*now, self._sampler[2])
-            self._sampler[2].refresh()
-        return self._sampler[2]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the draws of stage 2 depend on: each rank's own replay buffer, and the adaptive share."""

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from models.allocator import keep_freed_memory
 from models.architecture import check_family
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics, generate_texts
@@ -170,8 +171,20 @@ class StudentModule(LightningModule):
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Settle how this process handles memory."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout, where a model has it, draws from the step's own seed: a resumed run needs no saved random state."""
+        """Drop old gradients, and seed dropout by the step, so that a resumed run needs no saved random state.
+
+        Lightning would keep the gradients of one step until the forward pass of the next is over: memory that is better spent
+        on the next rollout.
+        """
+        if step_of(batch, self.trainer.accumulate_grad_batches)["batches"]:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
         seed = os.environ.get("PL_GLOBAL_SEED", "0")  # of seed_everything
         torch.manual_seed(seed_of("dropout", seed, self.global_step, batch_idx, self.global_rank))
 
