@@ -103,6 +103,13 @@ class Distillation(StudentModule):
             int8=self.teacher_dtype == "int8",
             trust_remote_code=self.trust_remote_code,
         )
+        if self.device_mesh is not None:
+            if self.teacher_dtype == "int8" or self.generate_tokens:
+                raise ValueError(
+                    "expected a sharded teacher in floating point that generates nothing, found model.teacher_dtype "
+                    f"{self.teacher_dtype} and model.generate_tokens {self.generate_tokens}; set them to auto and 0"
+                )
+            self.teacher.shard(self.device_mesh["data_parallel"])
         # Heads may be padded beyond the tokenizer, each to another size: only ids that both have take part.
         self.vocabulary = min(m.get_output_embeddings().weight.shape[0] for m in (self.student, self.teacher.model))
 

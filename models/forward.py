@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from models.lora import merge_adapters
 from models.quantization.linear import quantized_linears
+from models.sharding import call_gathered, is_sharded, whole_copy
 
 Batch = dict[str, Any]
 IGNORE = -100
@@ -27,6 +28,10 @@ def answer_labels(batch: Batch) -> Tensor:
 
 def answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states at the positions that predict answer tokens, shape (N, D), in the order of `answer_labels`."""
+    return call_gathered(model, _answer_hidden, model, batch)
+
+
+def _answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     predicts_answer_BT = batch["labels"][:, 1:] != IGNORE
     return output.last_hidden_state[:, :-1][predicts_answer_BT]
@@ -50,11 +55,13 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy of a model for generation: evaluation mode, weights in `dtype`, fake-quantized weights rounded once and for all,
-    LoRA adapters merged, no activation checkpoints.
+    LoRA adapters merged, no activation checkpoints.  Of a sharded model every process gets the whole copy, and all must ask.
 
     Only parameters change type.  Buffers keep float32: rotary frequencies in bfloat16 would turn by wrong angles, and
     quantization scales would put values on another grid.
     """
+    if is_sharded(model):
+        return whole_copy(model, dtype).eval()
     duplicate = merge_adapters(copy.deepcopy(model).eval()).requires_grad_(False)
     duplicate._set_gradient_checkpointing(False)
     for linear in quantized_linears(duplicate).values():
