@@ -25,6 +25,7 @@ from models.architecture import decoder_layers
 from models.forward import inference_copy
 from models.quantization.fp8 import fake_quantize_fp8
 from models.quantization.linear import FakeQuantizedLinear
+from models.sharding import is_sharded
 
 # Rotary frequencies of these kinds depend on the length of the sequence, so they cannot be computed once.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -114,7 +115,8 @@ class FusedDecoder:
         config = model.config
         rope: Any = getattr(model.base_model, "rotary_emb", None)
         return (
-            config.model_type in ("llama", "mistral", "qwen2", "qwen3")
+            not is_sharded(model)
+            and config.model_type in ("llama", "mistral", "qwen2", "qwen3")
             and rope is not None
             and rope.rope_type not in _LENGTH_DEPENDENT_ROPE
             and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())

@@ -100,11 +100,18 @@ class Distillation(StudentModule):
         )
         check_head(self.teacher.model, head_of(self.teacher.model))
         self._agree_on_vocabulary()
+        if self.device_mesh is not None:
+            if self.teacher_dtype == "int8" or self.generate_tokens:
+                raise ValueError(
+                    "expected a sharded teacher in floating point that generates nothing, found model.teacher_dtype "
+                    f"{self.teacher_dtype} and model.generate_tokens {self.generate_tokens}; set them to auto and 0"
+                )
+            self.teacher.shard(self.device_mesh["data_parallel"])
 
     def _agree_on_vocabulary(self) -> None:
         """Heads may be padded beyond the tokenizer, each to another size: only true tokens take part, on both sides."""
-        heads = {"student": head_of(self.student), "teacher": head_of(self.teacher.model)}
-        rows = {name: len(head.weight_VD) for name, head in heads.items()}
+        models = {"student": self.student, "teacher": self.teacher.model}
+        rows = {name: len(model.get_output_embeddings().weight) for name, model in models.items()}
         self.vocabulary = min(vocabulary_size(self.tokenizer), *rows.values())
         if set(rows.values()) != {self.vocabulary}:
             rank_zero_info(

@@ -24,6 +24,7 @@ from models.losses import check_head, head_of
 from models.low_precision import admit_optimizer_states, check_rounding
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.sampling import seed_of
+from models.sharding import shard
 from models.step_mean import StepMean, step_of
 from models.structure import Edit, apply_edit, replay
 from models.timing import Stopwatch
@@ -97,9 +98,29 @@ class StudentModule(LightningModule):
         check_family(student.config)
         check_head(student, head_of(student))
         self.vocabulary = len(head_of(student).weight_VD)
+        if self.device_mesh is not None:
+            self._check_shardable()
+            shard(student, self.device_mesh["data_parallel"])
         if self.gradient_checkpointing:
             checkpoint_activations(student)
         self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
+
+    def _check_shardable(self) -> None:
+        """Raise `ValueError` for callbacks that copy, cut or rewrite the student on one process while others do not."""
+        refused = (
+            "GradualPruning",
+            "QuantizationAwareTraining",
+            "LoRA",
+            "PhaseEvaluation",
+            "SampleCompletions",
+            "ExportOnFitEnd",
+        )
+        found = [type(c).__name__ for c in self.trainer.callbacks if type(c).__name__ in refused]  # type: ignore[attr-defined]
+        if found:
+            raise ValueError(
+                f"expected a sharded run without {', '.join(refused)}, found {', '.join(found)}; leave them out, and prune or "
+                "quantize on one device, or export with `python -m export` afterwards"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`."""
@@ -155,7 +176,8 @@ class StudentModule(LightningModule):
             )
         replay(self.student, edits[known:])
         self.edits = list(edits)
-        self._check_weights(checkpoint)
+        if "state_dict" in checkpoint:  # a sharding strategy has loaded the weights before, and removed them here
+            self._check_weights(checkpoint)
 
     def _check_weights(self, checkpoint: dict[str, Any]) -> None:
         """Raise `ValueError` for the weights of another student, which torch would answer with a list of tensors."""
