@@ -243,10 +243,10 @@ class _Weights:
     """One matrix for all linear layers that read the same tensor; quantized ones are called one after the other."""
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
-        self.quantized = isinstance(linears[0], FakeQuantizedLinear)
+        self.quantized = any(isinstance(linear, FakeQuantizedLinear) for linear in linears)
         self.linears, self.sizes = linears, [len(linear.weight) for linear in linears]
-        weights = [_quantize(m.weight, m.weight_quantizer) if self.quantized else m.weight for m in linears]
-        self.weight = torch.cat([weight.detach().to(dtype) for weight in weights])
+        weights = [_quantize(linear.weight.detach(), linear, "weight_quantizer").to(dtype) for linear in linears]
+        self.weight = torch.cat(weights)
         has_bias = getattr(linears[0], "bias", None) is not None
         self.bias = torch.cat([linear.bias.detach().to(dtype) for linear in linears]) if has_bias else None
         self.packed = not self.quantized and _can_pack(self.weight)
@@ -260,7 +260,7 @@ class _Weights:
             return F.linear(x, self.weight, self.bias)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         parts = zip(self.linears, self.weight.split(self.sizes), biases, strict=True)
-        return torch.cat([F.linear(_quantize(x, linear.input_quantizer), w, b) for linear, w, b in parts], dim=-1)
+        return torch.cat([F.linear(_quantize(x, linear, "input_quantizer"), w, b) for linear, w, b in parts], dim=-1)
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -273,16 +273,17 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
-def _quantize(x: Tensor, quantizer: Any) -> Tensor:
-    """What the quantizer does in evaluation mode: a rollout must not set the scales of a student in training."""
-    return fake_quantize_fp8(x, quantizer.scale) if quantizer.frozen else x
+def _quantize(x: Tensor, linear: Any, name: str) -> Tensor:
+    """What a layer's quantizer does in evaluation mode: a rollout must not set the scales of a student in training."""
+    quantizer = getattr(linear, name, None)
+    return fake_quantize_fp8(x, quantizer.scale) if quantizer is not None and quantizer.frozen else x
 
 
 class _Norm:
     """RMSNorm; a product in float32 would be cast back at once, so the weight has the type of the computation."""
 
     def __init__(self, norm: Any, dtype: torch.dtype) -> None:
-        self.weight, self.epsilon = norm.weight.detach().to(dtype), norm.variance_epsilon
+        self.weight, self.epsilon = norm.weight.detach().to(dtype, copy=True), norm.variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
