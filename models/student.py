@@ -231,7 +231,7 @@ class StudentModule(LightningModule):
             )
         return loss
 
-    def teacher_logits(self, batch: Batch) -> Tensor | None:
+    def teacher_logits(self, batch: Batch, split: str) -> Tensor | None:
         """Logits of a teacher at the answer positions (N, V), or None without a teacher."""
         return None
 
@@ -280,7 +280,7 @@ class StudentModule(LightningModule):
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
-        self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch))
+        self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch, split))
         assert self._decoder is not None
         self._score(self._decoder, self.student, self.metrics, batch, split)
 

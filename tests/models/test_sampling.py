@@ -79,7 +79,7 @@ def test_random_numbers_belong_to_the_seed() -> None:
     assert torch.equal(together[0], together[2])
     assert torch.equal(together[:, :4], uniforms([5, 6, 5, 7], 4)), "a prefix: the length of answers decides nothing"
     many = uniforms(range(2000), 4)
-    assert 0 <= many.min() and many.max() < 1
+    assert many.min() >= 0 and many.max() < 1
     assert many.mean(0) == pytest.approx(torch.full((4,), 0.5).numpy(), abs=0.03)
     assert abs(float(torch.corrcoef(many.T)[0, 1])) < 0.1
     assert abs(float(torch.corrcoef(torch.stack([many[:-1, 0], many[1:, 0]]))[0, 1])) < 0.1, "neighbouring seeds"

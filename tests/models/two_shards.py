@@ -18,6 +18,7 @@ from training import loader
 
 from models import Distillation
 from models.forward import answer_logits, inference_copy
+from models.on_policy import OnPolicy
 
 STEPS = 3
 
@@ -43,9 +44,7 @@ def main(place: Path, processes: int) -> None:
         teacher=str(place / "teacher"),
         student=str(place / "student"),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
-        on_policy_start=STEPS - 1,
-        rollout_tokens=4,
-        sampling_temperature=0.001,  # both processes sample the most probable tokens
+        on_policy=OnPolicy(start=STEPS - 1, tokens=4),
         generate_tokens=0,
         gradient_checkpointing=True,
     )
