@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from models.allocator import keep_freed_memory
 from models.architecture import check_family
+from models.attention import use_for_training
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics, generate_texts
 from models.forward import Batch, answer_labels, answer_logits, checkpoint_activations
@@ -97,6 +98,7 @@ class StudentModule(LightningModule):
         student = load_model(self.student_reference, dtype=dtype, trust_remote_code=self.trust_remote_code)
         check_family(student.config)
         check_head(student, head_of(student))
+        use_for_training(student)
         self.vocabulary = len(head_of(student).weight_VD)
         if self.device_mesh is not None:
             self._check_shardable()
