@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 
@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from torch import nn
-from transformers import PreTrainedModel
+
+from models.pretrained import load_model, load_tokenizer
 
 Row = dict[str, Any]
 
@@ -95,13 +96,25 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Reduce a model to some of its decoder layers, in place; save and load it to have its layers counted anew."""
-    body: Any = model.base_model
-    body.layers = nn.ModuleList([body.layers[i] for i in kept])
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+def write_half(teacher: str, folder: Path) -> None:
+    """Every second decoder layer of the quickstart's teacher, and its tokenizer, as a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: There is no teacher.
+    """
+    if not (Path(teacher) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with `make quickstart`, or alone with "
+            "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
+        )
+    model = load_model(teacher)
+    config, body = model.config, cast(Any, model.base_model)
+    body.layers = nn.ModuleList(list(body.layers)[::2])
+    config.num_hidden_layers = len(body.layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[::2]
+    model.save_pretrained(folder)
+    load_tokenizer(teacher).save_pretrained(folder)
 
 
 # Over seeds ---------------------------------------------------------------------------------------------------------------------
@@ -120,9 +133,9 @@ def cell(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A table; the first columns are text, the others are figures."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines]) + "\n"
 
 

@@ -30,17 +30,17 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.harness import report
-from benchmarks.study import Row, Rows, fingerprint, keep_layers, machine
+from benchmarks.study import Row, Rows, fingerprint, machine, write_half
 from benchmarks.study_judge import Judge, TrainingClock
 from benchmarks.study_page import write_page
 from datamodules import ReasoningTasks
 from models import SFT, Distillation, StudentModule
 from models.losses import Objective
 from models.on_policy import OnPolicy
-from models.pretrained import load_model, load_tokenizer
+from models.pretrained import load_model
 from train import QUIET
 
-ROOT = Path(__file__).parent.parent
+RECIPE = Path(__file__).parent.parent / "configs/quickstart.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
 TIME_REFERENCE = "two_stage"
 
@@ -83,7 +83,7 @@ class Study:
         recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
         model, trainer = recipe["model"]["init_args"], recipe["trainer"]
         self.precision, self.clip = trainer["precision"], trainer["gradient_clip_val"]
-        self.optimizer = model["optimizer"]["init_args"]
+        self.optimizer = model["optimizer"]["init_args"] | ({"lr": options.lr} if options.lr else {})
         self.warmup_share = model["warmup_steps"] / trainer["max_steps"]
         self.tokens = model["on_policy"]["tokens"]
         data = recipe["data"]["init_args"] | {"test_size": options.test_size}
@@ -144,6 +144,8 @@ class Study:
             enable_model_summary=False,
         )
         trainer.fit(module, datamodule=self.data)
+        if trainer.global_step != steps:  # a signal ends a fit without an error
+            raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
         return {**clock.figures(), **self.judge.on_test(module.student), "curve": clock.curve}
 
     def _module(self, arm: Arm, seed: int, steps: int) -> StudentModule:
@@ -170,11 +172,9 @@ class Study:
 
 def study(options: argparse.Namespace, student: Path) -> list[Row]:
     """All rows: the teacher's and the untrained student's first, then seed by seed; written as they finish."""
-    write_student(options.teacher, student)
+    write_half(options.teacher, student)
     shared = Study(options, student)
-    timed = (
-        [arm for arm in options.arms if not arm.startswith(TIME_REFERENCE)] if TIME_REFERENCE in options.arms else []
-    )
+    timed = [arm for arm in options.arms if not arm.startswith(TIME_REFERENCE) and TIME_REFERENCE in options.arms]
     bar = tqdm(total=2 + len(options.seeds) * (len(options.arms) + len(timed)), desc="Study", unit="run")
 
     def done(row: Row) -> Row:
@@ -198,23 +198,6 @@ def study(options: argparse.Namespace, student: Path) -> list[Row]:
     return rows
 
 
-def write_student(teacher: str, folder: Path) -> None:
-    """Every second layer of the teacher, and its tokenizer, as a Hugging Face folder.
-
-    Raises:
-        FileNotFoundError: There is no teacher.
-    """
-    if not (Path(teacher) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with `make quickstart`, or alone with "
-            "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
-        )
-    model = load_model(teacher)
-    keep_layers(model, range(0, model.config.num_hidden_layers, 2))
-    model.save_pretrained(folder)
-    load_tokenizer(teacher).save_pretrained(folder)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,16 +212,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="ARM",
         help=f"{', '.join(ARMS)} (default: all); the comparison at equal time needs {TIME_REFERENCE}",
     )
+    parser.add_argument("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
     parser.add_argument("--test-size", type=int, default=255, help="held-out questions (default: 255)")
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "configs/quickstart.yaml",
-        help="whose data, optimizer and precision to use",
-    )
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose data, optimizer and precision to use")
     parser.add_argument("--out", type=Path, default=Path("docs/results/distillation"), help="folder of rows and plots")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.steps < 2 or len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"expected 2 steps or more and different seeds, found {options.steps} and {options.seeds}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -251,16 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = study(options, Path(folder) / "student")
     titles = {name: ARMS[name].title for name in options.arms}
-    page = write_page(
-        rows, titles, options.out, " ".join(["python -m benchmarks.study_distillation", *_words(arguments)])
-    )
+    words = sys.argv[1:] if arguments is None else arguments
+    page = write_page(rows, titles, options.out, " ".join(["python -m benchmarks.study_distillation", *words]))
     flat = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
     report(flat, {}, PACKAGES, options.json)
     print(f"wrote {page}")
-
-
-def _words(arguments: Sequence[str] | None) -> Sequence[str]:
-    return sys.argv[1:] if arguments is None else arguments
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib.pyplot as plt
 
 from benchmarks.study import Row, cell, markdown_table, mean_and_deviation, plot_dots, save_plot, write_text
+from benchmarks.study_judge import OWN_STRIDE
 
 Values = dict[str, dict[str, list[float]]]  # arm -> metric -> one value per seed, in the seeds' order
 
@@ -56,6 +58,11 @@ EXPECTATIONS = (
     Expectation("two_stage_reverse_kl", "two_stage", "own_reverse_kl", "MiniLLM, 2306.08543: it is what is trained"),
     Expectation("two_stage_jsd", "two_stage", "task_score", "GKD, 2306.13649: depends on the task", open=True),
 )
+TIME_NOTE = """\
+The steps of each arm were set in advance from the wall-clock seconds per step of the first seed, so that it trains about as long as
+`two_stage` does for its steps, and its learning rate falls to 0 just then.  The last column is the time that it took in fact;
+evaluation is not in it.  Two-stage rows are those of the table above: the divergence hardly changes what a step costs.
+"""
 HIGHER_IS_BETTER = ("task_score", "top1_agreement")
 
 
@@ -78,7 +85,7 @@ def write_page(rows: Sequence[Row], titles: Mapping[str, str], out: Path, comman
         budgets["time"] = [row for row in runs if row["budget"] == "time" or row["name"] not in in_time]
     values = {budget: _values(of_budget, titles) for budget, of_budget in budgets.items()}
     _plot_figures(values, rows, out / "figures.png")
-    _plot_curves(budgets["steps"], titles, out / "curves.png")
+    _plot_curves(rows, titles, out / "curves.png")
     notes = out / "notes.md"
     parts = [
         "# Which distillation?\n",
@@ -90,7 +97,7 @@ def write_page(rows: Sequence[Row], titles: Mapping[str, str], out: Path, comman
         _table(values["steps"], rows),
     ]
     if "time" in values:
-        parts += ["## Equal wall-clock\n", _time_note(budgets["time"]), _table(values["time"], rows)]
+        parts += ["## Equal wall-clock\n", TIME_NOTE, _table(values["time"], rows)]
     parts += ["## Plots\n", _plots(out), "## How it was measured\n", _method(rows)]
     page = out.with_suffix(".md")
     write_text(page, "\n".join(part for part in parts if part))
@@ -133,7 +140,8 @@ def _expectations(values: Mapping[str, Values]) -> str:
                         *verdict(expected, ours, theirs),
                     ]
                 )
-    table = markdown_table(["comparison", "at", "expected by", "difference (95 % interval)", "verdict"], lines)
+    header = ["comparison", "at", "expected by", "difference (95 % interval)", "verdict"]
+    table = markdown_table(header, lines, text_columns=3)
     return table + (
         "\nDifferences are taken seed by seed: both sides see the same batches in the same order.  The interval is Student's t over "
         "seeds; where it includes 0 the verdict is open.\n"
@@ -167,14 +175,6 @@ def _table(values: Values, rows: Sequence[Row]) -> str:
     return markdown_table(header, lines)
 
 
-def _time_note(rows: Sequence[Row]) -> str:
-    return (
-        "The steps of each arm were set in advance from the wall-clock seconds per step of the first seed, so that it trains about "
-        "as long as `two_stage` does for its steps and its learning rate falls to 0 just then.  The last column is the time that it "
-        "took in fact; evaluation is not in it.  Two-stage rows are those of the table above: their steps cost the same.\n"
-    )
-
-
 def _plots(out: Path) -> str:
     return (
         f"![Figures of every arm]({out.name}/figures.png)\n\nDots are seeds, diamonds their mean with its standard deviation.\n\n"
@@ -193,7 +193,7 @@ def _method(rows: Sequence[Row]) -> str:
         "the student's start are the same for all, so the spread does not contain their chance.  With "
         f"{size} questions an exact match alone is uncertain by up to ±{0.5 / sqrt(size):.3f} (one standard error).\n"
         "- KL is KL(teacher || student), reverse KL is KL(student || teacher).  Own answers are sampled at temperature 1, with the same "
-        "random numbers for all students; exact match is that of greedy answers.\n"
+        f"random numbers for all students, to every {OWN_STRIDE}nd question; exact match is that of greedy answers.\n"
         "- Seconds are wall-clock seconds of training alone; each row also has the CPU seconds of all threads.\n"
         + "".join(f"- Machine: {line}.\n" for line in machines)
     )
@@ -214,12 +214,13 @@ def _plot_figures(values: Mapping[str, Values], rows: Sequence[Row], path: Path)
 
 
 def _plot_curves(rows: Sequence[Row], arms: Mapping[str, str], path: Path) -> None:
+    start = [{"seconds": 0.0, "val_kl": row["val_kl"]} for row in rows if row["name"] == "untrained"]
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, arm in enumerate(arms):
-        curves = [row["curve"] for row in rows if row["name"] == arm]
+        curves = [start + row["curve"] for row in rows if row["name"] == arm and row["budget"] == "steps"]
         for curve in curves:
             axis.plot(*_points(curve), color=f"C{number}", alpha=0.25, linewidth=0.8)
-        mean = [{key: sum(p[key] for p in at) / len(at) for key in at[0]} for at in zip(*curves, strict=True)]
+        mean = [{key: fmean(p[key] for p in at) for key in start[0]} for at in zip(*curves, strict=True)]
         axis.plot(*_points(mean), color=f"C{number}", marker="o", markersize=3, label=arm)
     axis.set(xlabel="seconds of training", ylabel="KL on gold answers, nats per token", yscale="log")
     axis.grid(alpha=0.3)

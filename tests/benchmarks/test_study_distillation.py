@@ -10,7 +10,8 @@ from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from benchmarks import study_distillation
-from benchmarks.study import Rows, cell, markdown_table
+from benchmarks.study import Rows, cell, markdown_table, write_half
+from benchmarks.study_page import Expectation, verdict
 
 ARMS = list(study_distillation.ARMS)
 
@@ -20,7 +21,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two steps and two seeds of every arm."""
     folder = tmp_path_factory.mktemp("study")
     teacher = tiny_folder(folder / "teacher", num_hidden_layers=4, hidden_size=16, intermediate_size=16)
-    recipe = yaml.safe_load((study_distillation.ROOT / "configs/quickstart.yaml").read_text())
+    recipe = yaml.safe_load(study_distillation.RECIPE.read_text())
     recipe["model"]["init_args"]["on_policy"]["tokens"] = 4
     recipe["data"]["init_args"] |= {"train_size": 12, "val_size": 3, "batch_size": 2, "eval_batch_size": 4}
     recipe["data"]["init_args"]["tasks"] = {"chain_sum": {"max_terms": 2, "max_digits": 2}}
@@ -54,7 +55,8 @@ def test_arms_and_seeds_differ_only_where_they_should(out: Path) -> None:
     assert all(rows[f"steps-{arm}-1"]["kl"] != rows[f"steps-{arm}-2"]["kl"] for arm in ARMS)
     for row in rows.values():
         if "curve" in row:
-            assert [point["step"] for point in row["curve"]] == list(range(1, row["steps"] + 1))
+            steps = [point["step"] for point in row["curve"]]
+            assert len(steps) == min(row["steps"], 4) and steps == sorted(set(steps)) and steps[-1] == row["steps"]
             seconds = [point["seconds"] for point in row["curve"]]
             assert seconds[0] > 0 and seconds == sorted(set(seconds)) and seconds[-1] == row["seconds"]
             assert row["settings"]["steps"] == row["steps"]
@@ -95,6 +97,12 @@ def test_rows_of_other_settings_are_refused(out: Path, command: list[str]) -> No
         study_distillation.main(changed)
 
 
+@pytest.mark.parametrize("words", [["--steps", "1"], ["--seeds", "3", "3"], ["--arms", "none"]])
+def test_impossible_requests_are_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        study_distillation.main(words)
+
+
 def test_without_a_teacher_it_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="found none; make it with `make quickstart`"):
         study_distillation.main(["--teacher", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
@@ -103,7 +111,7 @@ def test_without_a_teacher_it_says_how_to_get_one(tmp_path: Path) -> None:
 
 def test_the_student_has_every_second_layer(tmp_path: Path) -> None:
     teacher = tiny_folder(tmp_path / "teacher", num_hidden_layers=5)
-    study_distillation.write_student(teacher, tmp_path / "student")
+    write_half(teacher, tmp_path / "student")
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "teacher"))
     assert len(ours.model.layers) == 3
     for kept, layer in zip((0, 2, 4), ours.model.layers, strict=True):
@@ -121,3 +129,23 @@ def test_an_unfinished_write_is_no_row(tmp_path: Path) -> None:
 def test_cells_and_tables() -> None:
     assert (cell([1.0, 3.0], 1), cell([2.0], 2), cell([], 1)) == ("2.0 ± 1.4", "2.00", "-")
     assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_open", "ours", "expected"),
+    [
+        ("task_score", False, [0.5, 0.6, 0.7], "as expected"),
+        ("kl", False, [0.5, 0.6, 0.7], "**contradicts**"),
+        ("kl", True, [0.5, 0.6, 0.7], "worse"),
+        ("task_score", False, [0.9, 0.1, 0.2], "open"),
+        ("task_score", False, [0.5], "open: one seed"),
+    ],
+)
+def test_verdicts(metric: str, is_open: bool, ours: list[float], expected: str) -> None:
+    theirs = [0.1, 0.2, 0.31][: len(ours)]
+    shown, found = verdict(Expectation("a", "b", metric, "a paper", is_open), ours, theirs)
+    assert found == expected
+    if (
+        len(ours) == 3 and found != "open"
+    ):  # differences 0.4, 0.4, 0.39: deviation 0.00577, half-width 4.30 * that / sqrt(3)
+        assert shown == "+0.397 (+0.382 to +0.411)"
