@@ -111,10 +111,3 @@ def answer_texts(tokenizer: object, answers: Rollout) -> list[str]:
     """Generated answers as text, without special tokens."""
     rows = [tokens[mask.bool()].tolist() for tokens, mask in zip(answers.tokens_BG, answers.mask_BG, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)  # type: ignore[attr-defined]
-
-
-def _sample(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    probabilities_BV = torch.softmax(logits_BV.float() / temperature, dim=-1)
-    return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(1)
