@@ -5,6 +5,7 @@ Modules, data modules and callbacks are named by their short class names.  Every
 or in a recipe wins over the one saved in the checkpoint, and every such difference is logged.
 """
 
+import contextlib
 import copy
 import logging
 import os
@@ -278,7 +279,8 @@ def _drop_empty_run_folder() -> None:
     """A run that failed before it wrote anything leaves no folder behind."""
     folder = os.environ.pop("POTSTILL_RUN_DIR", None)
     if folder and Path(folder).is_dir() and not any(Path(folder).iterdir()):
-        Path(folder).rmdir()
+        with contextlib.suppress(FileNotFoundError):  # another rank was first
+            Path(folder).rmdir()
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def potstill(gate: Gate, folder: str, batch: int, new_tokens: int, steps: int) -
     from lightning import Callback, LightningModule, Trainer
 
     from models import Distillation
+    from models.on_policy import OnPolicy
 
     class Turns(Callback):
         def on_train_batch_start(
@@ -141,8 +142,7 @@ def potstill(gate: Gate, folder: str, batch: int, new_tokens: int, steps: int) -
     module = Distillation(
         teacher=f"{folder}/teacher",
         student=f"{folder}/student",
-        on_policy_start=0,
-        rollout_tokens=new_tokens,
+        on_policy=OnPolicy(start=0, tokens=new_tokens),
         generate_tokens=0,
         lr_schedule="constant",
         optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0, fused=True),

@@ -17,7 +17,9 @@ from export.pipeline import ExportSettings, check_settings, export_all
 from export.report import summary, write_report
 from export.verify import raise_on_failure
 from models.distillation import Distillation
+from models.offline import is_offline
 from models.student import StudentModule
+from models.teacher import Teacher
 
 
 class ExportOnFitEnd(Callback):
@@ -77,10 +79,11 @@ class ExportOnFitEnd(Callback):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_order(callbacks)
-        if self.compare_with_teacher and getattr(pl_module, "teacher_dtype", "auto") == "int8":
+        is_int8 = getattr(pl_module, "teacher_dtype", "auto") == "int8"
+        if self.compare_with_teacher and (is_int8 or is_offline(getattr(pl_module, "teacher_reference", ""))):
             raise ValueError(
-                "expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher, found model.teacher_dtype "
-                "int8; choose auto, or leave the comparison out"
+                "expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher, found a captured one or one with "
+                "model.teacher_dtype int8; name the teacher's model with teacher_dtype auto, or leave the comparison out"
             )
         data_of(trainer)
         quantized = any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks)
@@ -103,6 +106,7 @@ class ExportOnFitEnd(Callback):
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
         baseline, compare = [], {}
         if isinstance(pl_module, Distillation) and self.compare_with_teacher:
+            assert isinstance(pl_module.teacher, Teacher)
             baseline = export_baseline(pl_module.teacher.model.cpu().float(), output, self.settings)
             compare = {"teacher": output / baseline[0]["path"]}
         student = pl_module.student.cpu().float().eval()

@@ -15,8 +15,9 @@ from callbacks.quantization import QuantizationAwareTraining
 from models.architecture import count_parameters
 from models.distillation import Distillation
 from models.evaluation import evaluate
+from models.offline import is_offline
 from models.student import StudentModule
-from models.teacher import RememberingTeacher
+from models.teacher import RememberingTeacher, Teacher
 
 
 class PhaseEvaluation(Callback):
@@ -52,6 +53,11 @@ class PhaseEvaluation(Callback):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_order(callbacks)
+        if is_offline(getattr(pl_module, "teacher_reference", "")):
+            raise ValueError(
+                "expected a live teacher for PhaseEvaluation, found a captured one; name the teacher's model, or leave the "
+                "callback out and read the validation's figures"
+            )
         if not data_of(trainer).has_split(self.split):
             raise ValueError(
                 f"expected {self.split} data for PhaseEvaluation, found none; set data.init_args.{self.split}, or choose "
@@ -124,6 +130,7 @@ class PhaseEvaluation(Callback):
             disable=not trainer.is_global_zero,
         )
         if self._teacher is None and isinstance(module, Distillation):
+            assert isinstance(module.teacher, Teacher)
             self._teacher = RememberingTeacher(module.teacher)
         with torch.autocast(module.device.type, enabled=False):
             return evaluate(

@@ -41,7 +41,9 @@ class Preflight(Callback):
         quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
         export = next((c for c in callbacks if isinstance(c, ExportOnFitEnd)), None)
         _check_steps(trainer, pruning, quantization)
-        if all(edit["op"] == "lora" for edit in pl_module.edits):  # a resumed student has had part of this done to it
+        if (pruning or quantization or export) and all(
+            edit["op"] == "lora" for edit in pl_module.edits
+        ):  # a resumed student has had part of this done to it
             layer = merge_adapters(one_layer_slice(pl_module.student))
             _rehearse_pruning(layer, pruning)
             if quantization is not None:

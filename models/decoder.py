@@ -1,13 +1,14 @@
 """Incremental decoding: inference weights of a student in training, a key/value cache, and one token for every row at a time.
 
-Two decoders with the same three methods:
+Two decoders with the same methods:
 
 - `TransformersDecoder` runs the Hugging Face model with its own cache.  It serves every family and is the definition.
 - `FusedDecoder` computes the same for Llama-type models from its own copy of the weights: query, key and value as one matrix
   product, gate and up as another, a cache allocated once.  A small model's token costs little more than reading its weights,
   and the many small calls around them would cost several times that.
 
-Both keep weights of their own, in the floating point type of the rollout; `refresh` takes them from the model again.
+Both copy the model's weights, in the floating point type of the rollout, when they are made: a decoder lives for one rollout of a
+student in training.
 
 Legend: B rows, P prompt tokens, T cached positions, D hidden, H query heads, G key/value heads, K head width, V vocabulary.
 """
@@ -24,6 +25,7 @@ from models.architecture import decoder_layers
 from models.forward import inference_copy
 from models.quantization.fp8 import fake_quantize_fp8
 from models.quantization.linear import FakeQuantizedLinear
+from models.sharding import is_sharded
 
 # Rotary frequencies of these kinds depend on the length of the sequence, so they cannot be computed once.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -33,9 +35,6 @@ _KNOWN_LINEARS = (nn.Linear, FakeQuantizedLinear)
 
 class Decoder(Protocol):
     """What `rollout` needs of a model."""
-
-    def refresh(self) -> None:
-        """Take the model's present weights."""
 
     def prefill(self, prompts_BP: Tensor, mask_BP: Tensor, max_new_tokens: int) -> Tensor:
         """Read left-padded prompts and make room for `max_new_tokens` more; next-token logits (B, V)."""
@@ -56,17 +55,12 @@ class TransformersDecoder:
     """Any causal language model, through its own forward and cache.
 
     Args:
-        model: The model whose weights are taken at every `refresh`.
+        model: The model to copy.
         dtype: Floating point type of the copy.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._source, self._dtype = model, dtype
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Copy the model again."""
-        self.model = inference_copy(self._source, self._dtype)
+        self.model = inference_copy(model, dtype)
 
     @torch.no_grad()
     def prefill(self, prompts_BP: Tensor, mask_BP: Tensor, max_new_tokens: int) -> Tensor:
@@ -103,7 +97,7 @@ class FusedDecoder:
     """Llama-type models (see `models/architecture.py`), pruned and fake-quantized ones included.
 
     Args:
-        model: The model whose weights are taken at every `refresh`; changes of its structure need a new decoder.
+        model: The model to copy the weights of.
         dtype: Floating point type of weights, cache and computation.
     """
 
@@ -112,10 +106,8 @@ class FusedDecoder:
         self._body: Any = model.base_model
         self._layers = [_Layer(model, index, dtype) for index in range(len(decoder_layers(model)))]
         self._head = _Weights([model.get_output_embeddings()], dtype)
-        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        self._embedding = self._head if tied else _Weights([model.get_input_embeddings()], dtype)
+        self._embedding: Any = model.get_input_embeddings()
         self._norm = _Norm(self._body.norm, dtype)
-        self.refresh()
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -123,7 +115,8 @@ class FusedDecoder:
         config = model.config
         rope: Any = getattr(model.base_model, "rotary_emb", None)
         return (
-            config.model_type in ("llama", "mistral", "qwen2", "qwen3")
+            not is_sharded(model)
+            and config.model_type in ("llama", "mistral", "qwen2", "qwen3")
             and rope is not None
             and rope.rope_type not in _LENGTH_DEPENDENT_ROPE
             and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
@@ -134,18 +127,6 @@ class FusedDecoder:
                 for owner, name in layer.linears()
             )
         )
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the model's weights into the buffers of this decoder."""
-        parts: list[Any] = [
-            self._head,
-            self._embedding,
-            self._norm,
-            *(part for layer in self._layers for part in layer.parts),
-        ]
-        for part in dict.fromkeys(parts):  # a tied embedding is the head
-            part.refresh()
 
     @torch.no_grad()
     def prefill(self, prompts_BP: Tensor, mask_BP: Tensor, max_new_tokens: int) -> Tensor:
@@ -188,7 +169,7 @@ class FusedDecoder:
 
     def _forward(self, tokens_BN: Tensor, positions_BN: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
         cos_B1NK, sin_B1NK = self._cos_TK[positions_BN][:, None], self._sin_TK[positions_BN][:, None]
-        x_BND = F.embedding(tokens_BN, self._embedding.weight)
+        x_BND = F.embedding(tokens_BN, self._embedding.weight).to(self._dtype)
         for layer in self._layers:
             x_BND = layer(x_BND, cos_B1NK, sin_B1NK, start, seen_B1NT)
         return self._head(self._norm(x_BND[:, -1]))
@@ -202,6 +183,7 @@ class _Layer:
         body: Any = model.base_model
         block = body.layers[index]
         attention, mlp = view.attention, view.mlp
+        self.dtype, self.device = dtype, model.device
         self.heads, self.groups, self.head_dim = view.num_query_heads, view.num_kv_groups, view.head_dim
         self.scaling, self.activation = attention.scaling, mlp.act_fn
         self.input_norm, self.mlp_norm = (
@@ -213,11 +195,12 @@ class _Layer:
         self.output = _Weights([attention.o_proj], dtype)
         self.gate_up = _Weights([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = _Weights([mlp.down_proj], dtype)
-        self.parts = (self.input_norm, self.mlp_norm, *self.head_norms, self.qkv, self.output, self.gate_up, self.down)
 
     def allocate(self, rows: int, positions: int) -> None:
-        shape = (rows, self.groups, positions, self.head_dim)
-        self.keys_BGTK, self.values_BGTK = (self.qkv.weight.new_empty(shape) for _ in range(2))
+        keys_and_values = torch.empty(
+            2, rows, self.groups, positions, self.head_dim, dtype=self.dtype, device=self.device
+        )
+        self.keys_BGTK, self.values_BGTK = keys_and_values
 
     def keep(self, rows: Tensor) -> None:
         self.keys_BGTK, self.values_BGTK = self.keys_BGTK[rows], self.values_BGTK[rows]
@@ -260,28 +243,19 @@ class _Weights:
     """One matrix for all linear layers that read the same tensor; quantized ones are called one after the other."""
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
-        self.linears = linears
         self.quantized = any(isinstance(linear, FakeQuantizedLinear) for linear in linears)
-        self.sizes = [linear.weight.shape[0] for linear in linears]
-        first = linears[0].weight
-        self.weight = torch.empty(sum(self.sizes), first.shape[1], dtype=dtype, device=first.device)
+        self.linears, self.sizes = linears, [len(linear.weight) for linear in linears]
+        weights = [_quantize(linear.weight.detach(), linear, "weight_quantizer").to(dtype) for linear in linears]
+        self.weight = torch.cat(weights)
         has_bias = getattr(linears[0], "bias", None) is not None
-        self.bias = torch.empty(sum(self.sizes), dtype=dtype, device=first.device) if has_bias else None
-        self.packs = not self.quantized and dtype == torch.bfloat16 and first.device.type == "cpu" and _can_pack()
-        self.packed: Tensor | None = None
-
-    def refresh(self) -> None:
-        for linear, part in zip(self.linears, self.weight.split(self.sizes), strict=True):
-            part.copy_(_quantize(linear.weight, linear, "weight_quantizer"))
-        if self.bias is not None:
-            for linear, part in zip(self.linears, self.bias.split(self.sizes), strict=True):
-                part.copy_(linear.bias)
-        if self.packs:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.bias = torch.cat([linear.bias.detach().to(dtype) for linear in linears]) if has_bias else None
+        self.packed = not self.quantized and _can_pack(self.weight)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         if not self.quantized:
             return F.linear(x, self.weight, self.bias)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
@@ -289,9 +263,14 @@ class _Weights:
         return torch.cat([F.linear(_quantize(x, linear, "input_quantizer"), w, b) for linear, w, b in parts], dim=-1)
 
 
-def _can_pack() -> bool:
+def _can_pack(weight: Tensor) -> bool:
     """Whether oneDNN can lay a matrix out once for many products, as torch's own compiler does for inference."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _quantize(x: Tensor, linear: Any, name: str) -> Tensor:
@@ -304,10 +283,7 @@ class _Norm:
     """RMSNorm; a product in float32 would be cast back at once, so the weight has the type of the computation."""
 
     def __init__(self, norm: Any, dtype: torch.dtype) -> None:
-        self.norm, self.dtype = norm, dtype
-
-    def refresh(self) -> None:
-        self.weight = self.norm.weight.to(self.dtype, copy=True)
+        self.weight, self.epsilon = norm.weight.detach().to(dtype, copy=True), norm.variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.norm.variance_epsilon)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics
-from models.forward import Batch, answer_labels, answer_states
-from models.losses import Objective, check_head, head_of, hidden_state_loss, linear_objective
+from models.forward import Batch, answer_hidden, answer_labels, answer_states
+from models.losses import Objective, Targets, check_head, head_of, hidden_state_loss, linear_objective
+from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.on_policy import OnPolicy, OnPolicyAnswers, Source
 from models.pretrained import check_same_tokenizer, end_token_ids, load_tokenizer, vocabulary_size
 from models.rollout import Rollout, rollout_batch
@@ -35,7 +36,8 @@ class Distillation(StudentModule):
     """Distil a frozen teacher into the student, on the data's answers first, then on the student's own.
 
     Args:
-        teacher: Model to learn from (same tokenizer as the student): folder, hub id, .gguf file or package:NAME.
+        teacher: Model to learn from (same tokenizer as the student): folder, hub id, .gguf file or package:NAME; or
+            offline:FOLDER for a teacher's captured answers (see `python -m models.offline --help`).
         objective: Weighted mix of per-token losses on the answers of the data (stage 1).
         on_policy_objective: The same for the student's own answers (stage 2); none takes objective without cross_entropy.
         on_policy: When the student answers for itself, how long, and whether answers are replayed.
@@ -47,7 +49,8 @@ class Distillation(StudentModule):
         kwargs: Settings of StudentModule.
 
     Raises:
-        ValueError: A setting is out of range, or (when the models are built) the tokenizers differ.
+        ValueError: A setting is out of range or asks a captured teacher for what it cannot say; (when the models are built) the
+            tokenizers differ; (when the data is there) the teacher was captured on other data.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Distillation(StudentModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.teacher: Teacher | OfflineTeacher
         self.teacher_reference = teacher
         self.teacher_dtype: TeacherDtype = teacher_dtype
         objective = settings_of(Objective, objective)
@@ -80,7 +84,7 @@ class Distillation(StudentModule):
                 f"expected model.hidden_state_weight and model.hidden_state_layers together, found {hidden_state_weight} and "
                 f"{hidden_state_layers}; set both, or neither"
             )
-        self._sampler: tuple[int, int, Decoder] | None = None  # edits and optimizer step of its weights, and itself
+        self._check_offline()
         self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
         self._teacher_decoder: Decoder | None = None
@@ -90,6 +94,8 @@ class Distillation(StudentModule):
         if hasattr(self, "student"):
             return
         super().configure_model()
+        if is_offline(self.teacher_reference):
+            return  # `setup` opens it: it has to match the data
         check_same_tokenizer(
             self.tokenizer, load_tokenizer(self.teacher_reference, trust_remote_code=self.trust_remote_code)
         )
@@ -100,25 +106,51 @@ class Distillation(StudentModule):
             trust_remote_code=self.trust_remote_code,
         )
         check_head(self.teacher.model, head_of(self.teacher.model))
-        self._agree_on_vocabulary()
+        self._agree_on_vocabulary(len(self.teacher.model.get_output_embeddings().weight))
+        if self.device_mesh is not None:
+            if self.teacher_dtype == "int8" or self.generate_tokens:
+                raise ValueError(
+                    "expected a sharded teacher in floating point that generates nothing, found model.teacher_dtype "
+                    f"{self.teacher_dtype} and model.generate_tokens {self.generate_tokens}; set them to auto and 0"
+                )
+            self.teacher.shard(self.device_mesh["data_parallel"])
 
-    def _agree_on_vocabulary(self) -> None:
+    def _agree_on_vocabulary(self, teacher: int) -> None:
         """Heads may be padded beyond the tokenizer, each to another size: only true tokens take part, on both sides."""
-        heads = {"student": head_of(self.student), "teacher": head_of(self.teacher.model)}
-        rows = {name: len(head.weight_VD) for name, head in heads.items()}
-        self.vocabulary = min(vocabulary_size(self.tokenizer), *rows.values())
-        if set(rows.values()) != {self.vocabulary}:
+        student = self.vocabulary
+        self.vocabulary = min(vocabulary_size(self.tokenizer), student, teacher)
+        if not student == teacher == self.vocabulary:
             rank_zero_info(
                 "Of the heads' rows (student %d, teacher %d), the tokenizer's %d tokens take part; the rest is padding",
-                rows["student"],
-                rows["teacher"],
+                student,
+                teacher,
                 self.vocabulary,
             )
+
+    def _check_offline(self) -> None:
+        """Refuse to ask a captured teacher about answers it has not seen, or for more than its answers."""
+        if not is_offline(self.teacher_reference):
+            return
+        for name, live in (
+            ("on_policy.start", self.own_answers.settings.start >= 0),
+            ("hidden_state_layers", bool(self.hidden_state_layers)),
+            ("teacher_dtype", self.teacher_dtype != "auto"),
+        ):
+            if live:
+                raise ValueError(
+                    f"expected a live teacher for model.{name}, found {self.teacher_reference!r}, which holds final answers to "
+                    f"the data only; leave {name} out, or name the teacher's model"
+                )
 
     def setup(self, stage: str) -> None:
         """Put the teacher where the student will be."""
         self.configure_model()
-        self.teacher.to(self.trainer.strategy.root_device)
+        if is_offline(self.teacher_reference) and stage != "predict":
+            splits = {"validate": ("val",), "test": ("test",)}.get(stage)
+            self.teacher = open_offline_teacher(self.teacher_reference, self.trainer.datamodule, splits)  # type: ignore[attr-defined]
+            self._agree_on_vocabulary(self.teacher.vocabulary)
+        if hasattr(self, "teacher"):
+            self.teacher.to(self.trainer.strategy.root_device)
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -126,7 +158,7 @@ class Distillation(StudentModule):
         """The objective of the optimizer step's source of answers, on one micro-batch."""
         source, batch = self._answered(batch)
         with self.stopwatch("teacher"):
-            targets, their_states = self.teacher.targets(batch, layers=self.hidden_state_layers.values())
+            targets, their_states = self._ask_teacher(batch)
         hidden_ND, our_states = answer_states(self.student, batch, layers=self.hidden_state_layers)
         total, sums = linear_objective(
             hidden_ND,
@@ -145,6 +177,11 @@ class Distillation(StudentModule):
             self.step_mean.add(f"train/{name}_{'dataset' if source == 'dataset' else 'on_policy'}", value)
         return self.share_of_step(total, batch)
 
+    def _ask_teacher(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
+        if isinstance(self.teacher, OfflineTeacher):
+            return self.teacher.targets(batch, "train"), []
+        return self.teacher.targets(batch, layers=self.hidden_state_layers.values())
+
     def _answered(self, batch: Batch) -> tuple[Source, Batch]:
         """The micro-batch with the answers to learn from; those of the whole optimizer step are sampled with its first."""
         source = self.own_answers.source(self.global_step, self.trainer.max_steps)
@@ -160,7 +197,7 @@ class Distillation(StudentModule):
                     step["batches"],
                     self.global_step,
                     self.global_rank,
-                    self._sampler_of_step,
+                    lambda: decoder_for(self.student, self.inference_dtype),
                     end_tokens=end_token_ids(self.student),
                     vocabulary=self.vocabulary,
                 )
@@ -169,17 +206,6 @@ class Distillation(StudentModule):
             self.log("train/rollout_tokens", num_tokens / sum(len(answers.mask_BG) for _, answers in self._rolled))
         prompts, answers = self._rolled[step["position"]]
         return source, {**batch, **rollout_batch(prompts, answers)}
-
-    def _sampler_of_step(self) -> Decoder:
-        """The decoder in half precision, its weights taken once per optimizer step."""
-        now = (len(self.edits), self.global_step)
-        if self._sampler is None or self._sampler[0] != now[0]:
-            self._sampler = None  # free the old one first
-            self._sampler = (*now, decoder_for(self.student, self.inference_dtype))
-        elif self._sampler[1] != now[1]:
-            self._sampler = (*now, self._sampler[2])
-            self._sampler[2].refresh()
-        return self._sampler[2]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the draws of stage 2 depend on: each rank's own replay buffer, and the adaptive share."""
@@ -198,9 +224,11 @@ class Distillation(StudentModule):
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """Teacher's logits at the answer positions, over the common vocabulary."""
-        return self.teacher.answer_logits(batch)[:, : self.vocabulary]
+    def teacher_logits(self, batch: Batch, split: str) -> Tensor | None:
+        """Teacher's logits at the answer positions, over the common vocabulary; None where only its top tokens are known."""
+        if not isinstance(self.teacher, OfflineTeacher):
+            return self.teacher.answer_logits(batch)[:, : self.vocabulary]
+        return None if self.teacher.form == "top_k" else self.teacher.answer_logits(batch, split)[:, : self.vocabulary]
 
     def _start_evaluation(self) -> None:
         super()._start_evaluation()
@@ -211,9 +239,23 @@ class Distillation(StudentModule):
         super()._evaluation_step(batch, split)
         if self._teacher_metrics is not None:
             self._judge_teacher(self._teacher_metrics.to(self.device), batch, split)
+        if isinstance(self.teacher, OfflineTeacher) and self.teacher.form == "top_k":
+            self._judge_by_top_k(self.teacher.targets(batch, split), batch)
+
+    def _judge_by_top_k(self, targets: Targets, batch: Batch) -> None:
+        labels_N, objective = answer_labels(batch), replace(self.objectives["dataset"], weights={"top_k_kl": 1.0})
+        hidden_ND = answer_hidden(self.student, batch)
+        total, _ = linear_objective(
+            hidden_ND, head_of(self.student), targets, labels_N, objective, vocabulary=self.vocabulary
+        )
+        self.metrics.top_k_kl.update(total / len(labels_N), weight=len(labels_N))
 
     def _judge_teacher(self, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
-        metrics.update(self.teacher_logits(batch), answer_labels(batch), None)
+        logits_NV = self.teacher_logits(batch, split)
+        if logits_NV is not None:
+            metrics.update(logits_NV, answer_labels(batch), None)
+        if isinstance(self.teacher, OfflineTeacher):
+            return  # it can say nothing new
         if self._teacher_decoder is None:
             self._teacher_decoder = decoder_for(self.teacher.model, self.inference_dtype)
         self._score(self._teacher_decoder, self.teacher.model, metrics, batch, split)

@@ -26,7 +26,8 @@ class AnswerMetrics(nn.Module):
     """Running figures over answer tokens; states are summed over ranks by torchmetrics.
 
     `compute` gives `perplexity` (of the gold answers), and, where there was data for them, `kl` (KL(teacher || student), nats
-    per answer token), `top1_agreement` (share of answer tokens whose most probable token is the teacher's), `task_score` (exact
+    per answer token), `top1_agreement` (share of answer tokens whose most probable token is the teacher's), `top_k_kl` (in the place of both,
+    where only the teacher's top tokens are known: a lower bound of `kl`), `task_score` (exact
     match with the gold answer) and `scorer_score` (the task's own scorer, which accepts other right answers).
     """
 
@@ -35,6 +36,7 @@ class AnswerMetrics(nn.Module):
         self.perplexity = Perplexity()
         self.kl = MeanMetric()
         self.top1_agreement = MeanMetric()
+        self.top_k_kl = MeanMetric()
         self.task_score = MeanMetric()
         self.scorer_score = MeanMetric()
 
@@ -51,12 +53,19 @@ class AnswerMetrics(nn.Module):
     def compute(self) -> dict[str, float]:
         """All figures that have data."""
         metrics = {"perplexity": self.perplexity, "kl": self.kl, "top1_agreement": self.top1_agreement}
-        metrics |= {"task_score": self.task_score, "scorer_score": self.scorer_score}
+        metrics |= {"top_k_kl": self.top_k_kl, "task_score": self.task_score, "scorer_score": self.scorer_score}
         return {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}
 
     def reset(self) -> None:
         """Forget everything."""
-        for metric in (self.perplexity, self.kl, self.top1_agreement, self.task_score, self.scorer_score):
+        for metric in (
+            self.perplexity,
+            self.kl,
+            self.top1_agreement,
+            self.top_k_kl,
+            self.task_score,
+            self.scorer_score,
+        ):
             metric.reset()
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from models.lora import merge_adapters
 from models.quantization.linear import quantized_linears
+from models.sharding import call_gathered, is_sharded, whole_copy
 
 Batch = dict[str, Any]
 IGNORE = -100
@@ -37,7 +38,10 @@ def answer_states(model: PreTrainedModel, batch: Batch, layers: Iterable[int] = 
     Raises:
         ValueError: There is no such layer.
     """
-    layers = list(layers)
+    return call_gathered(model, _answer_states, model, batch, list(layers))
+
+
+def _answer_states(model: PreTrainedModel, batch: Batch, layers: list[int]) -> tuple[Tensor, list[Tensor]]:
     output = model.base_model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -72,11 +76,13 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy of a model for generation: evaluation mode, weights in `dtype`, fake-quantized weights rounded once and for all,
-    LoRA adapters merged, no activation checkpoints.
+    LoRA adapters merged, no activation checkpoints.  Of a sharded model every process gets the whole copy, and all must ask.
 
     Only parameters change type.  Buffers keep float32: rotary frequencies in bfloat16 would turn by wrong angles, and
     quantization scales would put values on another grid.
     """
+    if is_sharded(model):
+        return whole_copy(model, dtype).eval()
     duplicate = merge_adapters(copy.deepcopy(model).eval()).requires_grad_(False)
     duplicate._set_gradient_checkpointing(False)
     for linear in quantized_linears(duplicate).values():

@@ -128,7 +128,7 @@ class OnPolicyAnswers:
             batches: Prompts of the micro-batches.
             step: The optimizer step.
             rank: This process, for the draws from its own buffer.
-            decoder: Gives a decoder with the student's present weights; asked only if there is something to sample.
+            decoder: Makes a decoder of the student's present weights; asked only if there is something to sample.
             end_tokens: Tokens that end an answer.
             vocabulary: Tokens that can be sampled.
         """

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from models.allocator import keep_freed_memory
 from models.architecture import check_family
+from models.attention import use_for_training
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics, generate_texts
 from models.forward import Batch, answer_labels, answer_logits, checkpoint_activations
@@ -23,6 +25,7 @@ from models.losses import check_head, head_of
 from models.low_precision import admit_optimizer_states, check_rounding
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.sampling import seed_of
+from models.sharding import shard
 from models.step_mean import StepMean, step_of
 from models.structure import Edit, apply_edit, replay
 from models.timing import Stopwatch
@@ -95,10 +98,31 @@ class StudentModule(LightningModule):
         student = load_model(self.student_reference, dtype=dtype, trust_remote_code=self.trust_remote_code)
         check_family(student.config)
         check_head(student, head_of(student))
+        use_for_training(student)
         self.vocabulary = len(head_of(student).weight_VD)
+        if self.device_mesh is not None:
+            self._check_shardable()
+            shard(student, self.device_mesh["data_parallel"])
         if self.gradient_checkpointing:
             checkpoint_activations(student)
         self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
+
+    def _check_shardable(self) -> None:
+        """Raise `ValueError` for callbacks that copy, cut or rewrite the student on one process while others do not."""
+        refused = (
+            "GradualPruning",
+            "QuantizationAwareTraining",
+            "LoRA",
+            "PhaseEvaluation",
+            "SampleCompletions",
+            "ExportOnFitEnd",
+        )
+        found = [type(c).__name__ for c in self.trainer.callbacks if type(c).__name__ in refused]  # type: ignore[attr-defined]
+        if found:
+            raise ValueError(
+                f"expected a sharded run without {', '.join(refused)}, found {', '.join(found)}; leave them out, and prune or "
+                "quantize on one device, or export with `python -m export` afterwards"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`."""
@@ -154,7 +178,8 @@ class StudentModule(LightningModule):
             )
         replay(self.student, edits[known:])
         self.edits = list(edits)
-        self._check_weights(checkpoint)
+        if "state_dict" in checkpoint:  # a sharding strategy has loaded the weights before, and removed them here
+            self._check_weights(checkpoint)
 
     def _check_weights(self, checkpoint: dict[str, Any]) -> None:
         """Raise `ValueError` for the weights of another student, which torch would answer with a list of tensors."""
@@ -170,8 +195,20 @@ class StudentModule(LightningModule):
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Settle how this process handles memory."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout, where a model has it, draws from the step's own seed: a resumed run needs no saved random state."""
+        """Drop old gradients, and seed dropout by the step, so that a resumed run needs no saved random state.
+
+        Lightning would keep the gradients of one step until the forward pass of the next is over: memory that is better spent
+        on the next rollout.
+        """
+        if step_of(batch, self.trainer.accumulate_grad_batches)["batches"]:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
         seed = os.environ.get("PL_GLOBAL_SEED", "0")  # of seed_everything
         torch.manual_seed(seed_of("dropout", seed, self.global_step, batch_idx, self.global_rank))
 
@@ -196,7 +233,7 @@ class StudentModule(LightningModule):
             )
         return loss
 
-    def teacher_logits(self, batch: Batch) -> Tensor | None:
+    def teacher_logits(self, batch: Batch, split: str) -> Tensor | None:
         """Logits of a teacher at the answer positions (N, V), or None without a teacher."""
         return None
 
@@ -245,7 +282,7 @@ class StudentModule(LightningModule):
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
-        self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch))
+        self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch, split))
         assert self._decoder is not None
         self._score(self._decoder, self.student, self.metrics, batch, split)
 

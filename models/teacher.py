@@ -10,12 +10,14 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from models.forward import Batch, answer_hidden, answer_states
 from models.losses import FullTargets, Targets, head_of
 from models.low_precision import quantize_weights
 from models.pretrained import load_model
+from models.sharding import shard
 
 
 class Teacher:
@@ -40,6 +42,10 @@ class Teacher:
         """Move the teacher to a device; returns itself."""
         self.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread the teacher over the processes of a mesh, as the student is."""
+        shard(self.model, mesh)
 
     @torch.no_grad()
     def targets(self, batch: Batch, layers: Iterable[int] = ()) -> tuple[Targets, list[Tensor]]:

@@ -15,6 +15,7 @@ from tiny import tiny_folder, tiny_jsonl
 from transformers import AutoModelForCausalLM
 
 import train
+from models.student import load_student_checkpoint
 
 ROOT = Path(__file__).parent.parent
 #: What each callback of a recipe needs to act within STEPS steps on a tiny model; nothing else of the recipe is changed.
@@ -131,6 +132,15 @@ def test_a_recipe_runs_under_the_memory_overlays(overlays: list[str]) -> None:
 
 
 @pytest.mark.recipe
+def test_the_fsdp_overlay_runs_on_two_processes_and_exports() -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments("distill", "--config", "configs/fsdp.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--trainer.accelerator", "cpu", "--name", "sharded"], check=True, env=environment)
+    student, _ = load_student_checkpoint(Path("runs/sharded-001/checkpoints/last.ckpt"))
+    assert student.config.intermediate_size == 48
+
+
+@pytest.mark.recipe
 def test_the_wandb_overlay_logs_offline_into_the_runs_folder(place: Path) -> None:
     """Configuration, metrics, the table of samples and the report; a second run is not refused."""
     before = set(os.listdir(place))
@@ -169,6 +179,7 @@ def test_every_file_in_configs_is_tested_somewhere() -> None:
         "bf16_weights",
         "lora",
         "teacher_int8",
+        "fsdp",
     }
     quickstart = (ROOT / "tests/test_train.py").read_text()
     assert "configs/quickstart.yaml" in quickstart and "configs/quickstart_teacher.yaml" in quickstart

@@ -13,11 +13,13 @@ from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 import export.__main__ as export_main
+import models.offline.__main__ as offline_main
 import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOWTO = (ROOT / "docs/howto-own-model-and-data.md").read_text(encoding="utf-8")
+OFFLINE = (ROOT / "docs/howto-offline-teacher.md").read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -110,6 +112,14 @@ def test_the_readmes_export_command_works(runs: Path, workspace: Path) -> None:
     assert export_main.main([*words[3:], "--engine", "none", "--benchmark-repetitions", "1"]) == 0
     report = json.loads((workspace / "exported/report.json").read_text())
     assert {check["status"] for check in report["verification"]} == {"passed"}
+
+
+def test_the_capture_of_the_offline_howto_works(workspace: Path) -> None:
+    captures = [words for words in commands(OFFLINE) if words[1:3] == ["-m", "models.offline"]]
+    assert captures
+    for words in captures:
+        assert offline_main.main(words[3:]) == 0
+    assert (workspace / "teacher-cache/index.json").is_file()
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from models.losses.head import Head
 
+_BLOCK = 2048  # tokens of the vocabulary whose gradient is summed at once
+
 
 class ChunkedLogits:
     """Logits of one model over the first tokens of its vocabulary, a chunk at a time; nothing is differentiable.
@@ -76,10 +78,13 @@ class Gradients:
                 self.hidden_ND[rows] = gradient_CV @ student.head.weight_VD
             if self.weight_VD is None:
                 return
+            hidden_CD = student.hidden(rows)
             if student.dtype == self.weight_VD.dtype:
-                self.weight_VD[:vocabulary].addmm_(gradient_CV.T, student.hidden(rows))
-            else:
-                self.weight_VD[:vocabulary] += gradient_CV.T @ student.hidden(rows)
+                self.weight_VD[:vocabulary].addmm_(gradient_CV.T, hidden_CD)
+                return
+            for start in range(0, vocabulary, _BLOCK):  # so that the half-precision products of a chunk stay small
+                part = slice(start, min(start + _BLOCK, vocabulary))
+                self.weight_VD[part] += gradient_CV[:, part].T @ hidden_CD
 
     def of_inputs(self) -> list[Tensor | None]:
         """Gradients of hidden states, weight and bias, each in its input's dtype."""

@@ -203,8 +203,7 @@ def test_a_recipe_runs_to_its_report_on_two_devices(place: Path) -> None:
             "init_args": {
                 "student": "student",
                 "teacher": "teacher",
-                "on_policy_start": 1,
-                "rollout_tokens": 4,
+                "on_policy": {"start": 1, "tokens": 4},
                 "generate_tokens": 3,
             },
         },

@@ -18,6 +18,7 @@ from callbacks import GradualPruning, PhaseEvaluation, QuantizationAwareTraining
 from callbacks import gradual_pruning as pruning_module
 from datamodules import Conversations
 from models import Distillation
+from models.on_policy import OnPolicy
 from models.evaluation import evaluate
 from models.pruning import ImportanceScores
 from models.quantization import quantized_linears
@@ -68,9 +69,7 @@ def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
         student=str(place / "student"),
         teacher=str(place / "teacher"),
         optimizer=partial(torch.optim.AdamW, lr=3e-3),
-        on_policy_start=2,
-        on_policy_share=0.5,
-        rollout_tokens=6,
+        on_policy=OnPolicy(start=2, share=0.5, tokens=6),
         generate_tokens=3,
     )
     data = Conversations(

@@ -1,14 +1,26 @@
 """Divergences against definitions written out here, in value and gradient."""
 
 import math
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
+from references import dense, merged_kl, single
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from models.losses import Divergence, divergence, forward_kl, generalized_jsd, reverse_kl
+from models.losses import (
+    Divergence,
+    divergence,
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    top_k_kl,
+    total_variation,
+)
 
 N, V = 7, 13
 BETAS = [0.01, 0.1, 0.5, 0.9, 0.99]
@@ -164,3 +176,57 @@ def test_beta_outside_its_range(beta: float) -> None:
 
 def test_every_named_divergence_was_tested() -> None:
     assert {name for name, _ in CASES} == set(get_args(Divergence))
+
+
+# The further members ------------------------------------------------------------------------------------------------
+
+FURTHER = {
+    "joined ends": (partial(generalized_jsd, beta=0.2, join_ends=True), single("jsd", beta=0.2, join_ends=True)),
+    "skew forward": (partial(skew_forward_kl, skew=0.3), single("skew_forward_kl", skew=0.3)),
+    "skew reverse": (partial(skew_reverse_kl, skew=0.3), single("skew_reverse_kl", skew=0.3)),
+    "total variation": (total_variation, single("total_variation")),
+    "top k": (partial(top_k_kl, top_k=4), single("top_k_kl", top_k=4)),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_members_against_their_formulas(name: str, temperature: float) -> None:
+    function, objective = FURTHER[name]
+    student, teacher = logits()
+    q, p = (torch.softmax(x.double() / temperature, -1) for x in (student, teacher.detach()))
+    kind = next(iter(objective.weights))
+    expected = merged_kl(q, *p.topk(4, -1)) if kind == "top_k_kl" else dense(kind, q, p, objective)
+    found = function(student, teacher, temperature=temperature)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    found_gradient, expected_gradient = (torch.autograd.grad(loss.sum(), student)[0] for loss in (found, expected))
+    close_to(found_gradient, expected_gradient, rtol=1e-5)
+
+
+def test_joined_ends_are_continuous() -> None:
+    """The plain family falls to 0 towards its ends, and jumps there."""
+    student, teacher = logits(spread=1.0)
+    for beta, near in ((0.0, 1e-4), (1.0, 1 - 1e-4)):
+        joined = [generalized_jsd(student, teacher, beta=b, join_ends=True) for b in (beta, near)]
+        torch.testing.assert_close(joined[0], joined[1], rtol=1e-2, atol=1e-3)
+        assert (generalized_jsd(student, teacher, beta=near) < 1e-3).all()
+
+
+def test_relations_between_members() -> None:
+    student, teacher = logits()
+    torch.testing.assert_close(skew_forward_kl(student, teacher, skew=0.0), forward_kl(student, teacher))
+    torch.testing.assert_close(skew_reverse_kl(student, teacher, skew=0.0), reverse_kl(student, teacher))
+    torch.testing.assert_close(top_k_kl(student, teacher, top_k=V), forward_kl(student, teacher))
+    merged = [top_k_kl(student, teacher, top_k=k) for k in range(1, V)]
+    for coarse, fine in zip(merged, [*merged[1:], forward_kl(student, teacher)], strict=True):
+        assert (coarse <= fine + 1e-6).all()  # merging tokens loses information, never adds
+    pinsker = (forward_kl(student, teacher) / 2).sqrt()
+    assert (total_variation(student, teacher) <= pinsker.clamp(max=1) + 1e-6).all()
+
+
+def test_skew_and_top_k_outside_their_range() -> None:
+    for skew in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"expected a skew of at least 0 and below 1, found {skew}"):
+            skew_forward_kl(*logits(), skew=skew)
+    with pytest.raises(ValueError, match="expected a top_k of at most the vocabulary's 13 tokens, found 14"):
+        top_k_kl(*logits(), top_k=14)

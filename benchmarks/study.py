@@ -1,0 +1,170 @@
+"""What the studies share: rows on disk that survive an interruption, their mean and spread over seeds, tables and plots.
+
+A study is a list of runs.  Every finished run is one JSON file in `<out>/rows/`, written at once or not at all, so that the same
+command goes on where it stopped.  A row carries the settings it was made with; rows made otherwise are refused, not mixed.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from torch import nn
+
+from models.pretrained import load_model, load_tokenizer
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """Finished runs in a folder, one JSON file each.
+
+    Args:
+        folder: Where they are; made when the first is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, name: str, settings: Mapping[str, Any]) -> Row | None:
+        """The row of a run, or None if it has not finished.
+
+        Raises:
+            ValueError: It was made with other settings.
+        """
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            return None
+        row: Row = json.loads(path.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(settings))  # as a file gives it back: text as keys, lists for tuples
+        if row["settings"] != wanted:
+            raise ValueError(_difference(path, row["settings"], wanted))
+        return row
+
+    def write(self, name: str, row: Row) -> None:
+        """Keep the row of a finished run."""
+        write_text(self.folder / f"{name}.json", json.dumps(row, indent=1) + "\n")
+
+
+def _difference(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    key = next(key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key))
+    return (
+        f"expected {path} to be made with {key} = {wanted.get(key)!r}, found {found.get(key)!r}; repeat the command that made "
+        "it, or choose another --out"
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def fingerprint(folder: Path) -> str:
+    """The first 16 digits of the SHA-256 over a model's weights: what a row depends on, wherever the folder lies."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def machine(packages: Sequence[str]) -> dict[str, str]:
+    """Hardware and versions that a result belongs to."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    found = {"device": device, "cpus": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    return found | {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_half(teacher: str, folder: Path) -> None:
+    """Every second decoder layer of the quickstart's teacher, and its tokenizer, as a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: There is no teacher.
+    """
+    if not (Path(teacher) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with `make quickstart`, or alone with "
+            "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
+        )
+    model = load_model(teacher)
+    config, body = model.config, cast(Any, model.base_model)
+    body.layers = nn.ModuleList(list(body.layers)[::2])
+    config.num_hidden_layers = len(body.layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[::2]
+    model.save_pretrained(folder)
+    load_tokenizer(teacher).save_pretrained(folder)
+
+
+# Over seeds ---------------------------------------------------------------------------------------------------------------------
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """`mean ± deviation`, as a table shows it; a dash where there is nothing."""
+    if not values:
+        return "-"
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A table; the first columns are text, the others are figures."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines]) + "\n"
+
+
+def plot_dots(axes: Axes, series: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> None:
+    """Every value as a dot and the mean with its standard deviation as a bar, one line for each name.
+
+    Args:
+        axes: Where to draw.
+        series: Values by series (a colour) and name (a line); a name without values in a series is left out.
+        label: Of the values.
+    """
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    for number, (title, values) in enumerate(series.items()):
+        shift = 0.22 * (number - (len(series) - 1) / 2)
+        shown = [name for name in names if values.get(name)]
+        heights = [names.index(name) + shift for name in shown]
+        means, deviations = zip(*[mean_and_deviation(values[name]) for name in shown], strict=True)
+        axes.errorbar(means, heights, xerr=deviations, fmt="D", capsize=3, color=f"C{number}", label=title)
+        for name, height in zip(shown, heights, strict=True):
+            axes.scatter(values[name], [height] * len(values[name]), s=10, alpha=0.5, color=f"C{number}")
+    axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Write a picture at once or not at all, and free it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    os.replace(temporary, path)
