@@ -10,7 +10,8 @@ Two decoders with the same methods:
 Both copy the model's weights, in the floating point type of the rollout, when they are made: a decoder lives for one rollout of a
 student in training.
 
-Legend: B rows, P prompt tokens, T cached positions, D hidden, H query heads, G key/value heads, K head width, V vocabulary.
+Legend: B rows, P prompt tokens, N new tokens, T cached positions, D hidden, H query heads, G key/value heads, X = H + 2 G all heads,
+Y = 2 G cached heads, K head width, M neurons, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ class FusedDecoder:
             torch.empty(0, dtype=torch.float32, device=prompts_BP.device),
             torch.arange(total, device=prompts_BP.device)[None],
         )
-        # The sign of the rotated half goes into the sine, so that rotating is a flip and two products.
+        # The sign of the rotated half goes into the sine, so that turning a head is a roll by half its width and two products.
         half = cos_1TK.shape[-1] // 2
         signed_TK = torch.cat([-sin_1TK[0, :, :half], sin_1TK[0, :, half:]], dim=-1)
         self._cos_TK, self._sin_TK = cos_1TK[0].to(self._dtype), signed_TK.to(self._dtype)
@@ -169,10 +170,19 @@ class FusedDecoder:
 
     def _forward(self, tokens_BN: Tensor, positions_BN: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
         cos_B1NK, sin_B1NK = self._cos_TK[positions_BN][:, None], self._sin_TK[positions_BN][:, None]
+        turns: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # layers may be pruned to different numbers of heads
         x_BND = F.embedding(tokens_BN, self._embedding.weight).to(self._dtype)
         for layer in self._layers:
-            x_BND = layer(x_BND, cos_B1NK, sin_B1NK, start, seen_B1NT)
+            if layer.shape not in turns:
+                turns[layer.shape] = _turn(cos_B1NK, 1, *layer.shape), _turn(sin_B1NK, 0, *layer.shape)
+            x_BND = layer(x_BND, *turns[layer.shape], start, seen_B1NT)
         return self._head(self._norm(x_BND[:, -1]))
+
+
+def _turn(table_B1NK: Tensor, of_values: float, heads: int, groups: int) -> Tensor:
+    """A cosine or sine for every head of a layer: values do not turn, but taking them out would cost more than turning by 0."""
+    turning = table_B1NK.expand(-1, heads + groups, -1, -1)
+    return torch.cat([turning, torch.full_like(turning[:, :groups], of_values)], dim=1)
 
 
 class _Layer:
@@ -185,6 +195,7 @@ class _Layer:
         attention, mlp = view.attention, view.mlp
         self.dtype, self.device = dtype, model.device
         self.heads, self.groups, self.head_dim = view.num_query_heads, view.num_kv_groups, view.head_dim
+        self.shape = (self.heads, self.groups)
         self.scaling, self.activation = attention.scaling, mlp.act_fn
         self.input_norm, self.mlp_norm = (
             _Norm(block.input_layernorm, dtype),
@@ -197,39 +208,36 @@ class _Layer:
         self.down = _Weights([mlp.down_proj], dtype)
 
     def allocate(self, rows: int, positions: int) -> None:
-        keys_and_values = torch.empty(
-            2, rows, self.groups, positions, self.head_dim, dtype=self.dtype, device=self.device
-        )
-        self.keys_BGTK, self.values_BGTK = keys_and_values
+        shape = (rows, 2 * self.groups, positions, self.head_dim)  # keys, then values
+        self.cache_BYTK = torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def keep(self, rows: Tensor) -> None:
-        self.keys_BGTK, self.values_BGTK = self.keys_BGTK[rows], self.values_BGTK[rows]
+        self.cache_BYTK = self.cache_BYTK[rows]
 
-    def __call__(self, x_BND: Tensor, cos_B1NK: Tensor, sin_B1NK: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
-        x_BND = x_BND + self._attend(self.input_norm(x_BND), cos_B1NK, sin_B1NK, start, seen_B1NT)
+    def __call__(self, x_BND: Tensor, cos_BXNK: Tensor, sin_BXNK: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
+        x_BND = x_BND + self._attend(self.input_norm(x_BND), cos_BXNK, sin_BXNK, start, seen_B1NT)
         gate_BNM, up_BNM = self.gate_up(self.mlp_norm(x_BND)).chunk(2, dim=-1)
-        return x_BND + self.down(self.activation(gate_BNM) * up_BNM)
+        return x_BND + self.down(self.activation(gate_BNM).mul_(up_BNM))
 
-    def _attend(self, x_BND: Tensor, cos_B1NK: Tensor, sin_B1NK: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
+    def _attend(self, x_BND: Tensor, cos_BXNK: Tensor, sin_BXNK: Tensor, start: int, seen_B1NT: Tensor) -> Tensor:
         rows, new, _ = x_BND.shape
         heads_BXNK = self.qkv(x_BND).view(rows, new, -1, self.head_dim).transpose(1, 2)
-        rotated_BXNK, values_BGNK = heads_BXNK.split([self.heads + self.groups, self.groups], dim=1)
         if self.head_norms:
-            parts = rotated_BXNK.split([self.heads, self.groups], dim=1)
-            rotated_BXNK = torch.cat([norm(x) for norm, x in zip(self.head_norms, parts, strict=True)], dim=1)
-        flipped_BXNK = rotated_BXNK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        rotated_BXNK = torch.addcmul(rotated_BXNK * cos_B1NK, flipped_BXNK, sin_B1NK)
-        queries_BHNK, keys_BGNK = rotated_BXNK.split([self.heads, self.groups], dim=1)
+            *turning, values_BGNK = heads_BXNK.split([self.heads, self.groups, self.groups], dim=1)
+            normed = [norm(x) for norm, x in zip(self.head_norms, turning, strict=True)]
+            heads_BXNK = torch.cat([*normed, values_BGNK], dim=1)
+        turned_BXNK = torch.addcmul(heads_BXNK * cos_BXNK, heads_BXNK.roll(self.head_dim // 2, -1), sin_BXNK)
+        queries_BHNK, new_BYNK = turned_BXNK.split([self.heads, 2 * self.groups], dim=1)
         end = start + new
-        self.keys_BGTK[:, :, start:end] = keys_BGNK
-        self.values_BGTK[:, :, start:end] = values_BGNK
+        self.cache_BYTK[:, :, start:end] = new_BYNK
+        keys_BGTK, values_BGTK = self.cache_BYTK[:, :, :end].chunk(2, dim=1)
         if new == 1:
             # The query heads of one group stand in the place of positions: keys and values are read once, not repeated.
             queries_BHNK = queries_BHNK.reshape(rows, self.groups, -1, self.head_dim)
         attended = F.scaled_dot_product_attention(
             queries_BHNK,
-            self.keys_BGTK[:, :, :end],
-            self.values_BGTK[:, :, :end],
+            keys_BGTK,
+            values_BGTK,
             attn_mask=seen_B1NT,
             scale=self.scaling,
             enable_gqa=new > 1,
@@ -284,6 +292,11 @@ class _Norm:
 
     def __init__(self, norm: Any, dtype: torch.dtype) -> None:
         self.weight, self.epsilon = norm.weight.detach().to(dtype, copy=True), norm.variance_epsilon
+        self.doubled = torch.cat([self.weight, self.weight])
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        if x.device.type != "cpu":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        # On a CPU rms_norm is ten small calls, layer_norm is one: of x and -x, the mean is 0 and the variance the mean square.
+        doubled = torch.cat([x, -x], dim=-1)
+        return F.layer_norm(doubled, self.doubled.shape, self.doubled, None, self.epsilon)[..., : x.shape[-1]]
