@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from models.losses.head import Head
 
+ROWS = 2**14  # of the weight's gradient, at a time, where products are in half precision
+
 
 class ChunkedLogits:
     """Logits of one model over the first tokens of its vocabulary, a chunk at a time; nothing is differentiable.
@@ -78,8 +80,10 @@ class Gradients:
                 return
             if student.dtype == self.weight_VD.dtype:
                 self.weight_VD[:vocabulary].addmm_(gradient_CV.T, student.hidden(rows))
-            else:
-                self.weight_VD[:vocabulary] += gradient_CV.T @ student.hidden(rows)
+                return
+            for start in range(0, vocabulary, ROWS):  # a product of another dtype takes memory twice before it is added
+                part = slice(start, min(start + ROWS, vocabulary))
+                self.weight_VD[part] += gradient_CV[:, part].T @ student.hidden(rows)
 
     def of_inputs(self) -> list[Tensor | None]:
         """Gradients of hidden states, weight and bias, each in its input's dtype."""

@@ -112,12 +112,12 @@ def default_chunk_tokens(tokens: int, vocabulary: int, hidden: int, device: str)
     """Tokens of a chunk.
 
     CUDA: the power of two at or above N D / V, so that a chunk's logits take about as much memory as all hidden states (Liger's
-    rule), but at least 128.  CPU: 2^25 logits (128 MiB in float32), between 64 and 1,024 tokens.  Fewer tokens make the sum of the
-    weight's gradient, a pass over (V, D) for every chunk, the dearest part.
+    rule), but at least 128.  CPU: 2^24 logits, between 64 and 1,024 tokens; 64 MiB in float32, of which about seven such tensors
+    live at once.  Fewer tokens make the sum of the weight's gradient, a pass over (V, D) for every chunk, the dearest part.
     """
     if device == "cuda":
         return max(128, 2 ** math.ceil(math.log2(max(1, math.ceil(tokens / math.ceil(vocabulary / hidden))))))
-    return min(max(2**25 // vocabulary, 64), 1024)
+    return min(max(2**24 // vocabulary, 64), 1024)
 
 
 def _teacher(
