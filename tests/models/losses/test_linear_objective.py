@@ -8,7 +8,16 @@ from references import reference, single
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.losses import LOSSES, FullTargets, Head, Objective, TopKTargets, default_chunk_tokens, linear_objective
+from models.losses import (
+    LOSSES,
+    FullTargets,
+    Head,
+    Objective,
+    TopKTargets,
+    chunks,
+    default_chunk_tokens,
+    linear_objective,
+)
 
 N, V, D, E = 13, 37, 8, 6
 MIX = {"forward_kl": 0.7, "jsd": 0.2, "cross_entropy": 0.1, "policy_gradient": 0.4, "top_k_kl": 0.3, "reverse_kl": 0.0}
@@ -225,9 +234,13 @@ def test_gradients_are_differences_of_values() -> None:
 # Precision -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows_at_a_time", [10, 2**14])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_products_with_exact_softmax(autocast: bool) -> None:
+def test_half_precision_products_with_exact_softmax(
+    autocast: bool, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """bfloat16 keeps 8 bits: logits of size 3 are off by about 0.01, and so are losses and gradients, relatively."""
+    monkeypatch.setattr(chunks, "ROWS", rows_at_a_time)
     problem = Problem(torch.float32 if autocast else torch.bfloat16, bias=True)
     objective = Objective({"forward_kl": 1.0, "cross_entropy": 0.5})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
