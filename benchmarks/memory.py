@@ -22,6 +22,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from benchmarks.harness import interleave, parser, report, spread
+from models.pretrained import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/distill.yaml"
@@ -144,16 +145,21 @@ def main() -> None:
 
 
 def _settings(folder: Path, model: str, batch_size: int, length: int) -> dict[str, Any]:
-    """An overlay: synthetic data that fills every sample to `length`, nothing but training, and turns."""
+    """An overlay: the model, synthetic data that fills every sample to `length`, nothing but training, and turns."""
+    source = str(
+        folder / "model"
+    )  # converted once: workers start in seconds where a reference needs a download or a conversion
+    load_model(model).save_pretrained(source)
+    load_tokenizer(model).save_pretrained(source)
     data = folder / "data.jsonl"
     # Texts in which every word is new, so that no tokenizer makes less of them than a token a word.
-    rows = [{"prompt": f"Count from {n}.", "response": " ".join(map(str, range(n, n + length)))} for n in range(1, 500)]
+    rows = [{"prompt": f"Count from {n}.", "response": " ".join(map(str, range(n, n + length)))} for n in range(1, 100)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
     return {
         "trainer": {**quiet, "callbacks": [{"class_path": "benchmarks.memory.TakeTurns"}]},
         "checkpoint": {"every_n_steps": 1_000_000},
-        "model": {"init_args": {"student": model, "teacher": model}},
+        "model": {"init_args": {"student": source, "teacher": source}},
         "data": {"init_args": {"train": str(data), "batch_size": batch_size, "max_length": length}},
     }
 
