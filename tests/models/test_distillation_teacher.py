@@ -9,7 +9,6 @@ import torch
 from chat_doubles import byte_tokenizer
 from distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
 from tiny import tiny_batch, tiny_folder, tiny_model
-from torch import Tensor
 from torch.nn import functional as F
 from training import Editing, loader, tiny_trainer
 
@@ -181,12 +180,12 @@ def test_the_teachers_type_follows_training_or_the_setting(
 
 def test_a_teacher_in_8_bits_teaches_and_is_not_exported(build, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    losses: dict[str, Tensor] = {}
+    losses: dict[str, float] = {}
     for teacher_dtype in ("auto", "int8"):
         module = build(teacher_dtype=teacher_dtype)
         trainer = tiny_trainer(tmp_path, steps=1)
         trainer.fit(module, loader(), loader())
-        losses[teacher_dtype] = trainer.callback_metrics["train/loss"]
+        losses[teacher_dtype] = float(trainer.callback_metrics["train/loss"])
     assert losses["int8"] == pytest.approx(losses["auto"], rel=0.05)
     assert losses["int8"] != losses["auto"]
     with pytest.raises(
