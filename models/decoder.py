@@ -123,7 +123,7 @@ class FusedDecoder:
             and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
             and getattr(config, "sliding_window", None) is None
             and all(
-                type(getattr(owner, name)) in _KNOWN_LINEARS
+                type(getattr(owner, name)) in _KNOWN_LINEARS and type(getattr(owner, name).weight) is nn.Parameter
                 for layer in decoder_layers(model)
                 for owner, name in layer.linears()
             )

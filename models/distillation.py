@@ -43,7 +43,8 @@ class Distillation(StudentModule):
         on_policy: When the student answers for itself, how long, and whether answers are replayed.
         sampling: How the student samples its own answers; independent of the objective's temperature.
         hidden_state_weight: Weight of the distance between hidden states of student and teacher, added to the objective; 0 for none.
-        hidden_state_layers: Decoder layers of the student and the teacher's layers they learn from, both counted from 0.
+        hidden_state_layers: Decoder layers of the student and the teacher's layers they learn from, both counted from 0; of the last
+            layer, the output after the final norm.
         teacher_dtype: Teacher's weights: auto is bfloat16 in half-precision training and else float32; int8 keeps its decoder
             layers in 8 bits (one scale per output), which changes its answers a little.
         kwargs: Settings of StudentModule.

@@ -35,6 +35,8 @@ def answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 def answer_states(model: PreTrainedModel, batch: Batch, layers: Iterable[int] = ()) -> tuple[Tensor, list[Tensor]]:
     """Final hidden states as `answer_hidden`, and the outputs (N, D) of some decoder layers, counted from 0.
 
+    As everywhere in transformers, the output of the last layer is taken after the final norm.
+
     Raises:
         ValueError: There is no such layer.
     """

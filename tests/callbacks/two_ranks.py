@@ -18,8 +18,8 @@ from callbacks import GradualPruning, PhaseEvaluation, QuantizationAwareTraining
 from callbacks import gradual_pruning as pruning_module
 from datamodules import Conversations
 from models import Distillation
-from models.on_policy import OnPolicy
 from models.evaluation import evaluate
+from models.on_policy import OnPolicy
 from models.pruning import ImportanceScores
 from models.quantization import quantized_linears
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from models import decoder as decoder_module
 from models.decoder import Decoder, FusedDecoder, TransformersDecoder, decoder_for
 from models.forward import Batch, answer_logits
+from models.low_precision import quantize_weights
 from models.quantization import freeze_scales
 from models.structure import apply_edit, quantize_decoder
 
@@ -135,6 +136,13 @@ def with_adapters() -> PreTrainedModel:
     return model
 
 
+def in_8_bits() -> PreTrainedModel:
+    pytest.importorskip("torchao")
+    model = tiny_model().requires_grad_(False)
+    quantize_weights(model.base_model)
+    return model
+
+
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 UNSUPPORTED = {
     "sliding window": partial(tiny_model, "mistral", sliding_window=4),
@@ -143,6 +151,7 @@ UNSUPPORTED = {
     ),
     "dynamic rope": partial(tiny_model, rope_parameters=DYNAMIC, max_position_embeddings=12),
     "lora": with_adapters,
+    "8 bits": in_8_bits,
 }
 
 

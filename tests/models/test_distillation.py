@@ -1,29 +1,28 @@
-"""Distillation: the schedule of its two stages, its loss, and a teacher that nothing touches."""
+"""Distillation: what a step of either stage learns from, and what it logs."""
 
-import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from tiny import tiny_batch, tiny_folder, tiny_model
-from torch.nn import functional as F
-from training import EDITS, Editing, loader, tiny_trainer
+from distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
+from tiny import tiny_batch, tiny_folder
+from torch import Tensor
+from training import loader, tiny_trainer
 
-from callbacks import ExportOnFitEnd
-from models import Distillation, distillation
-from models.forward import Batch, answer_labels, answer_logits
-from models.losses import forward_kl, generalized_jsd, reverse_kl
+from models import Distillation
+from models.decoder import FusedDecoder
+from models.forward import Batch, answer_labels
+from models.losses import Objective
+from models.on_policy import OnPolicy
 from models.pretrained import load_model
-from models.rollout import Rollout
-from models.student import load_student_checkpoint
+from models.rollout import rollout_batch
+from models.sampling import Sampling
 
-
-def distil(student: str, teacher: str, **settings: Any) -> Distillation:
-    settings = {"optimizer": partial(torch.optim.AdamW, lr=1e-2), "rollout_tokens": 6, "generate_tokens": 0} | settings
-    return Distillation(teacher=teacher, student=student, **settings)
+MIX = Objective(
+    {"forward_kl": 1.0, "jsd": 0.5, "total_variation": 0.2, "cross_entropy": 0.7}, temperature=2.0, beta=0.3
+)
 
 
 @pytest.fixture
@@ -31,290 +30,217 @@ def build(student_folder: str, teacher_folder: str):
     return partial(distil, student_folder, teacher_folder)
 
 
-def digests(folder: str) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+@pytest.fixture
+def prefills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every generation."""
+    rows: list[int] = []
+    prefill = FusedDecoder.prefill
+
+    def spying(self: FusedDecoder, prompts_BP: Tensor, *args: Any) -> Tensor:
+        rows.append(len(prompts_BP))
+        return prefill(self, prompts_BP, *args)
+
+    monkeypatch.setattr(FusedDecoder, "prefill", spying)
+    return rows
 
 
-# Schedule -----------------------------------------------------------------------------------------------------------
+def cut(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
+    """Micro-batches of one optimizer step, as the loader hands them out."""
+    tokens = len(answer_labels(batch))
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    parts = [{key: value[end - n : end] for key, value in batch.items()} for n, end in zip(sizes, ends, strict=True)]
+    prompts = [{key: part[key] for key in ("prompt_ids", "prompt_mask", "index")} for part in parts]
+    return [
+        {
+            **part,
+            "step": {"position": i, "size": len(parts), "answer_tokens": tokens, "batches": [] if i else prompts},
+        }
+        for i, part in enumerate(parts)
+    ]
 
 
-def test_probability_is_a_function_of_the_step(build) -> None:
-    module = build(on_policy_start=10, on_policy_ramp=4, on_policy_share=0.8)
-    values = [module.on_policy_probability(step) for step in (0, 9, 10, 11, 12, 13, 14, 1000)]
-    assert values == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    module = build(on_policy_start=3)  # no ramp: all at once
-    assert [module.on_policy_probability(step) for step in (2, 3, 4)] == [0, 1, 1]
-    assert [build().on_policy_probability(step) for step in (0, 10**6)] == [0, 0]  # no stage 2
+def learned(module: Distillation) -> Batch:
+    """What the last step learned from: the prompts with the student's own answers."""
+    ((prompts, answers),) = module._rolled
+    return rollout_batch(prompts, answers)
 
 
-def test_the_draw_depends_on_step_and_seed_only(build) -> None:
-    def draws(seed: int) -> list[bool]:
-        module = build(on_policy_start=0, on_policy_share=0.5, rollout_seed=seed)
-        torch.rand(seed + 3)  # the global generator takes no part
-        return [module.is_on_policy(step) for step in range(400)]
-
-    first = draws(0)
-    assert draws(0) == first
-    assert draws(1) != first
-    assert 160 < sum(first) < 240
-    always, never = build(on_policy_start=0), build(on_policy_start=0, on_policy_share=0.0)
-    assert all(always.is_on_policy(step) for step in range(100))
-    assert not any(never.is_on_policy(step) for step in range(100))
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("on_policy_share", 1.5, "expected model.on_policy_share between 0 and 1, found 1.5"),
-        ("on_policy_share", -0.1, "found -0.1"),
-        ("beta", 2.0, "expected model.beta between 0 and 1, found 2"),
-        ("beta", float("nan"), "found nan"),
-        ("loss_temperature", 0.0, "expected model.loss_temperature between 0.001 and 1000, found 0"),
-        ("sampling_temperature", -1.0, "expected model.sampling_temperature between 0.001 and 1000, found -1"),
-        ("rollout_tokens", 0, "expected model.rollout_tokens between 1 and 1e.06, found 0"),
-    ],
-)
-def test_settings_out_of_range(build, setting: str, value: float, message: str) -> None:
-    with pytest.raises(ValueError, match=f"{message}; change it in the recipe"):
-        build(**{setting: value})
-
-
-# Loss ---------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "function"),
+    "objective",
     [
-        ({}, forward_kl),
-        ({"divergence": "reverse_kl", "loss_temperature": 2.0}, partial(reverse_kl, temperature=2.0)),
-        ({"divergence": "jsd", "beta": 0.3}, partial(generalized_jsd, beta=0.3)),
+        Objective(),
+        Objective({"reverse_kl": 1.0}, temperature=2.0),
+        Objective({"jsd": 1.0}, beta=0.3, join_ends=True),
+        Objective({"skew_forward_kl": 0.5, "skew_reverse_kl": 2.0}, skew=0.2),
+        Objective({"top_k_kl": 1.0, "cross_entropy": 0.0}, top_k=9),
+        MIX,
     ],
-    ids=["forward", "reverse", "jsd"],
+    ids=lambda objective: "+".join(objective.weights),
 )
-@pytest.mark.parametrize("weight", [0.0, 0.7])
-def test_dataset_step(
-    student_folder: str, teacher_folder: str, tmp_path: Path, batch: Batch, settings: dict, function: Any, weight: float
-) -> None:
-    """One step of plain SGD equals one written by hand."""
-    sgd = partial(torch.optim.SGD, lr=0.1)
-    module = distil(
-        student_folder, teacher_folder, optimizer=sgd, lr_schedule="constant", cross_entropy_weight=weight, **settings
+def test_dataset_step(build, teacher_folder: str, tmp_path: Path, batch: Batch, objective: Objective) -> None:
+    """One step of plain SGD equals one written by hand, and so do the figures."""
+    module = build(optimizer=SGD, lr_schedule="constant", objective=objective)
+    model, teacher = load_model(module.student_reference), load_model(teacher_folder)
+    trainer = tiny_trainer(tmp_path, steps=1)
+    trainer.fit(module, loader([batch]))
+    loss, parts = loss_by_hand(model, teacher, batch, objective)
+    loss.backward()
+    SGD(model.parameters()).step()
+    assert_same_weights(module.student, model)
+    assert trainer.callback_metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-4)
+    logged = {name: float(trainer.callback_metrics[f"train/{name}_dataset"]) for name in objective.weights}
+    assert logged == pytest.approx(parts, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "own", "expected"),
+    [
+        (MIX, None, {name: weight for name, weight in MIX.weights.items() if name != "cross_entropy"}),
+        (Objective({"cross_entropy": 2.0}), None, {"cross_entropy": 2.0}),  # there is nothing else
+        (MIX, Objective({"reverse_kl": 1.0, "cross_entropy": 0.5}), {"reverse_kl": 1.0, "cross_entropy": 0.5}),
+    ],
+)
+def test_the_objective_of_own_answers(build, objective: Objective, own: Objective | None, expected: dict) -> None:
+    module = build(objective=objective, on_policy_objective=own)
+    assert module.objectives["dataset"] == objective
+    assert module.objectives["fresh"] == module.objectives["replay"]
+    assert module.objectives["fresh"].weights == expected
+    assert module.objectives["fresh"].beta == (own or objective).beta
+
+
+@pytest.mark.parametrize(
+    "own", [None, Objective({"reverse_kl": 1.0}), Objective({"policy_gradient": 1.0}, discount=0.9)]
+)
+def test_on_policy_step(build, teacher_folder: str, tmp_path: Path, own: Objective | None) -> None:
+    """It learns from the sampled tokens, by its own objective; the same samples when run again."""
+    settings = {"optimizer": SGD, "lr_schedule": "constant", "objective": MIX, "on_policy_objective": own}
+    modules = [build(on_policy=OWN, sampling=Sampling(0.8), **settings) for _ in range(2)]
+    trainers = [tiny_trainer(tmp_path, steps=1) for _ in modules]
+    for module, trainer in zip(modules, trainers, strict=True):
+        trainer.fit(module, loader())
+    batch = learned(modules[0])
+    assert torch.equal(batch["input_ids"], learned(modules[1])["input_ids"])
+    assert not torch.equal(answer_labels(batch)[:9], answer_labels(tiny_batch())[:9])
+    assert torch.equal(modules[0].student.lm_head.weight, modules[1].student.lm_head.weight)
+
+    model, objective = load_model(modules[0].student_reference), modules[0].objectives["fresh"]
+    loss, parts = loss_by_hand(model, load_model(teacher_folder), batch, objective)
+    loss.backward()
+    SGD(model.parameters()).step()
+    assert_same_weights(modules[0].student, model)
+    figures = {name: float(value) for name, value in trainers[0].callback_metrics.items()}
+    tokens = figures.pop("train/rollout_tokens")
+    assert tokens == pytest.approx(len(answer_labels(batch)) / 5) and 1 <= tokens <= 6
+    assert figures == pytest.approx(
+        {"train/loss": loss.item(), **{f"train/{name}_on_policy": value for name, value in parts.items()}}, rel=1e-3
     )
-    tiny_trainer(tmp_path, steps=1).fit(module, loader([batch]))
+
+
+def test_stages_follow_each_other(build, tmp_path: Path, prefills: list[int]) -> None:
+    trainer = tiny_trainer(tmp_path, steps=3)
+    trainer.fit(build(on_policy=OnPolicy(start=1, tokens=6)), loader())
+    assert prefills == [5, 5]
+    assert {"train/loss", "train/forward_kl_dataset", "train/forward_kl_on_policy"} <= set(trainer.logged_metrics)
+
+
+def test_every_step_samples_anew_from_present_weights(build, tmp_path: Path) -> None:
+    """Other random numbers in each step, even from the same weights and prompts."""
+    seen = []
+    for steps in (1, 2):
+        module = build(on_policy=OWN, optimizer=partial(torch.optim.SGD, lr=0.0))
+        tiny_trainer(tmp_path, steps=steps).fit(module, loader())
+        seen.append(learned(module)["labels"])
+    assert not torch.equal(*seen)
+    greedy = build(on_policy=OWN, sampling=Sampling(0.0), optimizer=partial(torch.optim.SGD, lr=30.0))
+    tiny_trainer(tmp_path, steps=2).fit(greedy, loader())
+    unchanged = build(on_policy=OWN, sampling=Sampling(0.0), optimizer=partial(torch.optim.SGD, lr=0.0))
+    tiny_trainer(tmp_path, steps=2).fit(unchanged, loader())
+    assert not torch.equal(learned(greedy)["labels"], learned(unchanged)["labels"])
+
+
+# A step's micro-batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(0, [5]), (2, [2, 2, 1])])
+def test_one_generation_for_all_micro_batches(
+    build, tmp_path: Path, prefills: list[int], batch_size: int, expected: list[int]
+) -> None:
+    """Or as few as `batch_size` allows, with the same tokens."""
+
+    def answers(sizes: tuple[int, ...], batch_size: int) -> list[list[int]]:
+        module = build(on_policy=OnPolicy(start=0, tokens=6, batch_size=batch_size))
+        trainer = tiny_trainer(tmp_path, steps=1, accumulate_grad_batches=len(sizes))
+        trainer.fit(module, loader(cut(tiny_batch(), sizes)))
+        rows = [row for _, answers in module._rolled for row in zip(answers.tokens_BG, answers.mask_BG, strict=True)]
+        return [tokens[mask.bool()].tolist() for tokens, mask in rows]
+
+    together = answers((5,), 0)
+    prefills.clear()
+    assert answers((2, 1, 2), batch_size) == together
+    assert prefills == expected
+
+
+# Hidden states -------------------------------------------------------------------------------------------------------
+
+
+def test_hidden_states(student_folder: str, tmp_path: Path, batch: Batch) -> None:
+    """The mean over layers and tokens of the squared distance of unit vectors, at the positions that predict answers."""
+    teacher_folder = tiny_folder(tmp_path / "deep", seed=3, num_hidden_layers=3)
+    layers = {0: 2, 1: 0}
+    module = distil(
+        student_folder,
+        teacher_folder,
+        optimizer=SGD,
+        lr_schedule="constant",
+        hidden_state_weight=0.6,
+        hidden_state_layers=layers,
+    )
+    trainer = tiny_trainer(tmp_path, steps=1)
+    trainer.fit(module, loader([batch]))
 
     model, teacher = load_model(student_folder), load_model(teacher_folder)
-    ours = answer_logits(model, batch)
-    loss = function(ours, answer_logits(teacher, batch)).mean() + weight * F.cross_entropy(ours, answer_labels(batch))
-    loss.backward()
-    sgd(model.parameters()).step()
-    for parameter, expected in zip(module.student.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_on_policy_step_learns_from_its_own_answers(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The divergence of stage 2, on the sampled tokens, without cross-entropy; the same samples when run again."""
-    rollouts: list[Rollout] = []
-    real, divergences = distillation.rollout, []
-
-    def spying(*args: Any, **kwargs: Any) -> Rollout:
-        assert kwargs["temperature"] == 0.8
-        assert kwargs["max_new_tokens"] == 6
-        rollouts.append(real(*args, **kwargs))
-        return rollouts[-1]
-
-    def recording(name: str, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        divergences.append((name, len(logits)))
-        return distillation_divergence(name, logits, *args, **kwargs)
-
-    distillation_divergence = distillation.divergence
-    monkeypatch.setattr(distillation, "rollout", spying)
-    monkeypatch.setattr(distillation, "divergence", recording)
-
-    def fit() -> Distillation:
-        module = build(
-            on_policy_divergence="reverse_kl", on_policy_start=1, sampling_temperature=0.8, cross_entropy_weight=100.0
-        )
-        tiny_trainer(tmp_path, steps=3, logger=False).fit(module, loader())
-        return module
-
-    first, again = fit(), fit()
-    assert len(rollouts) == 4
-    assert [name for name, _ in divergences[:3]] == ["forward_kl", "reverse_kl", "reverse_kl"]
-    assert [count for _, count in divergences[1:3]] == [int(r.mask_BG.sum()) for r in rollouts[:2]]
-    for one, two in zip(rollouts[:2], rollouts[2:], strict=True):
-        assert torch.equal(one.tokens_BG, two.tokens_BG)
-    assert torch.equal(first.student.lm_head.weight, again.student.lm_head.weight)
-
-
-def test_metrics_name_the_source(build, tmp_path: Path) -> None:
-    module = build(on_policy_start=1, divergence="jsd", cross_entropy_weight=0.5)
-    trainer = tiny_trainer(tmp_path, steps=2)
-    trainer.fit(module, loader())
-    logged = set(trainer.logged_metrics)
-    assert {"train/loss", "train/jsd_dataset", "train/jsd_on_policy", "train/cross_entropy"} <= logged
-    assert 1 <= trainer.logged_metrics["train/rollout_tokens"] <= 6
-
-
-def test_cross_entropy_is_for_gold_answers_only(build, tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, steps=1)
-    trainer.fit(build(on_policy_start=0, cross_entropy_weight=0.5), loader())
-    assert "train/loss" in trainer.logged_metrics
-    assert "train/cross_entropy" not in trainer.logged_metrics
-
-
-def test_every_step_samples_anew(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even from the same weights and prompts."""
-    tokens: list[torch.Tensor] = []
-    real = distillation.rollout
-
-    def spying(*args: Any, **kwargs: Any) -> Rollout:
-        answers = real(*args, **kwargs)
-        tokens.append(answers.tokens_BG)
-        return answers
-
-    monkeypatch.setattr(distillation, "rollout", spying)
-    module = build(on_policy_start=0, optimizer=partial(torch.optim.SGD, lr=0.0))
-    tiny_trainer(tmp_path, steps=2).fit(module, loader())
-    assert not torch.equal(*tokens)
-
-
-# The teacher --------------------------------------------------------------------------------------------------------
-
-
-def test_the_teacher_is_neither_changed_nor_saved(student_folder: str, teacher_folder: str, tmp_path: Path) -> None:
-    before = digests(teacher_folder)
-    module = distil(student_folder, teacher_folder, on_policy_start=3)
-    path = tmp_path / "last.ckpt"
-    tiny_trainer(tmp_path, callbacks=[Editing(6, path)]).fit(module, loader(), loader())
-
-    fresh = load_model(teacher_folder).state_dict()
-    teacher = module.teacher.model.state_dict()
-    assert teacher.keys() == fresh.keys()
-    assert all(torch.equal(teacher[name], fresh[name]) for name in fresh)
-    assert all(p.grad is None and not p.requires_grad for p in module.teacher.model.parameters())
-    assert not module.teacher.model.training
-    assert digests(teacher_folder) == before
-
-    checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint["state_dict"]) == {f"student.{name}" for name in module.student.state_dict()}
-    shapes = {tuple(tensor.shape) for tensor in checkpoint["state_dict"].values()}
-    assert not any(40 in shape for shape in shapes)  # the teacher's width
-    trained = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
-    assert trained == {id(p) for p in module.student.parameters()}
-
-
-def test_checkpoint_loads_in_every_way(student_folder: str, teacher_folder: str, tmp_path: Path, batch: Batch) -> None:
-    module = distil(student_folder, teacher_folder, on_policy_start=3, loss_temperature=1.5)
-    path = tmp_path / "last.ckpt"
-    tiny_trainer(tmp_path, callbacks=[Editing(6, path)]).fit(module, loader())
-    loaded = Distillation.load_from_checkpoint(path)
-    student, _ = load_student_checkpoint(path)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    seen: dict[str, Tensor] = {}
+    for whose, stack in (("ours", model.model), ("theirs", teacher.model)):
+        blocks = [*stack.layers[:-1], stack.norm]  # the last layer's output goes through the final norm
+        for number, block in enumerate(blocks):
+            block.register_forward_hook(lambda _, args, out, name=f"{whose} {number}": seen.update({name: out}))
+    model(**inputs)
     with torch.no_grad():
-        expected = answer_logits(module.student.eval(), batch)
-        assert torch.equal(answer_logits(loaded.student.eval(), batch), expected)
-        assert torch.equal(answer_logits(student, batch), expected)
-    assert loaded.edits == [edit for step in sorted(EDITS) for edit in EDITS[step]]
-    assert (loaded.on_policy_start, loaded.loss_temperature, loaded.teacher_reference) == (3, 1.5, teacher_folder)
+        teacher(**inputs)
+    distances = []
+    for row, column in (batch["labels"][:, 1:] != -100).nonzero().tolist():
+        for ours, theirs in layers.items():
+            a, b = seen[f"ours {ours}"][row, column].double(), seen[f"theirs {theirs}"][row, column].double()
+            distances.append((a / a.norm() - b / b.norm()).square().sum())
+    expected = torch.stack(distances).mean()
+    assert trainer.callback_metrics["train/hidden_states"] == pytest.approx(expected.item(), rel=1e-4)
+    loss, _ = loss_by_hand(model, teacher, batch, Objective(), KNOWN)
+    (loss + 0.6 * expected).backward()
+    SGD(model.parameters()).step()
+    assert trainer.callback_metrics["train/loss"] == pytest.approx((loss + 0.6 * expected).item(), rel=1e-4)
+    assert_same_weights(module.student, model)
 
 
-def test_different_tokenizers_are_refused(student_folder: str, tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["<think>"])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match="expected teacher and student to share one tokenizer, found 1 .*'<think>'"):
-        distil(student_folder, folder).configure_model()
+@pytest.mark.parametrize("settings", [{"hidden_state_weight": 0.5}, {"hidden_state_layers": {0: 0}}])
+def test_hidden_states_need_weight_and_layers(build, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected model.hidden_state_weight and model.hidden_state_layers together"):
+        build(**settings)
 
 
-@pytest.mark.parametrize(("student_vocab", "teacher_vocab"), [(270, 320), (320, 270)])
-def test_heads_padded_to_different_sizes(tmp_path: Path, student_vocab: int, teacher_vocab: int, batch: Batch) -> None:
-    """Ids that only one of the models has take no part: not in the loss, not in validation, not in samples."""
-    student = tiny_folder(tmp_path / "student", vocab_size=student_vocab)
-    teacher = tiny_folder(tmp_path / "teacher", vocab_size=teacher_vocab, seed=1)
-    module = distil(
-        student, teacher, optimizer=partial(torch.optim.SGD, lr=0.1), lr_schedule="constant", sampling_temperature=50.0
-    )
-    trainer = tiny_trainer(tmp_path, steps=1)
-    trainer.fit(module, loader([batch]), loader([batch]))
-    assert module.vocabulary == 270
-    assert {"val/kl", "val/perplexity", "val/teacher_perplexity"} <= set(trainer.logged_metrics)
-
-    model = load_model(student)
-    forward_kl(
-        answer_logits(model, batch)[:, :270], answer_logits(load_model(teacher), batch)[:, :270]
-    ).mean().backward()
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    torch.testing.assert_close(module.student.lm_head.weight, model.lm_head.weight, rtol=1e-4, atol=1e-5)
-
-    # At this temperature a head of 320 rows would give every second answer a token that the teacher does not have.
-    on_policy = distil(student, teacher, on_policy_start=0, sampling_temperature=50.0)
-    tiny_trainer(tmp_path, steps=2).fit(on_policy, loader([batch]))
-
-
-# Validation ---------------------------------------------------------------------------------------------------------
-
-
-def test_validation_figures_and_the_teachers_own_once(build, tmp_path: Path, batch: Batch, teacher_folder: str) -> None:
-    module, trainer = build(), tiny_trainer(tmp_path)
-    (figures,) = trainer.validate(module, loader([batch]), verbose=False)
-    assert set(figures) == {"val/perplexity", "val/kl", "val/top1_agreement", "val/teacher_perplexity"}
-    with torch.no_grad():
-        ours, theirs = answer_logits(tiny_model(), batch), answer_logits(load_model(teacher_folder), batch)
-    assert figures["val/kl"] == pytest.approx(forward_kl(ours, theirs).mean().item(), rel=1e-4)
-    expected = F.cross_entropy(theirs, answer_labels(batch)).exp().item()
-    assert figures["val/teacher_perplexity"] == pytest.approx(expected, rel=1e-4)
-
-    (again,) = trainer.validate(module, loader([tiny_batch()]), verbose=False)
-    assert "val/teacher_perplexity" not in again
-    assert again["val/kl"] == pytest.approx(figures["val/kl"])
-
-
-def test_a_student_that_is_its_teacher(student_folder: str, tmp_path: Path) -> None:
-    (figures,) = tiny_trainer(tmp_path).validate(distil(student_folder, student_folder), loader(), verbose=False)
-    assert figures["val/kl"] == pytest.approx(0, abs=1e-6)
-    assert figures["val/top1_agreement"] == 1
-
-
-def test_half_precision_training_samples_in_bfloat16(build, tmp_path: Path) -> None:
-    module = build(on_policy_start=0)
-    tiny_trainer(tmp_path, steps=2, precision="bf16-mixed").fit(module, loader())
-    assert module._sampler is not None
-    assert {p.dtype for p in module._sampler[1].parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in module.teacher.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in module.student.parameters()} == {torch.float32}
-    assert module.stopwatch.seconds.keys() == {"rollout", "teacher"}
-
-
-# Teacher's numbers --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("teacher_dtype", "precision", "expected"),
-    [
-        ("auto", "32-true", torch.float32),
-        ("auto", "bf16-mixed", torch.bfloat16),
-        ("bfloat16", "32-true", torch.bfloat16),
-    ],
-)
-def test_the_teachers_type_follows_training_or_the_setting(
-    teacher_dtype: str, precision: str, expected: torch.dtype, build, tmp_path: Path
-) -> None:
-    module = build(teacher_dtype=teacher_dtype)
-    tiny_trainer(tmp_path, steps=1, precision=precision).fit(module, loader())
-    assert {p.dtype for p in module.teacher.model.parameters()} == {expected}
-
-
-def test_a_teacher_in_8_bits_teaches_and_is_not_exported(build, tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
-    losses = {}
-    for teacher_dtype in ("auto", "int8"):
-        module = build(teacher_dtype=teacher_dtype)
-        trainer = tiny_trainer(tmp_path, steps=1)
-        trainer.fit(module, loader(), loader())
-        losses[teacher_dtype] = float(trainer.callback_metrics["train/loss"])
-    assert losses["int8"] == pytest.approx(losses["auto"], rel=0.05)
-    assert losses["int8"] != losses["auto"]
+@pytest.mark.parametrize("layers", [{2: 0}, {0: 5}, {-1: 0}])
+def test_hidden_states_of_layers_that_do_not_exist(student_folder: str, tmp_path: Path, layers: dict[int, int]) -> None:
+    module = distil(student_folder, student_folder, hidden_state_weight=1.0, hidden_state_layers=layers)
     with pytest.raises(
-        ValueError, match="expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher"
+        ValueError, match="expected decoder layers between 0 and 1, found .*; change model.hidden_state"
     ):
-        ExportOnFitEnd(formats=["hf"], compare_with_teacher=True).setup(trainer, module, "fit")
+        tiny_trainer(tmp_path, steps=1).fit(module, loader())
+
+
+def test_hidden_states_of_other_widths_are_refused(build, tmp_path: Path) -> None:
+    module = build(hidden_state_weight=1.0, hidden_state_layers={0: 0})
+    with pytest.raises(ValueError, match=r"expected hidden states of equal shape, found \(\d+, 32\) .* \(\d+, 40\)"):
+        tiny_trainer(tmp_path, steps=1).fit(module, loader())

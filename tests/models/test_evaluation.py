@@ -8,8 +8,10 @@ from chat_doubles import byte_tokenizer
 from tiny import tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
+from models.decoder import FusedDecoder, TransformersDecoder, decoder_for
 from models.evaluation import AnswerMetrics, evaluate, generate_texts
 from models.forward import Batch, answer_labels, answer_logits
+from models.pretrained import end_token_ids
 from models.quantization import freeze_scales
 from models.structure import apply_edit, quantize_decoder
 from models.teacher import Teacher
@@ -134,7 +136,9 @@ def test_scores_of_generated_answers(model: PreTrainedModel) -> None:
     assert figures["task_score"] == pytest.approx(2 / 7)
     assert set(figures) == {"perplexity", "task_score"}
     assert [answers for _, answers in seen] == [batch["answers"] for batch in batches]
-    assert [texts for texts, _ in seen] == [generate_texts(model, tokenizer, batch, 5) for batch in batches]
+    decoder, ends = decoder_for(model, torch.float32), end_token_ids(model)
+    settings = {"max_new_tokens": 5, "end_tokens": ends}
+    assert [texts for texts, _ in seen] == [generate_texts(decoder, tokenizer, batch, **settings) for batch in batches]
 
 
 def test_no_tokens_no_score(model: PreTrainedModel, batch: Batch) -> None:
@@ -152,7 +156,9 @@ def test_texts_are_those_of_plain_generation(batch: Batch) -> None:
         prompt = ids[mask.bool()][None]
         output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
         expected.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
-    assert generate_texts(model, tokenizer, batch, 8) == expected
+    for decoder in (TransformersDecoder(model, torch.float32), FusedDecoder(model, torch.float32)):
+        texts = generate_texts(decoder, tokenizer, batch, max_new_tokens=8, end_tokens=end_token_ids(model))
+        assert texts == expected
     assert len(set(expected)) > 1
 
 

@@ -135,7 +135,12 @@ def test_answers_do_not_depend_on_the_cut(decoder: Decoder) -> None:
 def test_batch_size_limits_what_is_sampled_at_once(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     prefill = decoder.prefill
-    monkeypatch.setattr(decoder, "prefill", lambda p, m, n: (rows.append(len(p)), prefill(p, m, n))[1], raising=False)
+
+    def spying(prompts_BP: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows.append(len(prompts_BP))
+        return prefill(prompts_BP, *args)
+
+    monkeypatch.setattr(decoder, "prefill", spying)
     for batch_size in (0, 2):
         ask(answers_with(tokens=3, batch_size=batch_size), decoder, [part(0, 1), part(2, 3, 4)])
     assert rows == [5, 2, 2, 1]

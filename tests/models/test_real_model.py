@@ -7,10 +7,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from models.architecture import count_parameters
+from models.decoder import FusedDecoder, TransformersDecoder
 from models.evaluation import generate_texts
 from models.forward import Batch, answer_logits, inference_copy
 from models.losses import forward_kl
-from models.pretrained import load_model, load_tokenizer
+from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.quantization import freeze_scales
 from models.structure import apply_edit, quantize_decoder
 
@@ -44,8 +45,9 @@ def test_it_is_the_model_it_says_it_is(
     smollm2: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: Batch
 ) -> None:
     assert count_parameters(smollm2) == 134_515_008
-    texts = generate_texts(inference_copy(smollm2, torch.bfloat16), tokenizer, chats, 24)
-    assert "Paris" in texts[0] and "blue" in texts[1].lower()
+    for decoder in (TransformersDecoder(smollm2, torch.bfloat16), FusedDecoder(smollm2, torch.bfloat16)):
+        texts = generate_texts(decoder, tokenizer, chats, max_new_tokens=24, end_tokens=end_token_ids(smollm2))
+        assert "Paris" in texts[0] and "blue" in texts[1].lower()
 
 
 @torch.no_grad()
