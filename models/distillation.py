@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics
-from models.forward import Batch, answer_hidden, answer_labels, answer_states
+from models.forward import Batch, answer_hidden, answer_labels, answer_lengths, answer_states
 from models.losses import Objective, Targets, check_head, head_of, hidden_state_loss, linear_objective
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.on_policy import OnPolicy, OnPolicyAnswers, Source
@@ -85,6 +85,7 @@ class Distillation(StudentModule):
                 f"expected model.hidden_state_weight and model.hidden_state_layers together, found {hidden_state_weight} and "
                 f"{hidden_state_layers}; set both, or neither"
             )
+        self._check_policy_gradient()
         self._check_offline()
         self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
@@ -128,6 +129,15 @@ class Distillation(StudentModule):
                 self.vocabulary,
             )
 
+    def _check_policy_gradient(self) -> None:
+        """Its estimate holds for answers that the student has just sampled, and for no others."""
+        replays = self.own_answers.settings.replay_size and "policy_gradient" in self.objectives["replay"].weights
+        if replays or "policy_gradient" in self.objectives["dataset"].weights:
+            raise ValueError(
+                "expected policy_gradient in model.on_policy_objective only and without on_policy.replay_size, found it for "
+                f"{'replayed answers' if replays else 'the answers of the data'}; it needs answers that were just sampled"
+            )
+
     def _check_offline(self) -> None:
         """Refuse to ask a captured teacher about answers it has not seen, or for more than its answers."""
         if not is_offline(self.teacher_reference):
@@ -161,14 +171,15 @@ class Distillation(StudentModule):
         with self.stopwatch("teacher"):
             targets, their_states = self._ask_teacher(batch)
         hidden_ND, our_states = answer_states(self.student, batch, layers=self.hidden_state_layers)
+        objective = self.objectives[source]
         total, sums = linear_objective(
             hidden_ND,
             head_of(self.student),
             targets,
             answer_labels(batch),
-            self.objectives[source],
+            objective,
             vocabulary=self.vocabulary,
-            sequence_lengths=(batch["labels"][:, 1:] != -100).sum(1).tolist(),
+            sequence_lengths=answer_lengths(batch) if objective.discount else None,
         )
         for ours_ND, theirs_ND in zip(our_states, their_states, strict=True):
             distance = hidden_state_loss(ours_ND, theirs_ND).sum() / len(our_states)

@@ -27,6 +27,12 @@ def answer_labels(batch: Batch) -> Tensor:
     return labels_BT[labels_BT != IGNORE]
 
 
+def answer_lengths(batch: Batch) -> list[int]:
+    """Answer tokens of each sample."""
+    lengths: list[int] = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
+    return lengths
+
+
 def answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states at the positions that predict answer tokens, shape (N, D), in the order of `answer_labels`."""
     return answer_states(model, batch)[0]

@@ -120,15 +120,16 @@ class Run:
 
     def __init__(self, *more: str) -> None:
         self.tokens: dict[int, list[list[list[int]]]] = {}
-        answer = Distillation._answer_ourselves
+        answer = Distillation._answered
 
-        def recorded(module: Distillation, batch: dict, batch_idx: int) -> dict:
-            answered = answer(module, batch, batch_idx)
-            self.tokens.setdefault(module.global_step, []).append(answered["input_ids"].tolist())
-            return answered
+        def recorded(module: Distillation, batch: dict) -> tuple[str, dict]:
+            source, answered = answer(module, batch)
+            if source != "dataset":
+                self.tokens.setdefault(module.global_step, []).append(answered["input_ids"].tolist())
+            return source, answered
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Distillation, "_answer_ourselves", recorded)
+            patch.setattr(Distillation, "_answered", recorded)
             self.cli = train.main(["fit", "--config", "recipe.yaml", *more])
         self.trainer, self.folder = self.cli.trainer, Path(self.cli.trainer.default_root_dir)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from models.losses.head import Head
 
-_BLOCK = 2048  # tokens of the vocabulary whose gradient is summed at once
+ROWS = 2048  # of the weight's gradient, at a time, where products are in half precision
 
 
 class ChunkedLogits:
@@ -82,8 +82,8 @@ class Gradients:
             if student.dtype == self.weight_VD.dtype:
                 self.weight_VD[:vocabulary].addmm_(gradient_CV.T, hidden_CD)
                 return
-            for start in range(0, vocabulary, _BLOCK):  # so that the half-precision products of a chunk stay small
-                part = slice(start, min(start + _BLOCK, vocabulary))
+            for start in range(0, vocabulary, ROWS):  # so that the product, before it is added, stays in cache
+                part = slice(start, min(start + ROWS, vocabulary))
                 self.weight_VD[part] += gradient_CV[:, part].T @ hidden_CD
 
     def of_inputs(self) -> list[Tensor | None]:
