@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from models.checks import check_course, check_hidden_states, check_offline, check_policy_gradient
 from models.decoder import Decoder, decoder_for
 from models.evaluation import AnswerMetrics
 from models.forward import Batch, answer_hidden, answer_labels, answer_lengths, answer_states
@@ -80,13 +81,9 @@ class Distillation(StudentModule):
         self.own_answers = OnPolicyAnswers(settings_of(OnPolicy, on_policy), settings_of(Sampling, sampling))
         self.hidden_state_weight = hidden_state_weight
         self.hidden_state_layers = {int(ours): int(theirs) for ours, theirs in (hidden_state_layers or {}).items()}
-        if (hidden_state_weight > 0) != bool(hidden_state_layers):
-            raise ValueError(
-                f"expected model.hidden_state_weight and model.hidden_state_layers together, found {hidden_state_weight} and "
-                f"{hidden_state_layers}; set both, or neither"
-            )
-        self._check_policy_gradient()
-        self._check_offline()
+        check_hidden_states(hidden_state_weight, self.hidden_state_layers)
+        check_policy_gradient(self.objectives, self.own_answers.settings)
+        check_offline(self)
         self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
         self._teacher_decoder: Decoder | None = None
@@ -129,32 +126,10 @@ class Distillation(StudentModule):
                 self.vocabulary,
             )
 
-    def _check_policy_gradient(self) -> None:
-        """Its estimate holds for answers that the student has just sampled, and for no others."""
-        replays = self.own_answers.settings.replay_size and "policy_gradient" in self.objectives["replay"].weights
-        if replays or "policy_gradient" in self.objectives["dataset"].weights:
-            raise ValueError(
-                "expected policy_gradient in model.on_policy_objective only and without on_policy.replay_size, found it for "
-                f"{'replayed answers' if replays else 'the answers of the data'}; it needs answers that were just sampled"
-            )
-
-    def _check_offline(self) -> None:
-        """Refuse to ask a captured teacher about answers it has not seen, or for more than its answers."""
-        if not is_offline(self.teacher_reference):
-            return
-        for name, live in (
-            ("on_policy.start", self.own_answers.settings.start >= 0),
-            ("hidden_state_layers", bool(self.hidden_state_layers)),
-            ("teacher_dtype", self.teacher_dtype != "auto"),
-        ):
-            if live:
-                raise ValueError(
-                    f"expected a live teacher for model.{name}, found {self.teacher_reference!r}, which holds final answers to "
-                    f"the data only; leave {name} out, or name the teacher's model"
-                )
-
     def setup(self, stage: str) -> None:
         """Put the teacher where the student will be."""
+        if stage == "fit":
+            check_course(self.own_answers.settings, self.trainer)
         self.configure_model()
         if is_offline(self.teacher_reference) and stage != "predict":
             splits = {"validate": ("val",), "test": ("test",)}.get(stage)
