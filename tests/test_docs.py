@@ -5,21 +5,31 @@ import os
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import wandb
+import yaml
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 import export.__main__ as export_main
 import models.offline.__main__ as offline_main
 import train
+from models import Distillation
+from models.losses import LOSSES, Objective
+from models.on_policy import OnPolicy
+from models.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOWTO = (ROOT / "docs/howto-own-model-and-data.md").read_text(encoding="utf-8")
 OFFLINE = (ROOT / "docs/howto-offline-teacher.md").read_text(encoding="utf-8")
+MEMORY = (ROOT / "docs/howto-memory.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+MIXES = [block for block in re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL) if block.startswith("model:")]
+BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -62,7 +72,7 @@ def test_the_split_of_the_howto_loses_nothing(workspace: Path) -> None:
     assert len(parts[1]) == 8
 
 
-@pytest.mark.parametrize("arguments", train_arguments(README + HOWTO), ids=" ".join)
+@pytest.mark.parametrize("arguments", train_arguments(README + HOWTO + MEMORY), ids=" ".join)
 def test_every_train_command_is_accepted(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if "--ckpt_path" in arguments:  # there is a checkpoint only after a run; see the test of the how-to
         position = arguments.index("--ckpt_path")
@@ -114,12 +124,50 @@ def test_the_readmes_export_command_works(runs: Path, workspace: Path) -> None:
     assert {check["status"] for check in report["verification"]} == {"passed"}
 
 
-def test_the_capture_of_the_offline_howto_works(workspace: Path) -> None:
+@pytest.mark.recipe
+def test_the_offline_howto_works_from_capture_to_training(workspace: Path) -> None:
     captures = [words for words in commands(OFFLINE) if words[1:3] == ["-m", "models.offline"]]
     assert captures
     for words in captures:
         assert offline_main.main(words[3:]) == 0
     assert (workspace / "teacher-cache/index.json").is_file()
+    trainings = train_arguments(OFFLINE)
+    assert trainings
+    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--root", "offline-runs"]
+    for arguments in trainings:
+        assert train.entry_point([*arguments, *short]) == 0, arguments
+    assert (workspace / "offline-runs/distill-001/student/config.json").is_file()
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_mix_of_the_recipes_page_is_an_overlay(
+    mix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mix.yaml").write_text(mix)
+    with pytest.raises(SystemExit) as stop:
+        overlaid = ["--config", "configs/distill.yaml", "--config", str(tmp_path / "mix.yaml")]
+        train.main(["fit", *overlaid, "--print_config"])
+    assert stop.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    stated = yaml.safe_load(mix)["model"]["init_args"]
+    for name in ("objective", "on_policy_objective"):
+        if name in stated:
+            assert settings[name]["weights"] == stated[name]["weights"]
+    Distillation(**{"student": "unread", "teacher": "unread"} | stated)  # refuses what is out of range
+
+
+def test_the_recipes_page_names_every_setting_of_distillation() -> None:
+    for group, prefix in ((Objective, "objective."), (OnPolicy, "on_policy."), (Sampling, "sampling.")):
+        for field in fields(group):
+            assert f"| `{prefix}{field.name}` |" in RECIPES, field.name
+    for name in LOSSES:
+        assert f"`{name}`" in RECIPES, name
+
+
+def test_the_benchmarks_page_names_every_benchmark() -> None:
+    files = [path for path in (ROOT / "benchmarks").glob("*.py") if "if __name__ ==" in path.read_text(encoding="utf-8")]
+    public = {path.stem for path in files} - {"workers"}
+    assert public == set(re.findall(r"^\| `python -m benchmarks\.(\w+)`", BENCHMARKS, re.MULTILINE))
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
