@@ -15,10 +15,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from models.checks import check_course, check_hidden_states, check_offline, check_policy_gradient
-from models.decoder import Decoder, decoder_for
+from models.decoder import decoder_for
 from models.evaluation import AnswerMetrics
 from models.forward import Batch, answer_hidden, answer_labels, answer_lengths, answer_states
-from models.losses import Objective, Targets, check_head, head_of, hidden_state_loss, linear_objective
+from models.losses import (
+    Objective,
+    Targets,
+    check_head,
+    check_stored_top_k,
+    head_of,
+    hidden_state_loss,
+    linear_objective,
+)
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.on_policy import OnPolicy, OnPolicyAnswers, Source
 from models.pretrained import check_same_tokenizer, end_token_ids, load_tokenizer, vocabulary_size
@@ -86,7 +94,6 @@ class Distillation(StudentModule):
         check_offline(self)
         self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
-        self._teacher_decoder: Decoder | None = None
 
     def configure_model(self) -> None:
         """Load student and teacher, and refuse a pair that does not share a tokenizer."""
@@ -132,11 +139,26 @@ class Distillation(StudentModule):
             check_course(self.own_answers.settings, self.trainer)
         self.configure_model()
         if is_offline(self.teacher_reference) and stage != "predict":
-            splits = {"validate": ("val",), "test": ("test",)}.get(stage)
-            self.teacher = open_offline_teacher(self.teacher_reference, self.trainer.datamodule, splits)  # type: ignore[attr-defined]
+            self.teacher = self._open_offline(stage)
             self._agree_on_vocabulary(self.teacher.vocabulary)
         if hasattr(self, "teacher"):
             self.teacher.to(self.trainer.strategy.root_device)
+
+    def _open_offline(self, stage: str) -> OfflineTeacher:
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None:
+            raise ValueError(
+                f"expected a data module for {self.teacher_reference!r}, to compare it with what was captured, found loaders "
+                "alone; give the trainer the data module"
+            )
+        teacher = open_offline_teacher(
+            self.teacher_reference, datamodule, {"validate": ("val",), "test": ("test",)}.get(stage)
+        )
+        if teacher.top_k is not None:
+            objective = self.objectives["dataset"]
+            weights = {"top_k_kl": 1.0} | (objective.weights if stage == "fit" else {})  # evaluation has its own
+            check_stored_top_k(replace(objective, weights=weights), teacher.top_k)
+        return teacher
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -241,21 +263,17 @@ class Distillation(StudentModule):
         logits_NV = self.teacher_logits(batch, split)
         if logits_NV is not None:
             metrics.update(logits_NV, answer_labels(batch), None)
-        if isinstance(self.teacher, OfflineTeacher):
-            return  # it can say nothing new
-        if self._teacher_decoder is None:
-            self._teacher_decoder = decoder_for(self.teacher.model, self.inference_dtype)
-        self._score(self._teacher_decoder, self.teacher.model, metrics, batch, split)
+        if isinstance(self.teacher, Teacher):  # a captured one can say nothing new
+            self._score(self.teacher.model, metrics, batch, split)
 
     def _end_evaluation(self, split: str) -> dict[str, float]:
         figures = super()._end_evaluation(split)
-        self._teacher_decoder = None
         if split == "val" and not self.trainer.sanity_checking:
             self.own_answers.validated(math.log(figures["val/perplexity"]))
         if self._teacher_metrics is not None and not self.trainer.sanity_checking:
-            theirs = {f"{split}/teacher_{name}": value for name, value in self._teacher_metrics.compute().items()}
-            self.log_dict(theirs)
-            rank_zero_info("The teacher's own figures: %s", ", ".join(f"{k} {v:.4f}" for k, v in theirs.items()))
+            if theirs := {f"{split}/teacher_{k}": value for k, value in self._teacher_metrics.compute().items()}:
+                self.log_dict(theirs)
+                rank_zero_info("The teacher's own figures: %s", ", ".join(f"{k} {v:.4f}" for k, v in theirs.items()))
             self._teacher_metrics = None  # once is enough: the teacher never changes
         return figures
 

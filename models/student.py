@@ -85,7 +85,7 @@ class StudentModule(LightningModule):
         self.metrics = AnswerMetrics()
         self.stopwatch = Stopwatch()
         self.step_mean = StepMean(self)
-        self._decoder: Decoder | None = None  # of the student that is being evaluated
+        self._decoders: dict[PreTrainedModel, Decoder] = {}  # of an evaluation: a copy of each model that has to answer
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -246,11 +246,11 @@ class StudentModule(LightningModule):
         self._evaluation_step(batch, "test")
 
     def on_validation_epoch_start(self) -> None:
-        """Copy the student once for all generated answers."""
+        """Forget the last evaluation."""
         self._start_evaluation()
 
     def on_test_epoch_start(self) -> None:
-        """Copy the student once for all generated answers."""
+        """Forget the last evaluation."""
         self._start_evaluation()
 
     def on_validation_epoch_end(self) -> None:
@@ -262,44 +262,42 @@ class StudentModule(LightningModule):
         self._end_evaluation("test")
 
     def on_predict_epoch_start(self) -> None:
-        """Copy the student once for all generated answers."""
+        """Forget the last evaluation."""
         self._start_evaluation()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers: one row `{prompt, prediction, answer}` per sample."""
-        assert self._decoder is not None
-        texts = self._answers(self._decoder, self.student, batch)
+        texts = self._answers(self.student, batch)
         rows = zip(batch["prompts"], texts, batch["answers"], strict=True)
         return [{"prompt": prompt, "prediction": text, "answer": answer} for prompt, text, answer in rows]
 
     def on_predict_epoch_end(self) -> None:
         """Free the copy."""
-        self._decoder = None
+        self._decoders.clear()
 
     def _start_evaluation(self) -> None:
         self.metrics.reset()
-        self._decoder = decoder_for(self.student, self.inference_dtype)
+        self._decoders.clear()
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
         self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch, split))
-        assert self._decoder is not None
-        self._score(self._decoder, self.student, self.metrics, batch, split)
+        self._score(self.student, self.metrics, batch, split)
 
-    def _score(
-        self, decoder: Decoder, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str
-    ) -> None:
+    def _score(self, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
         """Add the task score of a model's greedy answers, where the data has one."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.generate_tokens and getattr(datamodule, "has_score", False):
-            texts = self._answers(decoder, model, batch)
+            texts = self._answers(model, batch)
             metrics.task_score.update(torch.tensor(datamodule.score(texts, batch, split), device=self.device))
             if hasattr(datamodule, "gym_score"):
                 metrics.scorer_score.update(torch.tensor(datamodule.gym_score(texts, batch, split), device=self.device))
 
-    def _answers(self, decoder: Decoder, model: PreTrainedModel, batch: Batch) -> list[str]:
+    def _answers(self, model: PreTrainedModel, batch: Batch) -> list[str]:
+        if model not in self._decoders:
+            self._decoders[model] = decoder_for(model, self.inference_dtype)
         return generate_texts(
-            decoder,
+            self._decoders[model],
             self.tokenizer,
             batch,
             max_new_tokens=max(self.generate_tokens, 1),
@@ -307,7 +305,7 @@ class StudentModule(LightningModule):
         )
 
     def _end_evaluation(self, split: str) -> dict[str, float]:
-        self._decoder = None
+        self._decoders.clear()
         figures = {f"{split}/{name}": value for name, value in self.metrics.compute().items()}
         self.log_dict(figures)
         self.metrics.reset()

@@ -64,7 +64,8 @@ class Teacher:
     def answer_logits(self, batch: Batch) -> Tensor:
         """Logits (N, V) at the answer positions of a batch, see `models.forward.answer_logits`."""
         with torch.autocast(self.model.device.type, enabled=False):
-            return self.model.get_output_embeddings()(self.answer_hidden(batch))
+            products_NV = self.model.get_output_embeddings()(self.answer_hidden(batch))
+            return head_of(self.model).shape_logits(products_NV)
 
 
 class RememberingTeacher(Teacher):

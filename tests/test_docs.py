@@ -165,7 +165,9 @@ def test_the_recipes_page_names_every_setting_of_distillation() -> None:
 
 
 def test_the_benchmarks_page_names_every_benchmark() -> None:
-    files = [path for path in (ROOT / "benchmarks").glob("*.py") if "if __name__ ==" in path.read_text(encoding="utf-8")]
+    files = [
+        path for path in (ROOT / "benchmarks").glob("*.py") if "if __name__ ==" in path.read_text(encoding="utf-8")
+    ]
     public = {path.stem for path in files} - {"workers"}
     assert public == set(re.findall(r"^\| `python -m benchmarks\.(\w+)`", BENCHMARKS, re.MULTILINE))
 

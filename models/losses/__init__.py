@@ -17,7 +17,14 @@ from models.losses.divergences import (
 )
 from models.losses.head import Head, check_head, head_of
 from models.losses.hidden_states import hidden_state_loss
-from models.losses.linear import FullTargets, Targets, TopKTargets, default_chunk_tokens, linear_objective
+from models.losses.linear import (
+    FullTargets,
+    Targets,
+    TopKTargets,
+    check_stored_top_k,
+    default_chunk_tokens,
+    linear_objective,
+)
 from models.losses.objective import LOSSES, Objective
 from models.losses.policy_gradient import advantages, policy_gradient
 
@@ -31,6 +38,7 @@ __all__ = [
     "TopKTargets",
     "advantages",
     "check_head",
+    "check_stored_top_k",
     "default_chunk_tokens",
     "divergence",
     "forward_kl",

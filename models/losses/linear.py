@@ -176,7 +176,7 @@ def _check(
             rows["teacher"] = len(targets.head.weight_VD)
             lengths["targets"] = len(targets.hidden_NE)
         else:
-            _check_top_k(targets, objective)
+            check_stored_top_k(objective, targets.tokens_NK.shape[1])
             lengths["targets"] = len(targets.tokens_NK)
     if vocabulary is None and len(set(rows.values())) > 1:
         raise ValueError(f"expected heads of equal size, found rows {rows}; pass the vocabulary that both share")
@@ -193,7 +193,8 @@ def _check(
     return vocabulary
 
 
-def _check_top_k(targets: TopKTargets, objective: Objective) -> None:
+def check_stored_top_k(objective: Objective, stored: int) -> None:
+    """Raise `ValueError` where an objective needs more than a teacher's `stored` most probable tokens say."""
     exact = [name for name in objective.weights if name not in ("top_k_kl", "cross_entropy")]
     if exact:
         raise ValueError(
@@ -203,7 +204,6 @@ def _check_top_k(targets: TopKTargets, objective: Objective) -> None:
         raise ValueError(
             f"expected temperature 1 with a teacher's stored top k, found {objective.temperature}; its tail is not known at others"
         )
-    stored = targets.tokens_NK.shape[1]
     if stored < objective.top_k:
         raise ValueError(
             f"expected at least objective.top_k = {objective.top_k} stored tokens, found {stored}; lower it or store more"

@@ -70,6 +70,7 @@ class OfflineTeacher:
 
     Attributes:
         form: `exact` or `top_k`.
+        top_k: Tokens kept for each answer token; None in the form exact.
         vocabulary: Tokens that the answers are about: the head's rows, or in the form top_k the tokenizer's ids.
 
     Raises:
@@ -82,6 +83,7 @@ class OfflineTeacher:
         self.index = store.read_index(folder)
         _check_splits(folder, self.index, splits)
         self.form: str = self.index["form"]
+        self.top_k: int | None = self.index["top_k"]
         self.vocabulary: int = self.index["vocabulary"]
         self.device = torch.device("cpu")
         self._head = store.read_head(folder, self.index) if self.form == "exact" else None
@@ -117,7 +119,8 @@ class OfflineTeacher:
 
     def answer_logits(self, batch: Batch, split: str = "train") -> Tensor:
         """Logits (N, V) at the answer positions; exact form only."""
-        return self.head.logits(self.answer_hidden(batch, split))
+        with torch.autocast(self.device.type, enabled=False):
+            return self.head.logits(self.answer_hidden(batch, split))
 
     @property
     def head(self) -> Head:
