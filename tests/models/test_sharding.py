@@ -80,7 +80,7 @@ def test_what_needs_a_whole_model_is_refused(
         **{"generate_tokens": 0, **settings},
     )
     module.trainer = Trainer(accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False)
-    module._device_mesh = {"data_parallel": None}
+    module._device_mesh = {"data_parallel": None}  # type: ignore[assignment]
     monkeypatch.setattr("models.student.shard", lambda model, mesh: None)
     with pytest.raises(ValueError, match=message):
         module.configure_model()
