@@ -144,8 +144,8 @@ def test_every_mix_of_the_recipes_page_is_an_overlay(
     mix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mix.yaml").write_text(mix)
+    overlaid = ["--config", "configs/distill.yaml", "--config", str(tmp_path / "mix.yaml")]
     with pytest.raises(SystemExit) as stop:
-        overlaid = ["--config", "configs/distill.yaml", "--config", str(tmp_path / "mix.yaml")]
         train.main(["fit", *overlaid, "--print_config"])
     assert stop.value.code == 0
     settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
@@ -165,7 +165,9 @@ def test_the_recipes_page_names_every_setting_of_distillation() -> None:
 
 
 def test_the_benchmarks_page_names_every_benchmark() -> None:
-    files = [path for path in (ROOT / "benchmarks").glob("*.py") if "if __name__ ==" in path.read_text(encoding="utf-8")]
+    files = [
+        path for path in (ROOT / "benchmarks").glob("*.py") if "if __name__ ==" in path.read_text(encoding="utf-8")
+    ]
     public = {path.stem for path in files} - {"workers"}
     assert public == set(re.findall(r"^\| `python -m benchmarks\.(\w+)`", BENCHMARKS, re.MULTILINE))
 
