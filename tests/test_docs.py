@@ -144,8 +144,8 @@ def test_every_mix_of_the_recipes_page_is_an_overlay(
     mix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mix.yaml").write_text(mix)
+    overlaid = ["--config", "configs/distill.yaml", "--config", str(tmp_path / "mix.yaml")]
     with pytest.raises(SystemExit) as stop:
-        overlaid = ["--config", "configs/distill.yaml", "--config", str(tmp_path / "mix.yaml")]
         train.main(["fit", *overlaid, "--print_config"])
     assert stop.value.code == 0
     settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
