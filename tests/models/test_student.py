@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from chat_doubles import Words
 from lightning import Callback
 from tiny import tiny_batch, tiny_folder, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from training import EDITS, Editing, loader, tiny_trainer
+from transformers import PreTrainedModel
 
-from models import SFT, StudentModule
+from models import SFT, Distillation, StudentModule
 from models.architecture import decoder_layers
+from models.decoder import Decoder, decoder_for
 from models.forward import Batch, answer_labels, answer_logits
 from models.pretrained import load_model
 from models.quantization import quantized_linears
@@ -276,6 +279,44 @@ def test_validate_logs_the_perplexity(student_folder: str, tmp_path: Path) -> No
     (figures,) = tiny_trainer(tmp_path).validate(sft(student_folder), loader(), verbose=False)
     loss = F.cross_entropy(logits(tiny_model()), answer_labels(tiny_batch()))
     assert figures == {"val/perplexity": pytest.approx(loss.exp().item(), rel=1e-4)}
+
+
+class Scored(Words):
+    """Data with a score, which asks for generated answers."""
+
+    @property
+    def has_score(self) -> bool:
+        return True
+
+    def score(self, predictions: list[str], batch: Batch, split: str) -> list[float]:
+        return [1.0] * len(predictions)
+
+
+@pytest.mark.parametrize(
+    ("data", "tokens", "copies"),
+    [(Scored, 2, 1), (Scored, 0, 0), (Words, 2, 0)],
+    ids=["score", "no tokens", "no score"],
+)
+def test_the_student_is_copied_for_generated_answers_only(
+    data: type[Words], tokens: int, copies: int, student_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[nn.Module] = []
+
+    def spying(model: PreTrainedModel, dtype: torch.dtype) -> Decoder:
+        copied.append(model)
+        return decoder_for(model, dtype)
+
+    monkeypatch.setattr("models.student.decoder_for", spying)
+    tiny = data(student_folder, eval_batch_size=8)
+    module = sft(student_folder, generate_tokens=tokens)
+    for stage in ("validate", "test"):
+        (figures,) = getattr(tiny_trainer(tmp_path), stage)(module, tiny, verbose=False)
+        assert any("task_score" in name for name in figures) == bool(copies)
+    assert copied == [module.student] * 2 * copies and not module._decoders
+    copied.clear()
+    distilled = Distillation(student_folder, student=student_folder, generate_tokens=tokens)
+    tiny_trainer(tmp_path).validate(distilled, tiny, verbose=False)
+    assert copied == [distilled.student, distilled.teacher.model] * copies
 
 
 def test_predict_gives_rows(student_folder: str, tmp_path: Path, batch: Batch) -> None:

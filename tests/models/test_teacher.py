@@ -1,7 +1,10 @@
 """The frozen teacher: asked, never changed, never part of another module."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny import tiny_folder
 from torch import nn
 
 from models.forward import Batch, answer_hidden, answer_logits
@@ -19,6 +22,18 @@ def test_answers_like_the_model_it_is(teacher: Teacher, teacher_folder: str, bat
     model = load_model(teacher_folder)
     assert torch.equal(teacher.answer_logits(batch), answer_logits(model, batch))
     assert torch.equal(teacher.answer_hidden(batch), answer_hidden(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("granite", {"logits_scaling": 8.0}), ("gemma2", {"final_logit_softcapping": 3.0})]
+)
+def test_logits_are_those_of_the_whole_model(family: str, settings: dict, tmp_path: Path, batch: Batch) -> None:
+    """With the scale or the cap that a family puts behind its head."""
+    teacher = Teacher(tiny_folder(tmp_path, family, **settings), dtype=torch.float32)
+    labels_BT = batch["labels"][:, 1:]
+    with torch.no_grad():
+        logits_BTV = teacher.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    torch.testing.assert_close(teacher.answer_logits(batch), logits_BTV[labels_BT != -100])
 
 
 def test_is_frozen(teacher: Teacher, batch: Batch) -> None:
