@@ -1,6 +1,8 @@
 """For all tests: one thread, no network, no account; and tiny doubles as fixtures."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +19,15 @@ from transformers import PreTrainedModel
 from models.forward import Batch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def lightning_log_level() -> Iterator[None]:
+    """A program sets its process's log level, and tests run programs: the next test finds the level as it was."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
