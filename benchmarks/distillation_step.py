@@ -6,6 +6,7 @@ Each step samples one answer for every prompt of the batch from the student, ask
 forward KL of the answer tokens.  Same prompts in the same order, student (every second layer of the teacher), float32 weights
 under bfloat16 autocast, teacher in bfloat16, fused AdamW, clipping by norm 1, temperature 1, no gradient checkpointing, no logging.
 No answer ends early: the student has no end token here, and TRL, which always takes the tokenizer's, is told `min_new_tokens`.
+The first three steps of each side warm up.
 
 Peak memory is the whole process's resident set on a CPU, torch's allocations on a GPU; ratios are this project over TRL.
 """
@@ -25,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import parser, report, spread
-from benchmarks.workers import Gate, Worker, take_turns
+from benchmarks.workers import WARM_UP, Gate, Worker, take_turns
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from models.pretrained import load_model, load_tokenizer
@@ -88,7 +89,7 @@ def measure(folder: Path, batch: int, sides: Sequence[str], arguments: Namespace
     """
     from datamodules.reasoning import ReasoningTasks
 
-    steps = arguments.repetitions + 2  # the warm-up, and one that waits at the gate when all is over
+    steps = WARM_UP + arguments.repetitions + 1  # the last waits at the gate when all is over
     tasks = ReasoningTasks(str(folder / "teacher"), TASKS, train_size=max(steps * batch, len(TASKS)), system_prompt="")
     system = {"role": "system", "content": ""}
     rows = [[system, *conversation.messages] for conversation in tasks.load_split("train")]

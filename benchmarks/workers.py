@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
+WARM_UP = 3  # steps; both sides' memory grows over the first few, and fresh pages cost more than what is done on them
 
 
 class Worker:
@@ -98,12 +99,12 @@ class Gate:
 
 
 def take_turns(workers: Mapping[str, Worker], *, repetitions: int) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every worker's counted steps; one more step before them warms up and is not counted."""
+    """The rows of every worker's counted steps; `WARM_UP` steps before them are not counted."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for repetition in tqdm(range(repetitions + 1), desc=" / ".join(workers), unit="round", leave=False):
+    for repetition in tqdm(range(WARM_UP + repetitions), desc=" / ".join(workers), unit="round", leave=False):
         for name, worker in workers.items():
             row = worker.step()
-            if repetition:
+            if repetition >= WARM_UP:
                 rows[name].append(row)
     return rows
 
