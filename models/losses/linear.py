@@ -62,7 +62,7 @@ def linear_objective(
         labels_N: The answer tokens.
         objective: The mix of losses.
         vocabulary: Tokens that take part, cut on both sides before the softmax; needed where the heads differ in size.
-        chunk_tokens: Tokens of a chunk; default: `default_chunk_tokens`.
+        chunk_tokens: Tokens of a chunk at most; default: `default_chunk_tokens`.
         sequence_lengths: Answer tokens of each sample, in order; needed by policy_gradient with a discount.
 
     Returns:
@@ -76,7 +76,10 @@ def linear_objective(
     vocabulary = _check(hidden_ND, head, targets, labels_N, objective, vocabulary)
     tokens, hidden = hidden_ND.shape
     chunk_tokens = chunk_tokens or default_chunk_tokens(tokens, vocabulary, hidden, hidden_ND.device.type)
-    chunks = [slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens)]
+    chunk_tokens = math.ceil(
+        tokens / max(1, math.ceil(tokens / chunk_tokens))
+    )  # as many chunks, but equal ones: less memory
+    chunks = [slice(start, start + chunk_tokens) for start in range(0, tokens, max(chunk_tokens, 1))]
     inputs = (hidden_ND, head.weight_VD, head.bias_V)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     student = ChunkedLogits(hidden_ND, head, vocabulary)
