@@ -1,9 +1,9 @@
-"""Memory levers: seconds and peak memory of one distillation step under each overlay, under all together, and under none.
+"""Memory levers: seconds and peak memory of one distillation step without chunks, under each overlay, and under all together.
 
     python -m benchmarks.memory [OVERLAY ...] [--model REFERENCE] [--batch-size N] [--length TOKENS] [--json FILE]
 
 Every side is `python train.py fit --config configs/distill.yaml` with its overlays, in a process of its own that waits for its
-turn before each step.  Steps are of stage 1 (answers of the data), with the model as its own teacher.  Peak memory is that of the
+turn before each step, and is measured beside one without them: the ratios are of such pairs.  Steps are of stage 1 (answers of the data), with the model as its own teacher.  Peak memory is that of the
 process in main memory (VmHWM, reset before each step), or what torch allocated at most on a GPU.
 """
 
@@ -22,6 +22,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from benchmarks.harness import interleave, parser, report, spread
+from models.losses import linear
 from models.pretrained import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -108,14 +109,22 @@ class Worker:
         self._process.wait()
 
 
-def sides(overlays: Sequence[Path]) -> dict[str, list[Path]]:
-    """What to compare: no overlay, each alone, all together (where two set the same thing, the later one wins)."""
+class WholeLogits(Callback):
+    """The loss on the logits of all answer tokens at once: what the chunked loss, which has no switch, is compared with."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """One chunk."""
+        linear.default_chunk_tokens = lambda tokens, *_: max(tokens, 1)  # type: ignore[assignment]
+
+
+def sides(overlays: Sequence[Path], whole_logits: Path) -> dict[str, list[Path]]:
+    """What to compare with the recipe as it is: no chunks, each overlay alone, all together (of two that clash, the later wins)."""
     alone = {path.stem: [path] for path in overlays}
-    return {"none": [], **alone} | ({"together": list(overlays)} if len(overlays) > 1 else {})
+    return {"whole_logits": [whole_logits], **alone} | ({"together": list(overlays)} if len(overlays) > 1 else {})
 
 
 def main() -> None:
-    """Measure all sides in turns."""
+    """Measure each side in turns with the recipe as it is: two runs at a time, so that memory is not short."""
     options = parser(__doc__)
     add = options.add_argument
     add("overlays", nargs="*", type=Path, metavar="OVERLAY", help=f"YAML files (default: {', '.join(OVERLAYS)})")
@@ -124,24 +133,40 @@ def main() -> None:
     add("--length", type=int, default=256, help="tokens a sample (default: 256)")
     arguments = options.parse_args()
     overlays = arguments.overlays or [ROOT / f"configs/{name}.yaml" for name in OVERLAYS]
+    results: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         settings = _settings(folder, arguments.model, arguments.batch_size, arguments.length)
-        workers = {name: Worker(files, settings, folder / name) for name, files in sides(overlays).items()}
-        try:
-            seconds = interleave(
-                {name: worker.step for name, worker in workers.items()}, repetitions=arguments.repetitions
-            )
-        finally:
-            for worker in workers.values():
-                worker.close()
-    results: list[dict[str, Any]] = []
+        whole_logits = folder / "whole_logits.yaml"
+        whole_logits.write_text(
+            yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": "benchmarks.memory.WholeLogits"}]}})
+        )
+        for name, files in sides(overlays, whole_logits).items():
+            none, row = measure({"none": [], name: files}, settings, folder / name, arguments.repetitions)
+            results += [row] if results else [none, row]
+            ratios[f"time_{name}"] = row["median_s"] / none["median_s"]
+            ratios[f"memory_{name}"] = row["peak_bytes"] / none["peak_bytes"]
+    report(results, ratios, ["torch", "transformers", "torchao", "peft"], arguments.json)
+
+
+def measure(
+    files: Mapping[str, Sequence[Path]], settings: Mapping[str, Any], folder: Path, repetitions: int
+) -> list[dict[str, Any]]:
+    """One row a side, in turns."""
+    folder.mkdir()
+    workers = {name: Worker(overlays, settings, folder / f"{name}-run") for name, overlays in files.items()}
+    try:
+        seconds = interleave({name: worker.step for name, worker in workers.items()}, repetitions=repetitions)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    rows = []
     for name, worker in workers.items():
         peak = max(answer["peak_bytes"] for answer in worker.answers[1:])  # the first step builds the optimizer's state
-        results.append({"name": name, **spread(seconds[name]), "peak_gib": peak / 2**30, **worker.answers[-1]})
-    ratios = {f"time_{row['name']}": row["median_s"] / results[0]["median_s"] for row in results[1:]}
-    ratios |= {f"memory_{row['name']}": row["peak_bytes"] / results[0]["peak_bytes"] for row in results[1:]}
-    report(results, ratios, ["torch", "transformers", "torchao", "peft"], arguments.json)
+        figures = {"peak_gib": peak / 2**30, **worker.answers[-1], "peak_bytes": peak}
+        rows.append({"name": name, **spread(seconds[name]), **figures})
+    return rows
 
 
 def _settings(folder: Path, model: str, batch_size: int, length: int) -> dict[str, Any]:

@@ -9,9 +9,14 @@ from benchmarks import memory
 
 
 def test_each_overlay_alone_and_all_together() -> None:
-    files = [Path("a.yaml"), Path("b.yaml")]
-    assert memory.sides(files) == {"none": [], "a": files[:1], "b": files[1:], "together": files}
-    assert memory.sides(files[:1]) == {"none": [], "a": files[:1]}
+    files, whole = [Path("a.yaml"), Path("b.yaml")], Path("whole.yaml")
+    assert memory.sides(files, whole) == {
+        "whole_logits": [whole],
+        "a": files[:1],
+        "b": files[1:],
+        "together": files,
+    }
+    assert memory.sides(files[:1], whole) == {"whole_logits": [whole], "a": files[:1]}
     for name in memory.OVERLAYS:
         assert (memory.ROOT / f"configs/{name}.yaml").is_file()
 
@@ -24,11 +29,12 @@ def test_measures_real_runs_in_turns(student_folder: str, tmp_path: Path, monkey
     monkeypatch.setattr(sys, "argv", ["memory", str(overlay), *arguments, "--json", str(target)])
     memory.main()
     written = json.loads(target.read_text())
-    none, double = written["results"]
-    assert (none["name"], double["name"]) == ("none", "double")
+    none, whole, double = written["results"]
+    assert (none["name"], whole["name"], double["name"]) == ("none", "whole_logits", "double")
     assert (none["tokens"], double["tokens"]) == (2 * 64, 4 * 64)
-    assert all(row["median_s"] > 0 and row["peak_bytes"] > 2**27 for row in (none, double))
-    assert written["ratios"]["memory_double"] == pytest.approx(double["peak_bytes"] / none["peak_bytes"])
+    assert all(row["median_s"] > 0 and row["peak_bytes"] > 2**27 for row in (none, whole, double))
+    assert written["ratios"]["memory_whole_logits"] == pytest.approx(whole["peak_bytes"] / none["peak_bytes"])
+    assert 0.3 < written["ratios"]["memory_double"] / (double["peak_bytes"] / none["peak_bytes"]) < 3  # another none
 
 
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
