@@ -5,8 +5,6 @@ states without holding all logits, with the gradients of `closed_form`.
 """
 
 from models.losses.divergences import (
-    Divergence,
-    divergence,
     forward_kl,
     generalized_jsd,
     reverse_kl,
@@ -30,7 +28,6 @@ from models.losses.policy_gradient import advantages, policy_gradient
 
 __all__ = [
     "LOSSES",
-    "Divergence",
     "FullTargets",
     "Head",
     "Objective",
@@ -40,7 +37,6 @@ __all__ = [
     "check_head",
     "check_stored_top_k",
     "default_chunk_tokens",
-    "divergence",
     "forward_kl",
     "generalized_jsd",
     "head_of",

@@ -20,12 +20,9 @@ Legend: N answer tokens, V vocabulary, K most probable tokens of the teacher.
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 def forward_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -111,21 +108,6 @@ def top_k_kl(
         return top_N
     log_p_rest_N1, log_q_rest_N1 = (log_rest_outside(log_NV, tokens_NK)[:, None] for log_NV in (log_p_NV, log_q_NV))
     return top_N + _kl(log_p_rest_N1, log_q_rest_N1)
-
-
-def divergence(
-    name: Divergence,
-    student_logits_NV: Tensor,
-    teacher_logits_NV: Tensor,
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-) -> Tensor:
-    """The divergence called `name`, shape (N,), nats; `beta` is used by `jsd` only."""
-    if name == "jsd":
-        return generalized_jsd(student_logits_NV, teacher_logits_NV, beta=beta, temperature=temperature)
-    functions = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
-    return functions[name](student_logits_NV, teacher_logits_NV, temperature=temperature)
 
 
 def log_mixture(log_a_NV: Tensor, log_b_NV: Tensor, share: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from models.losses import (
-    Divergence,
-    divergence,
     forward_kl,
     generalized_jsd,
     reverse_kl,
@@ -24,8 +21,14 @@ from models.losses import (
 
 N, V = 7, 13
 BETAS = [0.01, 0.1, 0.5, 0.9, 0.99]
-CASES: list[tuple[Divergence, float]] = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.0), ("jsd", 1.0)]
+CASES: list[tuple[str, float]] = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.0), ("jsd", 1.0)]
 CASES += [("jsd", beta) for beta in BETAS]
+
+
+def divergence(name: str, student: Tensor, teacher: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
+    if name == "jsd":
+        return generalized_jsd(student, teacher, beta=beta, temperature=temperature)
+    return {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[name](student, teacher, temperature=temperature)
 
 
 def logits(dtype: torch.dtype = torch.float32, spread: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -76,7 +79,7 @@ def close_to(gradient: Tensor, expected: Tensor, *, rtol: float) -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 @pytest.mark.parametrize(("name", "beta"), CASES)
-def test_value_and_gradient_in_float32(name: Divergence, beta: float, temperature: float) -> None:
+def test_value_and_gradient_in_float32(name: str, beta: float, temperature: float) -> None:
     student, teacher = logits()
     weights = torch.arange(1.0, N + 1)  # an upstream gradient that differs from token to token
     ours = divergence(name, student, teacher, beta=beta, temperature=temperature)
@@ -91,7 +94,7 @@ def test_value_and_gradient_in_float32(name: Divergence, beta: float, temperatur
 
 @pytest.mark.parametrize("temperature", [0.5, 2.5])
 @pytest.mark.parametrize(("name", "beta"), CASES)
-def test_bfloat16_costs_the_rounding_of_the_gradient_only(name: Divergence, beta: float, temperature: float) -> None:
+def test_bfloat16_costs_the_rounding_of_the_gradient_only(name: str, beta: float, temperature: float) -> None:
     """Values are as exact as in float32; gradients are off by at most half a bfloat16 step (2**-8 relative)."""
     student, teacher = logits(torch.bfloat16)
     ours = divergence(name, student, teacher, beta=beta, temperature=temperature)
@@ -107,7 +110,7 @@ def test_bfloat16_costs_the_rounding_of_the_gradient_only(name: Divergence, beta
 
 
 @pytest.mark.parametrize(("name", "beta"), CASES)
-def test_teacher_gets_no_gradient(name: Divergence, beta: float) -> None:
+def test_teacher_gets_no_gradient(name: str, beta: float) -> None:
     student, teacher = logits()
     divergence(name, student, teacher, beta=beta).sum().backward()
     assert teacher.grad is None
@@ -144,7 +147,7 @@ def test_directions() -> None:
 
 
 @pytest.mark.parametrize(("name", "beta"), CASES)
-def test_not_negative_and_zero_for_equal_distributions(name: Divergence, beta: float) -> None:
+def test_not_negative_and_zero_for_equal_distributions(name: str, beta: float) -> None:
     student, teacher = logits()
     assert (divergence(name, student, teacher, beta=beta) > 1e-3).all()
     shifted = student.detach() + torch.arange(N)[:, None]  # the same distribution: softmax knows no offset
@@ -152,7 +155,7 @@ def test_not_negative_and_zero_for_equal_distributions(name: Divergence, beta: f
 
 
 @pytest.mark.parametrize(("name", "beta"), CASES)
-def test_extreme_logits_stay_finite(name: Divergence, beta: float) -> None:
+def test_extreme_logits_stay_finite(name: str, beta: float) -> None:
     student = torch.tensor([[0.0, -1e4, 1e4], [5.0, 5.0, 5.0]], requires_grad=True)
     loss = divergence(name, student, torch.tensor([[1e4, 0.0, -1e4], [-1e4, 0.0, 0.0]]), beta=beta)
     loss.sum().backward()
@@ -172,10 +175,6 @@ def test_jsd_is_bounded_by_the_entropy_of_its_mixture() -> None:
 def test_beta_outside_its_range(beta: float) -> None:
     with pytest.raises(ValueError, match=f"expected beta between 0 and 1, found {beta}"):
         generalized_jsd(*logits(), beta=beta)
-
-
-def test_every_named_divergence_was_tested() -> None:
-    assert {name for name, _ in CASES} == set(get_args(Divergence))
 
 
 # The further members ------------------------------------------------------------------------------------------------
