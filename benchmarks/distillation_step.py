@@ -19,13 +19,13 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import parser, report, spread
+from benchmarks.students import keep_layers
 from benchmarks.workers import WARM_UP, Gate, Worker, take_turns
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
@@ -68,13 +68,7 @@ def prepare(folder: Path, teacher: str, student_layers: int | None) -> None:
     """Write `teacher` and `student` as Hugging Face folders: the student has evenly spread layers of the teacher."""
     model, tokenizer = load_model(teacher), load_tokenizer(teacher)
     model.save_pretrained(folder / "teacher")
-    layers = list(cast(nn.ModuleList, model.base_model.layers))
-    count = student_layers or len(layers) // 2
-    kept = [i * len(layers) // count for i in range(count)]
-    model.base_model.layers = nn.ModuleList([layers[i] for i in kept])
-    model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    keep_layers(model, student_layers or model.config.num_hidden_layers // 2)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "student")
     for name in ("teacher", "student"):

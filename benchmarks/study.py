@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import matplotlib
 
@@ -20,8 +20,8 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from torch import nn
 
+from benchmarks.students import keep_layers
 from models.pretrained import load_model, load_tokenizer
 
 Row = dict[str, Any]
@@ -97,7 +97,7 @@ def _processor() -> str:
 
 
 def write_half(teacher: str, folder: Path) -> None:
-    """Every second decoder layer of the quickstart's teacher, and its tokenizer, as a Hugging Face folder.
+    """Half of the decoder layers of the quickstart's teacher, evenly spread, and its tokenizer, as a Hugging Face folder.
 
     Raises:
         FileNotFoundError: There is no teacher.
@@ -108,11 +108,7 @@ def write_half(teacher: str, folder: Path) -> None:
             "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
         )
     model = load_model(teacher)
-    config, body = model.config, cast(Any, model.base_model)
-    body.layers = nn.ModuleList(list(body.layers)[::2])
-    config.num_hidden_layers = len(body.layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[::2]
+    keep_layers(model, model.config.num_hidden_layers // 2)
     model.save_pretrained(folder)
     load_tokenizer(teacher).save_pretrained(folder)
 

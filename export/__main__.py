@@ -84,7 +84,7 @@ def load_any(reference: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if path.suffix == ".ckpt":
         if not path.is_file():
             raise FileNotFoundError(f"expected a checkpoint at {reference!r}, found none; check the path")
-        from models.student import load_student_checkpoint  # heavy: the whole of Lightning
+        from models.checkpoint import load_student_checkpoint  # heavy: the whole of Lightning
 
         return load_student_checkpoint(path)
     if (path / STRUCTURE_FILE).is_file():

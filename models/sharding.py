@@ -6,7 +6,7 @@ tensor, and losses read the head's weight.  All processes must make the same cal
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +35,24 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     setattr(model, _ENTRY, lambda function, *args: function(*args))
     register_fsdp_forward_method(model, _ENTRY)
     object.__setattr__(model, "_frame", frame)  # no submodule: it must not be in any state_dict
+
+
+def check_shardable(callbacks: Sequence[object]) -> None:
+    """Raise `ValueError` for callbacks that copy, cut or rewrite the student on one process while others do not."""
+    refused = (
+        "GradualPruning",
+        "QuantizationAwareTraining",
+        "LoRA",
+        "PhaseEvaluation",
+        "SampleCompletions",
+        "ExportOnFitEnd",
+    )
+    found = [type(callback).__name__ for callback in callbacks if type(callback).__name__ in refused]
+    if found:
+        raise ValueError(
+            f"expected a sharded run without {', '.join(refused)}, found {', '.join(found)}; leave them out, and prune or "
+            "quantize on one device, or export with `python -m export` afterwards"
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,40 +1,34 @@
 """`StudentModule`: builds the student, edits it, optimizes it, and keeps its structure in the checkpoint."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import get_scheduler
 
 from models.allocator import keep_freed_memory
 from models.architecture import check_family
 from models.attention import use_for_training
-from models.decoder import Decoder, decoder_for
-from models.evaluation import AnswerMetrics, generate_texts
-from models.forward import Batch, answer_labels, answer_logits, checkpoint_activations
-from models.lora import merge_adapters
+from models.evaluated import EvaluatedModule
+from models.forward import Batch, checkpoint_activations
 from models.losses import check_head, head_of
-from models.low_precision import admit_optimizer_states, check_rounding
-from models.pretrained import end_token_ids, load_model, load_tokenizer
+from models.low_precision import check_rounding
+from models.pretrained import load_model, load_tokenizer
 from models.sampling import seed_of
-from models.sharding import shard
+from models.sharding import check_shardable, shard
 from models.step_mean import StepMean, step_of
 from models.structure import Edit, apply_edit, replay
 from models.timing import Stopwatch
 
-log = logging.getLogger(__name__)
 Settings = TypeVar("Settings")
 
 
-class StudentModule(LightningModule):
+class StudentModule(EvaluatedModule):
     """Base of all training modules: a Hugging Face student whose structure is an ordered list of edits.
 
     Args:
@@ -80,12 +74,8 @@ class StudentModule(LightningModule):
         self.student_dtype = student_dtype
         self.trust_remote_code = trust_remote_code
         self.edits: list[Edit] = []
-        self.student: PreTrainedModel
-        self.tokenizer: PreTrainedTokenizerBase
-        self.metrics = AnswerMetrics()
         self.stopwatch = Stopwatch()
         self.step_mean = StepMean(self)
-        self._decoders: dict[PreTrainedModel, Decoder] = {}  # of an evaluation: a copy of each model that has to answer
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -101,28 +91,11 @@ class StudentModule(LightningModule):
         use_for_training(student)
         self.vocabulary = len(head_of(student).weight_VD)
         if self.device_mesh is not None:
-            self._check_shardable()
+            check_shardable(self.trainer.callbacks)  # type: ignore[attr-defined]
             shard(student, self.device_mesh["data_parallel"])
         if self.gradient_checkpointing:
             checkpoint_activations(student)
         self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
-
-    def _check_shardable(self) -> None:
-        """Raise `ValueError` for callbacks that copy, cut or rewrite the student on one process while others do not."""
-        refused = (
-            "GradualPruning",
-            "QuantizationAwareTraining",
-            "LoRA",
-            "PhaseEvaluation",
-            "SampleCompletions",
-            "ExportOnFitEnd",
-        )
-        found = [type(c).__name__ for c in self.trainer.callbacks if type(c).__name__ in refused]  # type: ignore[attr-defined]
-        if found:
-            raise ValueError(
-                f"expected a sharded run without {', '.join(refused)}, found {', '.join(found)}; leave them out, and prune or "
-                "quantize on one device, or export with `python -m export` afterwards"
-            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`."""
@@ -179,19 +152,7 @@ class StudentModule(LightningModule):
         replay(self.student, edits[known:])
         self.edits = list(edits)
         if "state_dict" in checkpoint:  # a sharding strategy has loaded the weights before, and removed them here
-            self._check_weights(checkpoint)
-
-    def _check_weights(self, checkpoint: dict[str, Any]) -> None:
-        """Raise `ValueError` for the weights of another student, which torch would answer with a list of tensors."""
-        ours = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"expected a checkpoint of the student {self.student_reference!r}, found {name} of shape "
-                    f"{theirs.get(name)} instead of {ours.get(name)}; it was trained from "
-                    f"{checkpoint.get('hyper_parameters', {}).get('student')!r}: set model.init_args.student to that"
-                )
+            _check_weights(self, checkpoint)
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
@@ -233,111 +194,20 @@ class StudentModule(LightningModule):
             )
         return loss
 
-    def teacher_logits(self, batch: Batch, split: str) -> Tensor | None:
-        """Logits of a teacher at the answer positions (N, V), or None without a teacher."""
-        return None
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics."""
-        self._evaluation_step(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics."""
-        self._evaluation_step(batch, "test")
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._start_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._start_evaluation()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._end_evaluation("test")
-
-    def on_predict_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._start_evaluation()
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
-        """Greedy answers: one row `{prompt, prediction, answer}` per sample."""
-        texts = self._answers(self.student, batch)
-        rows = zip(batch["prompts"], texts, batch["answers"], strict=True)
-        return [{"prompt": prompt, "prediction": text, "answer": answer} for prompt, text, answer in rows]
-
-    def on_predict_epoch_end(self) -> None:
-        """Free the copy."""
-        self._decoders.clear()
-
-    def _start_evaluation(self) -> None:
-        self.metrics.reset()
-        self._decoders.clear()
-
-    def _evaluation_step(self, batch: Batch, split: str) -> None:
-        logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
-        self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch, split))
-        self._score(self.student, self.metrics, batch, split)
-
-    def _score(self, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
-        """Add the task score of a model's greedy answers, where the data has one."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.generate_tokens and getattr(datamodule, "has_score", False):
-            texts = self._answers(model, batch)
-            metrics.task_score.update(torch.tensor(datamodule.score(texts, batch, split), device=self.device))
-            if hasattr(datamodule, "gym_score"):
-                metrics.scorer_score.update(torch.tensor(datamodule.gym_score(texts, batch, split), device=self.device))
-
-    def _answers(self, model: PreTrainedModel, batch: Batch) -> list[str]:
-        if model not in self._decoders:
-            self._decoders[model] = decoder_for(model, self.inference_dtype)
-        return generate_texts(
-            self._decoders[model],
-            self.tokenizer,
-            batch,
-            max_new_tokens=max(self.generate_tokens, 1),
-            end_tokens=end_token_ids(model),
-        )
-
-    def _end_evaluation(self, split: str) -> dict[str, float]:
-        self._decoders.clear()
-        figures = {f"{split}/{name}": value for name, value in self.metrics.compute().items()}
-        self.log_dict(figures)
-        self.metrics.reset()
-        return figures
-
-    @property
-    def inference_dtype(self) -> torch.dtype:
-        """Floating point type for generation: bfloat16 where training uses half precision, else float32."""
-        precision = "32" if self._trainer is None else str(self.trainer.precision)
-        return torch.float32 if precision.startswith(("32", "64")) else torch.bfloat16
-
 
 def settings_of(kind: type[Settings], given: Settings | dict[str, Any]) -> Settings:
     """Settings as an object: a checkpoint, which holds plain data only, gives them back as a dict."""
     return kind(**given) if isinstance(given, dict) else given
 
 
-def load_student_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student of a Lightning checkpoint with its structure, adapters merged, in evaluation mode, and its tokenizer.
-
-    Raises:
-        ValueError: The file is not a checkpoint of a `StudentModule`.
-    """
-    admit_optimizer_states(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if "edits" not in checkpoint or "student" not in checkpoint.get("hyper_parameters", {}):
-        raise ValueError(
-            f"expected a checkpoint written by train.py at {str(path)!r}, found one without a student's structure; "
-            "give the .ckpt file of a run, or a Hugging Face folder"
-        )
-    settings = checkpoint["hyper_parameters"]
-    module = StudentModule(settings["student"], trust_remote_code=settings.get("trust_remote_code", False))
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    return merge_adapters(module.student.eval()), module.tokenizer
+def _check_weights(module: "StudentModule", checkpoint: dict[str, Any]) -> None:
+    """Raise `ValueError` for the weights of another student, which torch would answer with a list of tensors."""
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"expected a checkpoint of the student {module.student_reference!r}, found {name} of shape "
+                f"{theirs.get(name)} instead of {ours.get(name)}; it was trained from "
+                f"{checkpoint.get('hyper_parameters', {}).get('student')!r}: set model.init_args.student to that"
+            )

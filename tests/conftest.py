@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,12 +21,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def lightning_log_level() -> Iterator[None]:
-    """A program sets its process's log level, and tests run programs: the next test finds the level as it was."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+def lightning_log_level() -> None:
+    """Lightning's own, before every test: a program sets its process's level, and tests and their fixtures run programs."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tiny import tiny_folder, tiny_jsonl
 from transformers import AutoModelForCausalLM
 
 import train
-from models.student import load_student_checkpoint
+from models.checkpoint import load_student_checkpoint
 
 ROOT = Path(__file__).parent.parent
 #: What each callback of a recipe needs to act within STEPS steps on a tiny model; nothing else of the recipe is changed.

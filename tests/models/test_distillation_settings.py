@@ -12,11 +12,11 @@ from training import EDITS, Editing, loader, tiny_trainer
 
 import train
 from models import Distillation
+from models.checkpoint import load_student_checkpoint
 from models.forward import Batch, answer_logits
 from models.losses import Objective
 from models.on_policy import OnPolicy
 from models.sampling import Sampling
-from models.student import load_student_checkpoint
 
 OBJECTIVE = Objective({"jsd": 1.0, "cross_entropy": 0.1}, temperature=1.5, beta=0.2)
 OWN = Objective({"reverse_kl": 0.5}, temperature=0.9)

@@ -18,10 +18,10 @@ from export.to_onnx import export_onnx
 from export.verify import verify_onnx
 from models import SFT
 from models.architecture import count_parameters
+from models.checkpoint import load_student_checkpoint
 from models.forward import answer_logits, inference_copy
 from models.lora import has_adapters, merge_adapters, merged
 from models.structure import Edit, apply_edit, quantize_decoder
-from models.student import load_student_checkpoint
 
 pytest.importorskip("peft")
 

@@ -14,11 +14,11 @@ from training import Editing, loader, tiny_trainer
 
 from callbacks import AtomicCheckpointIO
 from models import SFT
+from models.checkpoint import load_student_checkpoint
 from models.forward import answer_labels, answer_logits
 from models.low_precision import check_rounding
 from models.pretrained import load_model
 from models.pruning.slicing import narrow_parameter
-from models.student import load_student_checkpoint
 
 optim = pytest.importorskip("torchao.optim")
 

@@ -15,8 +15,8 @@ from tiny import tiny_batch, tiny_folder
 
 from callbacks import SampleCompletions
 from models import Distillation
+from models.checkpoint import load_student_checkpoint
 from models.forward import answer_logits
-from models.student import load_student_checkpoint
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "two_shards.py"
