@@ -60,7 +60,9 @@ def main() -> None:
         metavar="NxVxD",
         help=f"tokens, vocabulary, hidden (default: {' '.join(SIZES)})",
     )
-    options.add_argument("--chunk-tokens", type=int, help="tokens of a chunk (default: the loss's own choice)")
+    options.add_argument(
+        "--chunk-tokens", type=int, default=0, help="tokens of a chunk (default: the loss's own choice)"
+    )
     options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.worker:
@@ -113,8 +115,7 @@ class Worker:
     def __init__(self, side: str, size: str, arguments: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "benchmarks.distillation_loss", "--worker", side, "--sizes", size]
         command += ["--objective", arguments.objective, "--precision", arguments.precision]
-        if arguments.chunk_tokens:
-            command += ["--chunk-tokens", str(arguments.chunk_tokens)]
+        command += ["--chunk-tokens", str(arguments.chunk_tokens)]
         root = Path(__file__).parents[1]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
         self.answers: list[dict[str, float]] = []

@@ -3,8 +3,9 @@
     python -m benchmarks.memory [OVERLAY ...] [--model REFERENCE] [--batch-size N] [--length TOKENS] [--json FILE]
 
 Every side is `python train.py fit --config configs/distill.yaml` with its overlays, in a process of its own that waits for its
-turn before each step, and is measured beside one without them: the ratios are of such pairs.  Steps are of stage 1 (answers of the data), with the model as its own teacher.  Peak memory is that of the
-process in main memory (VmHWM, reset before each step), or what torch allocated at most on a GPU.
+turn before each step, and is measured beside one without them: the ratios are of such pairs.  Steps are of stage 1 (answers of
+the data), with the model as its own teacher.  Peak memory is that of the process in main memory (VmHWM, reset before each step),
+or what torch allocated at most on a GPU.
 """
 
 import json
@@ -22,7 +23,6 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from benchmarks.harness import interleave, parser, report, spread
-from models.losses import linear
 from models.pretrained import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -109,14 +109,6 @@ class Worker:
         self._process.wait()
 
 
-class WholeLogits(Callback):
-    """The loss on the logits of all answer tokens at once: what the chunked loss, which has no switch, is compared with."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """One chunk."""
-        linear.default_chunk_tokens = lambda tokens, *_: max(tokens, 1)  # type: ignore[assignment]
-
-
 def sides(overlays: Sequence[Path], whole_logits: Path) -> dict[str, list[Path]]:
     """What to compare with the recipe as it is: no chunks, each overlay alone, all together (of two that clash, the later wins)."""
     alone = {path.stem: [path] for path in overlays}
@@ -139,12 +131,10 @@ def main() -> None:
         folder = Path(temporary)
         settings = _settings(folder, arguments.model, arguments.batch_size, arguments.length)
         whole_logits = folder / "whole_logits.yaml"
-        whole_logits.write_text(
-            yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": "benchmarks.memory.WholeLogits"}]}})
-        )
+        whole_logits.write_text(yaml.safe_dump({"model": {"init_args": {"chunk_tokens": 1_000_000}}}))
         for name, files in sides(overlays, whole_logits).items():
             none, row = measure({"none": [], name: files}, settings, folder / name, arguments.repetitions)
-            results += [row] if results else [none, row]
+            results += [none | {"beside": name}, row]
             ratios[f"time_{name}"] = row["median_s"] / none["median_s"]
             ratios[f"memory_{name}"] = row["peak_bytes"] / none["peak_bytes"]
     report(results, ratios, ["torch", "transformers", "torchao", "peft"], arguments.json)

@@ -44,6 +44,8 @@ class ExportOnFitEnd(Callback):
         ValueError: Settings that cannot be exported; found before training starts.
     """
 
+    needs_whole_student = True
+
     def __init__(
         self,
         precision: Literal["fp32", "fp16", "fp8"] = "fp32",

@@ -47,6 +47,8 @@ class GradualPruning(Callback):
             `ChatDataModule`; the strategy shards the model (prune in a run of its own before).
     """
 
+    needs_whole_student = True
+
     def __init__(
         self,
         mlp_sparsity: float = 0.0,

@@ -28,6 +28,8 @@ class LoRA(Callback):
         ValueError: A setting is out of range, or the recipe also prunes or quantizes during training.
     """
 
+    needs_whole_student = True
+
     def __init__(
         self,
         rank: int = 16,

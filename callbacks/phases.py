@@ -36,6 +36,8 @@ class PhaseEvaluation(Callback):
         ValueError: The data module has no such split, or is no `ChatDataModule`.
     """
 
+    needs_whole_student = True
+
     def __init__(self, generate_tokens: int = 64, split: Literal["test", "val"] = "test") -> None:
         self.generate_tokens = generate_tokens
         self.split = split

@@ -29,6 +29,8 @@ class QuantizationAwareTraining(Callback):
             that shards the model.
     """
 
+    needs_whole_student = True
+
     def __init__(self, start_step: int, observe_steps: int = 4, format: Literal["fp8_e4m3"] = "fp8_e4m3") -> None:
         if start_step < 1 or observe_steps < 1:
             raise ValueError(

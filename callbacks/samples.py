@@ -22,6 +22,8 @@ class SampleCompletions(Callback):
         max_new_tokens: Length of a completion in tokens, at most.
     """
 
+    needs_whole_student = True
+
     def __init__(self, num_samples: int = 8, max_new_tokens: int = 64) -> None:
         self.num_samples = num_samples
         self.max_new_tokens = max_new_tokens

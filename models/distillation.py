@@ -145,7 +145,7 @@ class Distillation(StudentModule):
             self.teacher.to(self.trainer.strategy.root_device)
 
     def _open_offline(self, stage: str) -> OfflineTeacher:
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
             raise ValueError(
                 f"expected a data module for {self.teacher_reference!r}, to compare it with what was captured, found loaders "
@@ -176,6 +176,7 @@ class Distillation(StudentModule):
             answer_labels(batch),
             objective,
             vocabulary=self.vocabulary,
+            chunk_tokens=self.chunk_tokens,
             sequence_lengths=answer_lengths(batch) if objective.discount else None,
         )
         for ours_ND, theirs_ND in zip(our_states, their_states, strict=True):
@@ -255,7 +256,13 @@ class Distillation(StudentModule):
         labels_N, objective = answer_labels(batch), replace(self.objectives["dataset"], weights={"top_k_kl": 1.0})
         hidden_ND = answer_hidden(self.student, batch)
         total, _ = linear_objective(
-            hidden_ND, head_of(self.student), targets, labels_N, objective, vocabulary=self.vocabulary
+            hidden_ND,
+            head_of(self.student),
+            targets,
+            labels_N,
+            objective,
+            vocabulary=self.vocabulary,
+            chunk_tokens=self.chunk_tokens,
         )
         self.metrics.top_k_kl.update(total / len(labels_N), weight=len(labels_N))
 

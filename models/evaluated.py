@@ -1,5 +1,7 @@
 """`EvaluatedModule`: how a module with a student validates, tests and predicts."""
 
+from typing import Any
+
 import torch
 from lightning import LightningModule
 from torch import Tensor
@@ -77,7 +79,7 @@ class EvaluatedModule(LightningModule):
 
     def _score(self, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
         """Add the task score of a model's greedy answers, where the data has one."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.generate_tokens and getattr(datamodule, "has_score", False):
             texts = self._answers(model, batch)
             metrics.task_score.update(torch.tensor(datamodule.score(texts, batch, split), device=self.device))

@@ -38,20 +38,12 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def check_shardable(callbacks: Sequence[object]) -> None:
-    """Raise `ValueError` for callbacks that copy, cut or rewrite the student on one process while others do not."""
-    refused = (
-        "GradualPruning",
-        "QuantizationAwareTraining",
-        "LoRA",
-        "PhaseEvaluation",
-        "SampleCompletions",
-        "ExportOnFitEnd",
-    )
-    found = [type(callback).__name__ for callback in callbacks if type(callback).__name__ in refused]
+    """Raise `ValueError` for callbacks that have `needs_whole_student`: they copy, cut or rewrite it on one process alone."""
+    found = [type(callback).__name__ for callback in callbacks if getattr(callback, "needs_whole_student", False)]
     if found:
         raise ValueError(
-            f"expected a sharded run without {', '.join(refused)}, found {', '.join(found)}; leave them out, and prune or "
-            "quantize on one device, or export with `python -m export` afterwards"
+            f"expected a sharded run without callbacks that need the whole student, found {', '.join(found)}; leave them out, and "
+            "prune or quantize on one device, or export with `python -m export` afterwards"
         )
 
 

@@ -41,11 +41,13 @@ class StudentModule(EvaluatedModule):
             memory, about a third more time, the same gradients.
         student_dtype: Weights' floating point type while training; bfloat16 needs an optimizer that rounds stochastically,
             for example torchao.optim.AdamW8bit with bf16_stochastic_round (see configs/bf16_weights.yaml).
+        chunk_tokens: Answer tokens whose logits the loss holds at once, at most; more is faster and takes more memory. 0 chooses
+            by the size of the vocabulary.
         trust_remote_code: Run Python code that comes with the models.
 
     Raises:
         FileNotFoundError: (when the model is built) there is no model at the reference.
-        ValueError: (when the model is built) its family is unknown.
+        ValueError: chunk_tokens is negative; (when the model is built) its family is unknown.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class StudentModule(EvaluatedModule):
         generate_tokens: int = 64,
         gradient_checkpointing: bool = False,
         student_dtype: Literal["float32", "bfloat16"] = "float32",
+        chunk_tokens: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -72,6 +75,9 @@ class StudentModule(EvaluatedModule):
         self.generate_tokens = generate_tokens
         self.gradient_checkpointing = gradient_checkpointing
         self.student_dtype = student_dtype
+        if chunk_tokens < 0:
+            raise ValueError(f"expected model.chunk_tokens of 0 or more, found {chunk_tokens}; 0 lets the loss choose")
+        self.chunk_tokens = chunk_tokens
         self.trust_remote_code = trust_remote_code
         self.edits: list[Edit] = []
         self.stopwatch = Stopwatch()

@@ -50,7 +50,7 @@ def linear_objective(
     objective: Objective,
     *,
     vocabulary: int | None = None,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int = 0,
     sequence_lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective summed over all answer tokens, in memory for one chunk of logits.
@@ -62,7 +62,7 @@ def linear_objective(
         labels_N: The answer tokens.
         objective: The mix of losses.
         vocabulary: Tokens that take part, cut on both sides before the softmax; needed where the heads differ in size.
-        chunk_tokens: Tokens of a chunk at most; default: `default_chunk_tokens`.
+        chunk_tokens: Tokens of a chunk at most; 0: `default_chunk_tokens`.
         sequence_lengths: Answer tokens of each sample, in order; needed by policy_gradient with a discount.
 
     Returns:
@@ -76,10 +76,7 @@ def linear_objective(
     vocabulary = _check(hidden_ND, head, targets, labels_N, objective, vocabulary)
     tokens, hidden = hidden_ND.shape
     chunk_tokens = chunk_tokens or default_chunk_tokens(tokens, vocabulary, hidden, hidden_ND.device.type)
-    chunk_tokens = math.ceil(
-        tokens / max(1, math.ceil(tokens / chunk_tokens))
-    )  # as many chunks, but equal ones: less memory
-    chunks = [slice(start, start + chunk_tokens) for start in range(0, tokens, max(chunk_tokens, 1))]
+    chunks = _equal_slices(tokens, longest=chunk_tokens)
     inputs = (hidden_ND, head.weight_VD, head.bias_V)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     student = ChunkedLogits(hidden_ND, head, vocabulary)
@@ -121,6 +118,12 @@ def default_chunk_tokens(tokens: int, vocabulary: int, hidden: int, device: str)
     if device == "cuda":
         return max(128, 2 ** math.ceil(math.log2(max(1, math.ceil(tokens / math.ceil(vocabulary / hidden))))))
     return min(max(2**23 // vocabulary, 64), 1024)
+
+
+def _equal_slices(length: int, *, longest: int) -> list[slice]:
+    """As few slices as `longest` allows, of nearly equal length: the longest decides about memory."""
+    count = math.ceil(length / longest)
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
 def _teacher(

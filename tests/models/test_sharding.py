@@ -63,10 +63,15 @@ def test_the_checkpoint_is_an_ordinary_one(place: Path) -> None:
     assert logits == pytest.approx(report(place, "2-0")["logits"], rel=1e-5, abs=1e-5)
 
 
+class OwnSamples(SampleCompletions):
+    """A user's own: it needs the whole student as its base does."""
+
+
 @pytest.mark.parametrize(
     ("settings", "callbacks", "message"),
     [
         ({}, [SampleCompletions()], "expected a sharded run without .*, found SampleCompletions; leave them out"),
+        ({}, [OwnSamples()], "expected a sharded run without .*, found OwnSamples; leave them out"),
         ({"generate_tokens": 8}, [], "expected a sharded teacher in floating point that generates nothing, found .* 8"),
     ],
 )

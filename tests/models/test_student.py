@@ -19,6 +19,7 @@ from models.architecture import decoder_layers
 from models.checkpoint import load_student_checkpoint
 from models.decoder import Decoder, decoder_for
 from models.forward import Batch, answer_labels, answer_logits
+from models.losses.chunks import ChunkedLogits
 from models.pretrained import load_model
 from models.quantization import quantized_linears
 
@@ -75,6 +76,33 @@ def test_sft_is_cross_entropy_on_answer_tokens(student_folder: str, tmp_path: Pa
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     for ours, expected in zip(module.student.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distils", [False, True])
+def test_chunk_tokens_bounds_the_logits_and_changes_nothing(
+    distils: bool, student_folder: str, tmp_path: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(chunk_tokens: int) -> tuple[Tensor, int]:
+        sizes: list[int] = []
+
+        def spying(self: ChunkedLogits, rows: slice) -> Tensor:
+            logits_CV = of_chunk(self, rows)
+            sizes.append(len(logits_CV))
+            return logits_CV
+
+        of_chunk = ChunkedLogits.logits
+        with monkeypatch.context() as patch:
+            patch.setattr(ChunkedLogits, "logits", spying)
+            make = partial(Distillation, student_folder) if distils else SFT
+            module = make(student=student_folder, optimizer=torch.optim.SGD, chunk_tokens=chunk_tokens)
+            tiny_trainer(tmp_path, steps=1).fit(module, loader([batch]))
+        return torch.cat([p.detach().flatten() for p in module.student.parameters()]), max(sizes)
+
+    (whole, longest), (parts, bounded) = update(0), update(3)
+    assert bounded <= 3 < longest == len(answer_labels(batch))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"expected model.chunk_tokens of 0 or more, found -1"):
+        StudentModule(student_folder, chunk_tokens=-1)
 
 
 def test_fit_learns_across_edits(run: tuple[SFT, Path], student_folder: str) -> None:
