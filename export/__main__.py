@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from export.calibration import calibrate
-from export.huggingface import STRUCTURE_FILE, load_student
+from export.huggingface import load_student
 from export.pipeline import ExportSettings, check_output_free, check_settings, export_all
 from export.report import write_report
 from export.to_onnx import OPSETS, PRECISIONS, check_exportable
 from export.verify import VerificationError, raise_on_failure
-from models.pretrained import load_model, load_tokenizer
 
 PROMPTS = (
     "What is 7 plus 5?",
@@ -37,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = ExportSettings(
         precision=options.precision,
         formats=("hf", "onnx") if options.engine == "none" else ("hf", "onnx", "engine"),
+        plain=options.plain,
         tensorrt="auto" if options.engine == "none" else options.engine,
         compute_capability=tuple(options.compute_capability),
         batch=tuple(options.batch),
@@ -87,9 +87,7 @@ def load_any(reference: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         from models.checkpoint import load_student_checkpoint  # heavy: the whole of Lightning
 
         return load_student_checkpoint(path)
-    if (path / STRUCTURE_FILE).is_file():
-        return load_student(path)
-    return load_model(reference), load_tokenizer(reference)
+    return load_student(reference)
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -118,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "model",
         metavar="CHECKPOINT_OR_FOLDER",
-        help="a .ckpt file of train.py, a Hugging Face folder, or a model reference",
+        help="a .ckpt file of train.py, a student's folder, or any model reference",
     )
     add("--output", type=Path, required=True, help="folder to write student/, onnx/, engine/ and report.json into")
     add("--precision", choices=PRECISIONS, default="fp32", help="of graph and engine (default: %(default)s)")
@@ -164,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--benchmark-prompt", type=int, default=128, metavar="N", help="prompt of the benchmark, tokens")
     add("--benchmark-repetitions", type=int, default=5, metavar="N", help="0: no benchmark (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads in ONNX Runtime (default: its choice)")
+    add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")
     return parser
 

@@ -1,8 +1,9 @@
 """Repeating the traced decoder layers to the full depth of the model.
 
 A `Trace` holds one decoder layer of each kind.  The exporter notes on every node which module it came from, so the nodes of a
-layer are known exactly.  What they take from outside is the hidden state, the layer's own cache and weights (renamed in each
-copy), and values that do not depend on the layer, such as the mask and the rotary angles (computed once for all).
+layer are known exactly (optimizations may put in a node without a note: it belongs to its inputs).  What they take from outside
+is the hidden state, the layer's own cache and weights (renamed in each copy), and values that do not depend on the layer, such as
+the mask and the rotary angles (computed once for all).
 """
 
 import re
@@ -59,11 +60,11 @@ class _Parts:
         varying = {value for value in trace.model.graph.inputs if _OF_A_LAYER.match(value.name or "")}
         behind: set[ir.Value] = set()
         for node in trace.model.graph:
-            scope = _LAYER_SCOPE.search(node.metadata_props.get(_SCOPES, ""))
+            layer = self._layer_of(node)
             if varying.intersection(node.inputs) and not _is_shape_of_cache(node):
                 varying.update(node.outputs)
-            if scope and varying.intersection(node.outputs):
-                self.layers[int(scope[1])].append(node)
+            if layer is not None and varying.intersection(node.outputs):
+                self.layers[layer].append(node)
                 behind.update(node.outputs)
             elif behind.intersection(node.inputs):
                 self.after.append(node)
@@ -76,6 +77,13 @@ class _Parts:
         for nodes in self.layers:
             self.exits.append(_single_exit(nodes))
         self.entries += self.exits[:-1]
+
+    def _layer_of(self, node: ir.Node) -> int | None:
+        if _SCOPES in node.metadata_props:
+            scope = _LAYER_SCOPE.search(node.metadata_props[_SCOPES])
+            return int(scope[1]) if scope else None
+        makers = {value.producer() for value in node.inputs if value is not None}
+        return next((layer for layer, nodes in enumerate(self.layers) if makers.intersection(nodes)), None)
 
 
 def _is_shape_of_cache(node: ir.Node) -> bool:

@@ -1,6 +1,6 @@
 """The whole export as one function: Hugging Face folder, ONNX, engine, verification, benchmark.
 
-    OUTPUT/student/                    Hugging Face folder
+    OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
     OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
     OUTPUT/onnx/engine-source.onnx     only for FP8 engines: the same graph with float16 between the matrix products
     OUTPUT/engine/model-*.engine       compiled, one for each package and target
@@ -15,13 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.files import folder_bytes, move_into_place, staging_folder
-from export.huggingface import check_saveable, save_student, without_quantizers
+from export.huggingface import check_plain, save_student, without_quantizers
 from export.progress import Phases
 from export.reference import Reference, record
 from export.to_onnx import Precision, check_exportable, export_onnx
@@ -35,6 +36,7 @@ from export.to_tensorrt import (
     import_tensorrt,
 )
 from export.verify import verify_engine, verify_onnx
+from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.linear import quantized_linears
 
@@ -50,6 +52,7 @@ class ExportSettings:
     Attributes:
         precision: Of graph and engine.
         formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
+        plain: Refuse to write a folder that plain transformers would not load.
         tensorrt: Which package compiles the engine.
         compute_capability: Target GPUs such as "8.9"; none: portable.
         batch: Conversations at a time that the engine takes: smallest, usual, largest.
@@ -64,6 +67,7 @@ class ExportSettings:
 
     precision: Precision = "fp32"
     formats: tuple[Format, ...] = ("hf", "onnx", "engine")
+    plain: bool = False
     tensorrt: Flavour = "auto"
     compute_capability: tuple[str, ...] = ()
     batch: Range = (1, 1, 16)
@@ -134,18 +138,21 @@ def export_all(
     check_settings(settings)
     if not overwrite:
         check_output_free(output)
-    if "hf" in settings.formats:
-        check_saveable(model)
     model = merged(model)
+    if "hf" in settings.formats and settings.plain:
+        check_plain(model)
     computed = model if settings.precision == "fp8" else _plain(model)
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
 
+    reason = why_not_plain(model)
     phases = Phases()
     with staging_folder(output) as staging:
         if "hf" in settings.formats:
-            with phases.phase("Hugging Face folder"):
+            with phases.phase("Student folder"):
                 save_student(model, tokenizer, staging / STUDENT)
+            if reason is not None:
+                rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
         engine = _write_graphs(computed, staging, settings, phases) if settings.graph else None
         checks: list[Check] = []
         benchmark: list[dict[str, Any]] = []
@@ -155,7 +162,7 @@ def export_all(
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
         _move(staging, output)
     return {
-        "artefacts": _artefacts(output, settings, engine),
+        "artefacts": _artefacts(output, settings, engine, plain=reason is None),
         "verification": [check.as_dict() for check in checks],
         "benchmark": benchmark,
         "engine": replace(engine, path=output / "engine" / engine.path.name).as_dict() if engine else None,
@@ -244,12 +251,13 @@ def _move(staging: Path, output: Path) -> None:
             move_into_place(source, target)
 
 
-def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None) -> list[dict[str, Any]]:
+def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *, plain: bool) -> list[dict[str, Any]]:
     def artefact(path: str, kind: str) -> dict[str, Any]:
         files = [output / path, output / f"{path}.data"]
         return {"path": path, "bytes": sum(folder_bytes(file) for file in files if file.exists()), "kind": kind}
 
-    rows = [artefact(STUDENT, "Hugging Face folder")] if "hf" in settings.formats else []
+    folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
+    rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if (output / ENGINE_SOURCE).exists():

@@ -80,6 +80,13 @@ def build(traced: Trace, model: PreTrainedModel) -> ir.Model:
 def check_exportable(model: PreTrainedModel, *, precision: Precision, opset: int) -> None:
     """Raise `ValueError` if this model can't be written in this precision and opset."""
     decoder_layers(model)  # refuses unknown families
+    rotary = model.config.rope_parameters
+    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    if "dynamic" in kinds:
+        raise ValueError(
+            "expected rotary angles that a graph can hold, found rope_type 'dynamic', whose angles change with the longest prompt "
+            "that was ever seen; export a model with another rope_type (default, linear, llama3, yarn or longrope)"
+        )
     if opset not in OPSETS:
         raise ValueError(f"expected an ONNX opset among {', '.join(map(str, OPSETS))}, found {opset}; choose 23")
     linears = quantized_linears(model)

@@ -39,6 +39,8 @@ class DecoderWithCache(nn.Module):
 
     The four-dimensional mask is built here: a token sees the unmasked tokens up to itself, and always itself.  Rows at padding
     positions then stay finite in every runtime (their values mean nothing and are masked wherever they could be seen).
+    Attention with a soft cap (Gemma 2), which transformers computes operator by operator, adds its mask to the scores;
+    fused attention takes it as booleans.
 
     Args:
         decoder: Hugging Face causal language model.
@@ -49,6 +51,7 @@ class DecoderWithCache(nn.Module):
         self.decoder = decoder
         self.window = getattr(decoder.config, "sliding_window", None)
         self.layer_types = getattr(decoder.config, "layer_types", None)
+        self.adds_mask = decoder.config._attn_implementation == "eager"
 
     def forward(
         self, input_ids_BT: Tensor, attention_mask_BS: Tensor, position_ids_BT: Tensor, past_BGPE: list[Tensor]
@@ -72,12 +75,20 @@ class DecoderWithCache(nn.Module):
         sliding_TS = seen_TS & (key_1S > query_T1 - self.window) if self.window else seen_TS
 
         def with_padding(seen_TS: Tensor) -> Tensor:
-            return (seen_TS[None, None] & attention_mask_BS.bool()[:, None, None]) | (key_1S == query_T1)[None, None]
+            unmasked = (seen_TS[None, None] & attention_mask_BS.bool()[:, None, None]) | (key_1S == query_T1)[
+                None, None
+            ]
+            return self._added_to_scores(unmasked) if self.adds_mask else unmasked
 
         if self.layer_types and len(set(self.layer_types)) > 1:
             return {"full_attention": with_padding(seen_TS), "sliding_attention": with_padding(sliding_TS)}
         full = self.layer_types is not None and self.layer_types[0] == "full_attention"
         return with_padding(seen_TS if full else sliding_TS)
+
+    def _added_to_scores(self, unmasked_B1TS: Tensor) -> Tensor:
+        dtype = self.decoder.dtype
+        lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype)
+        return torch.where(unmasked_B1TS, torch.zeros((), dtype=dtype), lowest)
 
 
 @dataclass
@@ -135,6 +146,7 @@ def trace(model: PreTrainedModel, *, dtype: torch.dtype, opset: int) -> Trace:
         _name_inputs_and_outputs(exported.model.graph, len(distinct))
         _parameters_to_inputs(exported.model.graph)
         exported.optimize()
+        _one_type_for_norms(exported.model.graph)
         common_passes.CommonSubexpressionEliminationPass()(exported.model)  # the fusions leave equal nodes behind
     return Trace(exported.model, [distinct.index(kind) for kind in kinds], len(distinct))
 
@@ -204,6 +216,26 @@ def _parameters_to_inputs(graph: ir.Graph) -> None:
             value.const_value = None
             value.name = name.removeprefix(_WRAPPER_PREFIX)
             graph.inputs.append(value)
+
+
+def _one_type_for_norms(graph: ir.Graph) -> None:
+    """Put back the cast to float32 that fusion takes away in front of a norm with a float32 gain (Gemma, in float16).
+
+    ONNX allows the two types, runtimes do not.
+    """
+    for norm in list(graph):
+        if norm.op_type != "RMSNormalization":
+            continue
+        x, gain = norm.inputs
+        assert x is not None
+        assert gain is not None
+        assert gain.dtype is not None
+        if x.dtype != gain.dtype:
+            cast = ir.Node("", "Cast", [x], [ir.AttrInt64("to", gain.dtype)], metadata_props=dict(norm.metadata_props))
+            cast.outputs[0].name = f"{x.name}.cast_for.{norm.outputs[0].name}"
+            cast.outputs[0].dtype = gain.dtype
+            graph.insert_before(norm, cast)
+            norm.replace_input_with(0, cast.outputs[0])
 
 
 @contextlib.contextmanager

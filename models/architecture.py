@@ -1,18 +1,82 @@
 """What surgery and quantization must know about a model family: where the decoder layers are and how they are wired.
 
-Everything else in Potstill talks to a model through plain Hugging Face calls.  A `Decoder` is a *view*: it owns nothing, and
-it is built anew whenever it is needed, so that it can never disagree with the modules it describes.
+Everything else in Potstill talks to a model through plain Hugging Face calls.  A `DecoderLayer` is a *view*: it owns nothing, and
+it is built anew whenever it is needed, so that it can never disagree with the modules it describes.  A `Family` gives names only;
+all sizes come from the shapes of the weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-# Families whose decoder layers have `mlp.{gate,up,down}_proj` and `self_attn.{q,k,v,o}_proj`, no logit scale and no soft cap.
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+@dataclass(frozen=True)
+class Family:
+    """Names inside the decoder layers of a family; the defaults are Llama's.
+
+    A family that can be described has pre-norms, a gated MLP, grouped-query attention over heads of one width, and RMSNorms.
+
+    Attributes:
+        attention: The attention of a layer.
+        mlp: The gated MLP of a layer.
+        qkv: In the attention: query, key and value projections, or the one layer that stacks their outputs in this order.
+        o_proj: In the attention: the projection from the heads to the hidden size.
+        gate_up: In the MLP: gate and up projections, or the one layer that stacks their outputs in this order.
+        down_proj: In the MLP: the projection from the neurons to the hidden size.
+        stream_norms: The norms of a layer that read the residual stream.
+        output_norms: The norms of a layer between `o_proj` or `down_proj` and the residual stream.
+    """
+
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    o_proj: str = "o_proj"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down_proj: str = "down_proj"
+    stream_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    output_norms: tuple[str, ...] = ()
+
+
+_LLAMA = Family()
+_PHI = Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",))
+_GEMMA = Family(
+    stream_norms=("input_layernorm", "pre_feedforward_layernorm"),
+    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _PHI,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive outputs of a linear layer: all of them, or the part of a layer that stacks several projections.
+
+    Attributes:
+        linear: The layer.
+        start: Its first output that belongs to the part.
+        size: Number of outputs.
+    """
+
+    linear: Any
+    start: int
+    size: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows of the layer's weight, a view of shape (size, inputs)."""
+        return self.linear.weight[self.start : self.start + self.size]
 
 
 @dataclass(frozen=True)
@@ -21,61 +85,143 @@ class DecoderLayer:
 
     Attributes:
         index: Position of the block, from 0.
-        mlp: Module with `gate_proj`, `up_proj` (hidden -> neurons) and `down_proj` (neurons -> hidden).
-        attention: Module with `q_proj`, `k_proj`, `v_proj` and `o_proj`.
-        head_dim: Width of one head; `q_proj` has `heads * head_dim` outputs, `k_proj` and `v_proj` `groups * head_dim`.
+        block: The module.
+        family: The names in it.
     """
 
     index: int
-    mlp: Any
-    attention: Any
-    head_dim: int
+    block: Any
+    family: Family
+
+    @property
+    def attention(self) -> Any:
+        """The module with `o_proj` and the query, key and value projections."""
+        return getattr(self.block, self.family.attention)
+
+    @property
+    def mlp(self) -> Any:
+        """The module with `down_proj` and the gate and up projections."""
+        return getattr(self.block, self.family.mlp)
+
+    @property
+    def o_proj(self) -> Any:
+        """Linear layer: heads * head_dim -> hidden."""
+        return getattr(self.attention, self.family.o_proj)
+
+    @property
+    def down_proj(self) -> Any:
+        """Linear layer: neurons -> hidden."""
+        return getattr(self.mlp, self.family.down_proj)
+
+    @property
+    def queries(self) -> Part:
+        """Outputs of the query projection: heads * head_dim."""
+        return self._qkv()[0]
+
+    @property
+    def keys(self) -> Part:
+        """Outputs of the key projection: groups * head_dim."""
+        return self._qkv()[1]
+
+    @property
+    def values(self) -> Part:
+        """Outputs of the value projection: groups * head_dim."""
+        return self._qkv()[2]
+
+    @property
+    def gate(self) -> Part:
+        """Outputs of the gate projection: neurons."""
+        return self._gate_up()[0]
+
+    @property
+    def up(self) -> Part:
+        """Outputs of the up projection: neurons."""
+        return self._gate_up()[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.attention.head_dim
 
     @property
     def num_neurons(self) -> int:
         """Neurons of the gated MLP."""
-        return self.mlp.down_proj.weight.shape[1]
-
-    @property
-    def num_kv_groups(self) -> int:
-        """Key/value heads; each serves a group of query heads."""
-        return self.attention.k_proj.weight.shape[0] // self.head_dim
+        return self.down_proj.weight.shape[1]
 
     @property
     def num_query_heads(self) -> int:
         """Query heads."""
-        return self.attention.q_proj.weight.shape[0] // self.head_dim
+        return self.o_proj.weight.shape[1] // self.head_dim
+
+    @property
+    def num_kv_groups(self) -> int:
+        """Key/value heads; each serves a group of query heads."""
+        rows = sum(getattr(self.attention, name).weight.shape[0] for name in self.family.qkv)
+        return (rows // self.head_dim - self.num_query_heads) // 2
+
+    @property
+    def stream_norms(self) -> list[Any]:
+        """The norms over the hidden size that read the residual stream."""
+        return [getattr(self.block, name) for name in self.family.stream_norms]
+
+    @property
+    def output_norms(self) -> list[Any]:
+        """The norms over the hidden size of what attention and MLP give, before it joins the residual stream."""
+        return [getattr(self.block, name) for name in self.family.output_norms]
 
     def linears(self) -> Iterator[tuple[nn.Module, str]]:
         """The layer's projections as (owner, attribute name), in the order in which data meets them."""
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in (*self.family.qkv, self.family.o_proj):
             yield self.attention, name
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        for name in (*self.family.gate_up, self.family.down_proj):
             yield self.mlp, name
 
+    def _qkv(self) -> list[Part]:
+        heads, groups = self.num_query_heads * self.head_dim, self.num_kv_groups * self.head_dim
+        return _parts(self.attention, self.family.qkv, (heads, groups, groups))
 
-def check_family(config: PretrainedConfig) -> None:
-    """Raise `ValueError` if pruning, quantization or export do not know this family."""
-    if config.model_type not in SUPPORTED_FAMILIES:
+    def _gate_up(self) -> list[Part]:
+        return _parts(self.mlp, self.family.gate_up, (self.num_neurons, self.num_neurons))
+
+
+def _parts(owner: nn.Module, names: Sequence[str], sizes: Sequence[int]) -> list[Part]:
+    """Parts of these sizes: one linear layer for each, or one for all."""
+    linears = [getattr(owner, name) for name in names]
+    if len(linears) == 1:
+        starts = accumulate(sizes[:-1], initial=0)
+        return [Part(linears[0], start, size) for start, size in zip(starts, sizes, strict=True)]
+    return [Part(linear, 0, size) for linear, size in zip(linears, sizes, strict=True)]
+
+
+def check_family(config: PretrainedConfig) -> Family:
+    """The description of a model's family.
+
+    Raises:
+        ValueError: Pruning, quantization and export do not know this family.
+    """
+    known = ", ".join(FAMILIES)
+    if config.get_text_config() is not config:
         raise ValueError(
-            f"expected a model of one of the families {', '.join(SUPPORTED_FAMILIES)}, found model_type "
-            f"{config.model_type!r}; choose such a model, or describe the new family in models/architecture.py "
-            "(decoder layers, gated MLP, attention projections)"
+            f"expected a model of text alone, of one of the families {known}, found the multimodal model_type "
+            f"{config.model_type!r}; save its language model as a folder of its own and name that one"
         )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"expected a model of one of the families {known}, found model_type {config.model_type!r}; choose such a model, or "
+            "describe the new family in models/architecture.py (names of attention, gated MLP, their projections, and the norms "
+            "on the residual stream and on what is added to it)"
+        )
+    return FAMILIES[config.model_type]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
-    """The decoder layers of a supported Hugging Face causal language model.
+    """The decoder layers of a Hugging Face causal language model.
 
     Raises:
-        ValueError: The model's family is not one of `SUPPORTED_FAMILIES`.
+        ValueError: The model's family is not one of `FAMILIES`.
     """
-    check_family(model.config)
-    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    return [
-        DecoderLayer(index=index, mlp=layer.mlp, attention=layer.self_attn, head_dim=head_dim)
-        for index, layer in enumerate(model.model.layers)
-    ]
+    family = check_family(model.config)
+    return [DecoderLayer(index, block, family) for index, block in enumerate(model.model.layers)]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -29,7 +29,18 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form transformers asks for; the mask (B, 1, T, T) is True where a position may look."""
+    """Attention in the form transformers asks for; the mask (B, 1, T, T) is True where a position may look.
+
+    A sliding window is part of the mask.
+
+    Raises:
+        ValueError: The scores are to have a soft cap, which neither way computes.
+    """
+    if kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"expected attention without a soft cap, found one of {kwargs['softcap']}; load the model with "
+            "attn_implementation='eager', which computes it"
+        )
     learns = torch.is_grad_enabled() and query_BHTK.requires_grad
     if not learns or query_BHTK.device.type != "cpu" or key_BGTK.shape[2] > LONGEST or dropout:
         return sdpa_attention_forward(
@@ -52,6 +63,6 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use_for_training(model: PreTrainedModel) -> None:
-    """Let a model that would use torch's fused kernel use `attend`."""
+    """Let a model that would use torch's fused kernel use `attend`; one with a soft cap (Gemma 2) never does, and stays as it is."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)

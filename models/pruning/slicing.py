@@ -1,11 +1,11 @@
-"""Shrinking a parameter in place: same `Parameter` object, fewer rows or columns, optimizer state included.
+"""Shrinking a parameter in place: same `Parameter` object, fewer rows or columns, optimizer state included.  Or all of it gone.
 
 Replacing a `Parameter` in the middle of `fit` would leave the optimizer training the old one without any error.  Here the
 object stays and only its storage changes, so the optimizer, its step counters and the LR schedule go on as if nothing had
 happened.  Valid only between optimizer steps, with no live autograd graph that still refers to the old shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,42 @@ def narrow_linear(linear: Any, keep: Tensor, dim: int, optimizers: Sequence[Opti
         narrow_parameter(linear.bias, keep, 0, optimizers)
     if isinstance(linear, nn.Linear):
         linear.out_features, linear.in_features = linear.weight.shape
+
+
+def drop_parameters(parameters: Iterable[nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
+    """Take parameters and their state out of optimizers; the others stay in their groups, in their order.
+
+    A new optimizer over the remaining parameters then numbers them in the same way, so a checkpoint's state fits.
+    """
+    gone = {id(parameter): parameter for parameter in parameters}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            left = [index for index, parameter in enumerate(group["params"]) if id(parameter) not in gone]
+            for key in ("params", "param_names"):  # names are there if the optimizer was given named parameters
+                if key in group:
+                    group[key] = [group[key][index] for index in left]
+        for parameter in gone.values():
+            optimizer.state.pop(parameter, None)
+
+
+def checked_indices(indices: Sequence[int], size: int, what: str) -> Tensor:
+    """Indices as a tensor, int64.
+
+    Args:
+        indices: Ascending, at least one, each from 0 to `size` - 1.
+        size: How many there are to choose from.
+        what: Who chooses what of which, for the error: "narrow_mlp to keep neurons of layer 3".
+
+    Raises:
+        ValueError: They are not such indices.
+    """
+    found = list(indices)
+    if not found or found != sorted(set(found)) or found[0] < 0 or found[-1] >= size:
+        raise ValueError(
+            f"expected {what} by 1 to {size} distinct ascending indices below {size}, found {len(found)} with the ends "
+            f"{found[:1]} and {found[-1:]}; change them, or choose a lower sparsity"
+        )
+    return torch.tensor(found, dtype=torch.long)
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from tiny_models import VOCAB, quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export.huggingface import load_student, save_student, without_quantizers
+from export.huggingface import check_plain, load_student, save_student, without_quantizers
 from models.quantization.linear import quantized_linears
 from models.structure import apply_edit
 
@@ -45,7 +45,7 @@ def test_a_quantized_student_saves_the_weights_it_computes_with_and_its_scales(t
     for name, linear in quantized_linears(model).items():
         assert torch.equal(plain.get_parameter(f"{name}.weight"), linear.weight_quantizer(linear.weight))
     assert json.loads((tmp_path / "student" / "potstill.json").read_text())["format"] == "fp8_e4m3"
-    again, _ = load_student(tmp_path / "student")
+    again, _ = load_student(str(tmp_path / "student"))
     assert torch.equal(logits(again), logits(model))
 
 
@@ -67,9 +67,31 @@ def test_sampling_settings_do_not_stop_saving(tmp_path):
     assert not model.generation_config.do_sample
 
 
-def test_layers_of_different_sizes_are_refused_with_the_reason(tmp_path):
+def test_layers_of_different_sizes_are_for_potstill_alone(tmp_path):
     model = tiny_model()
     apply_edit(model, {"op": "narrow_mlp", "layer": 1, "keep": list(range(64))})
-    with pytest.raises(ValueError, match=r"layers of one size.*found layers of 2 sizes.*ONNX and TensorRT take"):
-        save_student(model, tiny_tokenizer(), tmp_path / "student")
-    assert list(tmp_path.iterdir()) == []
+    quantized(model)
+    save_student(model, tiny_tokenizer(), tmp_path / "student")
+    again, tokenizer = load_student(str(tmp_path / "student"))
+    assert torch.equal(logits(again), logits(model))
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    with pytest.raises(ValueError, match="potstill-llama.* does not recognize this architecture"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_who_asks_for_a_plain_folder_hears_why_there_is_none():
+    model = tiny_model()
+    check_plain(model)
+    apply_edit(model, {"op": "narrow_mlp", "layer": 1, "keep": list(range(64))})
+    with pytest.raises(
+        ValueError, match=r"config.json describes, found layers of 2 sizes .*\(64, 4, 2\) to \(96, 4, 2\)"
+    ):
+        check_plain(model)
+    three_heads = tiny_model(num_key_value_heads=4)
+    for layer in range(3):
+        apply_edit(three_heads, {"op": "narrow_kv_groups", "layer": layer, "keep": [0, 1, 2]})
+    with pytest.raises(
+        ValueError, match=r"sizes that transformers does not build \(.*64\) is not a multiple of .*3\)\)"
+    ):
+        check_plain(three_heads)

@@ -2,13 +2,14 @@ import importlib.util
 import json
 
 import pytest
-from tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
+import torch
+from tiny_models import quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from export import pipeline
 from export.__main__ import main
 from export.huggingface import save_student
-from export.pipeline import ExportSettings, export_all
+from models.pretrained import load_model
 from models.structure import apply_edit
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -124,14 +125,21 @@ def test_fp8_engines_for_older_gpus_are_refused(folders, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_students_of_unequal_layers_go_to_onnx_only(tmp_path):
+def test_students_of_unequal_layers_export_from_a_folder_that_says_what_it_is(tmp_path, capsys, caplog):
     model = tiny_model(layers=2)
     apply_edit(model, {"op": "narrow_mlp", "layer": 1, "keep": list(range(32))})
-    with pytest.raises(ValueError, match="layers of one size"):
-        export_all(
-            model, tiny_tokenizer(), tmp_path / "out", ExportSettings(formats=("hf", "onnx")), left_padded_prompts()
-        )
+    save_student(model, tiny_tokenizer(), tmp_path / "student")
+    arguments = [str(tmp_path / "student"), "--output", str(tmp_path / "out"), "--engine", "none", *QUICK]
+    assert main([*arguments, "--plain"]) == 2
+    assert "found layers of 2 sizes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    settings = ExportSettings(formats=("onnx",), decode_steps=2, repetitions=0)
-    report = export_all(model, tiny_tokenizer(), tmp_path / "out", settings, left_padded_prompts())
+
+    with caplog.at_level("INFO"):
+        assert main(arguments) == 0
+    assert "student/ loads through Potstill only, not in plain transformers: it has layers of 2 sizes" in caplog.text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {check["status"] for check in report["verification"]} == {"passed"}
+    kinds = {row["path"]: row["kind"] for row in report["artefacts"]}
+    assert kinds["student"] == "student folder (Potstill loads it, plain transformers does not)"
+    again = load_model(str(tmp_path / "out" / "student"))
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())

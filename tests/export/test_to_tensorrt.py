@@ -3,11 +3,13 @@ import sys
 
 import pytest
 import torch
-from tiny_models import left_padded_prompts
+from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.reference import record
+from export.to_onnx import export_onnx
 from export.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
 from export.verify import verify_engine
+from models.structure import apply_edit
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 PROFILES = [Profile((1, 1, 4), (1, 16, 32), (0, 0, 0)), Profile((1, 1, 4), (1, 1, 1), (0, 16, 64))]
@@ -27,6 +29,22 @@ def test_engines_build_without_a_gpu(name, fp8_products, graphs, tmp_path):
     assert (engine.flavour, engine.compute_capability) == ("tensorrt_rtx", "8.9")
     assert (engine.matrix_multiplies, engine.fp8_matrix_multiplies) == (22, fp8_products)
     assert [path.name for path in tmp_path.iterdir()] == ["model.engine"]
+
+
+@needs_rtx
+def test_layers_of_different_sizes(tmp_path):
+    model = tiny_model("gemma3_text", layers=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": list(range(64))})
+    apply_edit(model, {"op": "narrow_query_heads", "layer": 1, "keep": [1, 2]})
+    export_onnx(quantized(model), tmp_path / "model.onnx", precision="fp8", activations="float16")
+    engine = build_engine(
+        tmp_path / "model.onnx",
+        tmp_path / "model.engine",
+        profiles=PROFILES,
+        compute_capabilities=["8.9"],
+        flavour="tensorrt_rtx",
+    )
+    assert (engine.matrix_multiplies, engine.fp8_matrix_multiplies) == (15, 14)
 
 
 @needs_rtx

@@ -4,12 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from rollouts import DECODERS, KINDS, prompts_of, roll, student_of_kind, texts
+from rollouts import DECODERS, KINDS, STEPS, prompts_of, roll, student_of_kind, texts
 from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from models import fused_decoder, inference_weights
+from models.architecture import FAMILIES
 from models.decoder import Decoder, FusedDecoder, TransformersDecoder, decoder_for
 from models.forward import Batch, answer_logits
 from models.low_precision import quantize_weights
@@ -167,6 +168,7 @@ UNSUPPORTED = {
         tiny_model, "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2
     ),
     "dynamic rope": partial(tiny_model, rope_parameters=DYNAMIC, max_position_embeddings=12),
+    "soft caps": partial(tiny_model, "gemma2", final_logit_softcapping=2.0),
     "lora": with_adapters,
     "8 bits": in_8_bits,
 }
@@ -185,6 +187,19 @@ def test_others_are_left_to_transformers_and_right(kind: str, batch: Batch) -> N
             assert answer == [int(model(torch.tensor(prompts_of(batch))).logits[0, -1].argmax())]
         return
     assert distance(stepwise(sampler, batch), naive_stepwise(model, batch)) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_of_every_family(family: str, batch: Batch) -> None:
+    """Twelve tokens through the cache, past the sliding windows, against the whole forward pass for each."""
+    model = tiny_model(family, num_hidden_layers=3)
+    assert FusedDecoder.supports(model) == (family in ("llama", "qwen2", "qwen3"))  # the tiny Mistral has a window
+    given = prompts_of(batch)
+    for _ in range(STEPS):
+        with torch.no_grad():
+            given = [[*row, int(model(torch.tensor([row])).logits[0, -1].argmax())] for row in given]
+    answers = [row[len(prompt) :] for row, prompt in zip(given, prompts_of(batch), strict=True)]
+    assert texts(roll(model, batch)) == answers
 
 
 def test_supported_families_get_the_fused_decoder(model: PreTrainedModel) -> None:

@@ -1,18 +1,16 @@
-"""Edits: the same function as masking, the same Parameter objects, and a config that tells the truth."""
+"""Edits as a list: applied, replayed, trained across; quantizers; and what is refused.  Cuts themselves: `test_surgery.py`."""
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
-from torch import Tensor
+from masking import logits
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from models.architecture import SUPPORTED_FAMILIES, check_family, count_parameters, decoder_layers
+from models.architecture import decoder_layers
 from models.forward import Batch
 from models.quantization import FakeQuantizedLinear, freeze_scales, quantized_linears
 from models.structure import Edit, apply_edit, is_uniform, quantize_decoder, replay
@@ -33,82 +31,9 @@ QUANTIZE: Edit = {
 }
 
 
-def logits(model: PreTrainedModel, batch: Batch | None = None) -> Tensor:
-    batch = batch or tiny_batch()
-    with torch.no_grad():
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return output[batch["attention_mask"].bool()]
-
-
 def observe_and_freeze(model: PreTrainedModel) -> None:
     logits(model.train())
     freeze_scales(model.eval())
-
-
-def masked_logits(model: PreTrainedModel, attribute: str, layer: int, keep: Tensor) -> Tensor:
-    """The dense model with the inputs of a projection zeroed, except those to keep."""
-    block = decoder_layers(model)[layer]
-    module = block.mlp.down_proj if attribute == "mlp" else block.attention.o_proj
-    kept = torch.zeros(module.weight.shape[1], dtype=torch.bool)
-    kept[keep] = True
-    hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * kept,))
-    output = logits(model)
-    hook.remove()
-    return output
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def family_model(family: str, **settings: object) -> PreTrainedModel:
-    return tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=4, **settings)
-
-
-# The same function as masking ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
-def test_narrow_mlp_equals_masked_neurons(family: str) -> None:
-    model = family_model(family)
-    expected = masked_logits(model, "mlp", 1, torch.tensor(NEURONS))
-    assert (expected - logits(model)).abs().max() > 0.1, "the mask changes nothing, so this test shows nothing"
-    apply_edit(model, {"op": "narrow_mlp", "layer": 1, "keep": NEURONS})
-    close(logits(model), expected)
-
-
-@pytest.mark.parametrize("keep", [[0], [2, 3], [0, 1, 3]])
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
-def test_narrow_kv_groups_equals_masked_heads(family: str, keep: list[int]) -> None:
-    """Eight query heads of width 4 on four groups: group g owns the inputs 8g to 8g + 7 of o_proj."""
-    model = family_model(family)
-    inputs = torch.cat([torch.arange(8 * group, 8 * group + 8) for group in keep])
-    expected = masked_logits(model, "attention", 0, inputs)
-    assert (expected - logits(model)).abs().max() > 0.1
-    apply_edit(model, {"op": "narrow_kv_groups", "layer": 0, "keep": keep})
-    close(logits(model), expected)
-    layer = decoder_layers(model)[0]
-    assert (layer.num_kv_groups, layer.num_query_heads) == (len(keep), 2 * len(keep))
-
-
-def test_biases_follow_their_outputs() -> None:
-    model = family_model("qwen2")
-    layer = decoder_layers(model)[0]
-    biases = {name: getattr(layer.attention, name).bias.detach().clone() for name in ("q_proj", "k_proj", "v_proj")}
-    assert all(bias.abs().min() > 0 for bias in biases.values())
-    apply_edit(model, {"op": "narrow_kv_groups", "layer": 0, "keep": [3]})
-    assert torch.equal(layer.attention.q_proj.bias, biases["q_proj"][24:])
-    assert torch.equal(layer.attention.k_proj.bias, biases["k_proj"][12:])
-    assert torch.equal(layer.attention.v_proj.bias, biases["v_proj"][12:])
-
-
-def test_mlp_biases_of_llama() -> None:
-    model = family_model("llama", mlp_bias=True, attention_bias=True)
-    expected = masked_logits(model, "mlp", 0, torch.tensor(NEURONS))
-    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": NEURONS})
-    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": list(range(len(NEURONS)))})  # keeping all is no change
-    close(logits(model), expected)
-    assert decoder_layers(model)[0].mlp.down_proj.bias.shape == (32,)
 
 
 # Identity and training ----------------------------------------------------------------------------------------------
@@ -189,16 +114,6 @@ def test_config_follows_the_layers(model: PreTrainedModel) -> None:
     assert (layer.attention.q_proj.out_features, layer.attention.o_proj.in_features) == (16, 16)
 
 
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
-def test_folder_round_trip(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    replay(model, EDITS)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(again), logits(model))
-    assert again.config.intermediate_size == 16
-
-
 def test_folder_round_trip_where_the_head_width_was_implied(tmp_path: Path) -> None:
     """Qwen2's config names no head width: hidden size over heads, until heads are cut."""
     model = tiny_model("qwen2")
@@ -254,19 +169,15 @@ def test_a_quantized_model_can_still_be_narrowed(model: PreTrainedModel) -> None
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[Edit, str]] = [
-    (
-        {"op": "shrink"},
-        r"expected an edit with an 'op' among narrow_mlp, narrow_kv_groups, fake_quantize, lora, found 'shrink'",
-    ),
+    ({"op": "shrink"}, r"expected an edit with an 'op' among narrow_mlp, .*, lora, found 'shrink'"),
     ({}, "found None"),
-    ({"op": "narrow_mlp", "layer": 0, "keep": []}, "narrow_mlp to keep between 1 and 48 distinct .* layer 0, found 0 "),
-    ({"op": "narrow_mlp", "layer": 1, "keep": [0, 48]}, "indices below 48 in layer 1, found 2 .* and .48.; lower"),
-    ({"op": "narrow_mlp", "layer": 1, "keep": [-1, 3]}, "found 2 with the extremes .-1."),
-    ({"op": "narrow_mlp", "layer": 1, "keep": [3, 3]}, "distinct"),
-    ({"op": "narrow_kv_groups", "layer": 0, "keep": []}, "narrow_kv_groups to keep between 1 and 2"),
-    ({"op": "narrow_kv_groups", "layer": 0, "keep": [2]}, "narrow_kv_groups to keep between 1 and 2"),
+    ({"op": "narrow_mlp", "keep": [0]}, "expected narrow_mlp with the fields layer, keep, found keep;"),
+    ({"op": "drop_layers"}, "expected drop_layers with the fields layers, found none;"),
+    (
+        {"op": "narrow_hidden", "layer": 0, "keep": [0]},
+        "expected narrow_hidden with the fields keep, found layer, keep;",
+    ),
     ({"op": "narrow_mlp", "layer": 2, "keep": [0]}, "expected a layer from 0 to 1, found 2"),
-    ({"op": "narrow_kv_groups", "layer": -1, "keep": [0]}, "expected a layer from 0 to 1, found -1"),
     ({**QUANTIZE, "format": "fp4"}, "expected a quantization format among fp8_e4m3, found 'fp4'"),
     (
         {**QUANTIZE, "modules": ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj"]},
@@ -302,41 +213,3 @@ def test_quantizing_twice_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj'"):
         apply_edit(model, QUANTIZE)
     assert all(linear.input_quantizer.frozen for linear in quantized_linears(model).values())
-
-
-@pytest.mark.parametrize("use", [decoder_layers, is_uniform, lambda model: check_family(model.config)])
-def test_unknown_family_is_refused(use: Callable[[PreTrainedModel], Any]) -> None:
-    model = tiny_model("gpt2", n_embd=32, n_layer=1, n_head=2)
-    with pytest.raises(
-        ValueError, match="expected a model of one of the families llama, .* found model_type 'gpt2'"
-    ) as e:
-        use(model)
-    assert_one_sentence(str(e.value))
-
-
-def test_tied_embeddings_count_once() -> None:
-    tied, untied = tiny_model(), tiny_model(tie_word_embeddings=False)
-    assert count_parameters(untied) - count_parameters(tied) == 300 * 32
-    # embedding, final norm, and per layer: norms, q and o, k and v, three MLP matrices
-    assert count_parameters(tied) == 300 * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-
-
-def test_pruning_lowers_the_count(model: PreTrainedModel) -> None:
-    before = count_parameters(model)
-    apply_edit(model, {"op": "narrow_mlp", "layer": 0, "keep": NEURONS})
-    assert before - count_parameters(model) == 3 * 32 * (48 - len(NEURONS))
-
-
-def test_view_of_the_layers(model: PreTrainedModel) -> None:
-    layers = decoder_layers(model)
-    assert [layer.index for layer in layers] == [0, 1]
-    assert (layers[0].num_neurons, layers[0].num_kv_groups, layers[0].num_query_heads, layers[0].head_dim) == (
-        48,
-        2,
-        4,
-        8,
-    )
-    assert [name for _, name in layers[0].linears()] == [
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    ]

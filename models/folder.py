@@ -1,0 +1,188 @@
+"""What a student's folder says beyond Hugging Face's files: the sizes of its layers, and the scales of its quantizers.
+
+| file                   | holds                                                              | read by                              |
+|------------------------|--------------------------------------------------------------------|--------------------------------------|
+| `potstill.json`        | `layers`: neurons, query heads and key/value groups of each layer  | `load_model`, everywhere             |
+|                        | `format`, `modules`: which projections are quantized, and how      | `load_student` of the export         |
+| `potstill.safetensors` | ranges and scales of these quantizers                              | `load_student` of the export         |
+
+transformers builds every layer from the one set of sizes in `config.json`.  Most students fit into that, and their folders are
+ordinary ones, with `layers` left out.  A student that does not fit is written under a `model_type` of our own: plain
+transformers then refuses the folder instead of building another model, and `load_unequal_layers` rebuilds this one.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from models.architecture import decoder_layers
+from models.quantization.linear import quantized_linears
+from models.sizes import is_uniform
+from models.structure import Edit, apply_edit, replay
+
+CONFIG_FILE = "config.json"
+STRUCTURE_FILE = "potstill.json"
+WEIGHTS_FILE = "model.safetensors"
+SCALES_FILE = "potstill.safetensors"
+TYPE_PREFIX = "potstill-"
+FORMAT = "fp8_e4m3"
+_QUANTIZERS, _STATE = ("input_quantizer", "weight_quantizer"), ("amax", "scale")
+
+LayerSizes = dict[str, int]
+
+
+def why_not_plain(model: PreTrainedModel) -> str | None:
+    """Why plain transformers can't build this model from a `config.json`; None if it can."""
+    if not is_uniform(model):
+        sizes = sorted({tuple(layer.values()) for layer in layer_sizes(model)})
+        return (
+            f"layers of {len(sizes)} sizes (neurons, query heads, key/value groups: {sizes[0]} to {sizes[-1]}), and a "
+            "config.json has one for all"
+        )
+    try:
+        type(model.config).from_dict(model.config.to_dict())
+    except (StrictDataclassError, ValueError) as error:
+        return f"sizes that transformers does not build ({str(error).splitlines()[-1].strip().removesuffix('.')})"
+    return None
+
+
+def layer_sizes(model: PreTrainedModel) -> list[LayerSizes]:
+    """Neurons, query heads and key/value groups of every decoder layer."""
+    return [
+        {"neurons": layer.num_neurons, "query_heads": layer.num_query_heads, "kv_groups": layer.num_kv_groups}
+        for layer in decoder_layers(model)
+    ]
+
+
+def save_unequal_layers(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model that `config.json` does not describe, for `load_unequal_layers`.
+
+    Args:
+        model: Without quantizers and adapters.
+        folder: Where to write; created if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    config = model.config.to_diff_dict()
+    config |= {"model_type": TYPE_PREFIX + model.config.model_type, "architectures": None}
+    _write_json(folder / CONFIG_FILE, config)
+    model.generation_config.save_pretrained(folder)
+    _add_to_structure(folder, {"layers": layer_sizes(model)})
+
+
+def save_quantizers(model: PreTrainedModel, folder: Path) -> None:
+    """Write the ranges and scales of a model's frozen quantizers, if it has any, into a folder with its rounded weights."""
+    frozen = {name: linear for name, linear in quantized_linears(model).items() if linear.weight_quantizer.frozen}
+    if not frozen:
+        return
+    scales = {
+        f"{name}.{kind}.{key}": getattr(getattr(linear, kind), key).detach().cpu().clone()
+        for name, linear in frozen.items()
+        for kind in _QUANTIZERS
+        for key in _STATE
+    }
+    save_file(scales, folder / SCALES_FILE)
+    _add_to_structure(folder, {"format": FORMAT, "modules": list(frozen)})
+
+
+def has_unequal_layers(folder: Path) -> bool:
+    """Whether a model folder is one that only `load_unequal_layers` reads."""
+    return str(_read_json(folder / CONFIG_FILE).get("model_type")).startswith(TYPE_PREFIX)
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The configuration in a folder that `has_unequal_layers`, under the family's own name.
+
+    It is filled field by field, as transformers' checks of a new one would refuse sizes that narrowing leads to.
+    """
+    fields = _read_json(folder / CONFIG_FILE)
+    config = AutoConfig.for_model(fields.pop("model_type").removeprefix(TYPE_PREFIX))
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Rebuild a student that `config.json` does not describe: the largest sizes first, narrowed to those of each layer.
+
+    Raises:
+        ValueError: The files do not describe one model.
+    """
+    sizes = _read_json(folder / STRUCTURE_FILE).get("layers", [])
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(_with_room_for(sizes, load_config(folder)), dtype=dtype)
+    model.tie_weights()
+    replay(model, _narrowing(model, sizes))
+    try:
+        load_model(model, folder / WEIGHTS_FILE)
+    except RuntimeError as error:
+        difference = str(error).splitlines()[1].strip()
+        raise ValueError(
+            f"expected weights of the sizes in {STRUCTURE_FILE}, found others ({difference}); write the folder again"
+        ) from error
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def restore_quantizers(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model that was loaded from a folder the quantizers that lie beside it, in place; most folders have none."""
+    structure = _read_json(folder / STRUCTURE_FILE)
+    if "modules" not in structure:
+        return
+    apply_edit(model, {"op": "fake_quantize", "format": structure["format"], "modules": structure["modules"]})
+    scales = load_file(folder / SCALES_FILE)
+    for name, linear in quantized_linears(model).items():
+        for kind in _QUANTIZERS:
+            prefix = f"{name}.{kind}."
+            getattr(linear, kind).load_state_dict({key: scales[prefix + key] for key in _STATE})
+
+
+def _with_room_for(sizes: Sequence[LayerSizes], config: PretrainedConfig) -> PretrainedConfig:
+    """Set the sizes of a configuration to the largest ones of all layers."""
+    if len(sizes) != config.num_hidden_layers:
+        raise ValueError(
+            f"expected the sizes of {config.num_hidden_layers} layers in {STRUCTURE_FILE}, found {len(sizes)}; "
+            "write the folder again"
+        )
+    groups = max(layer["kv_groups"] for layer in sizes)
+    config.intermediate_size = max(layer["neurons"] for layer in sizes)
+    config.num_key_value_heads = groups
+    config.num_attention_heads = groups * max(layer["query_heads"] // layer["kv_groups"] for layer in sizes)
+    return config
+
+
+def _narrowing(model: PreTrainedModel, sizes: Sequence[LayerSizes]) -> list[Edit]:
+    """The edits that lead from equal layers to these sizes; which units they keep does not matter, as weights follow."""
+    edits: list[Edit] = []
+    for layer, wanted in zip(decoder_layers(model), sizes, strict=True):
+        groups, heads = wanted["kv_groups"], wanted["query_heads"] // wanted["kv_groups"]
+        largest = layer.num_query_heads // layer.num_kv_groups
+        kept = [group * largest + head for group in range(groups) for head in range(heads)]
+        if wanted["neurons"] < layer.num_neurons:
+            edits.append({"op": "narrow_mlp", "layer": layer.index, "keep": list(range(wanted["neurons"]))})
+        if groups < layer.num_kv_groups:
+            edits.append({"op": "narrow_kv_groups", "layer": layer.index, "keep": list(range(groups))})
+        if heads < largest:
+            edits.append({"op": "narrow_query_heads", "layer": layer.index, "keep": kept})
+    return edits
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no such file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _add_to_structure(folder: Path, entries: dict[str, Any]) -> None:
+    _write_json(folder / STRUCTURE_FILE, _read_json(folder / STRUCTURE_FILE) | entries)
