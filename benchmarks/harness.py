@@ -8,33 +8,14 @@ import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from models.interleave import interleave
 
-
-def interleave(sides: Mapping[str, Callable[[], Any]], *, repetitions: int) -> dict[str, list[float]]:
-    """Time every side in turns, so that a change of the machine's load meets all of them.
-
-    Args:
-        sides: What to time, by name.
-        repetitions: Counted repetitions; one more before them is not counted.
-
-    Returns:
-        Seconds of each counted repetition, by name.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in tqdm(range(repetitions + 1), desc=" / ".join(sides), unit="round", leave=False):
-        for name, run in sides.items():
-            started = time.perf_counter()
-            run()
-            if repetition:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+__all__ = ["interleave", "parser", "report", "spread"]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -45,7 +26,9 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--repetitions", type=int, default=5, help="counted repetitions of each side (default: 5)")
+    options.add_argument(
+        "--repetitions", type=int, default=5, help="counted repetitions of each side (default: %(default)s)"
+    )
     options.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
     return options
 

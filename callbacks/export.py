@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.data import data_of
+from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
@@ -30,6 +31,7 @@ class ExportOnFitEnd(Callback):
     Args:
         precision: Of the ONNX graph and the engine: fp32, fp16, or fp8 (needs QuantizationAwareTraining).
         formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
+        plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
         output: Folder to write into; by default the run's folder.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
         compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
@@ -50,6 +52,7 @@ class ExportOnFitEnd(Callback):
         self,
         precision: Literal["fp32", "fp16", "fp8"] = "fp32",
         formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
+        plain: bool = False,
         output: str | None = None,
         tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
         compute_capability: Sequence[str | float] = (),
@@ -63,6 +66,7 @@ class ExportOnFitEnd(Callback):
         self.settings = ExportSettings(
             precision=precision,
             formats=tuple(formats),
+            plain=plain,
             tensorrt=tensorrt,
             compute_capability=tuple(map(str, compute_capability)),
             batch=batch,
@@ -88,6 +92,12 @@ class ExportOnFitEnd(Callback):
                 "model.teacher_dtype int8; name the teacher's model with teacher_dtype auto, or leave the comparison out"
             )
         data_of(trainer)
+        unequal = any(isinstance(callback, GradualPruning) and callback.makes_layers_unequal for callback in callbacks)
+        if self.settings.plain and "hf" in self.settings.formats and unequal:
+            raise ValueError(
+                "expected GradualPruning.allocation uniform for a plain Hugging Face folder, found per_layer: config.json has one "
+                "size for all layers; change the allocation, or set ExportOnFitEnd.plain to false"
+            )
         quantized = any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks)
         if self.settings.precision == "fp8" and self.settings.graph and not quantized:
             raise ValueError(

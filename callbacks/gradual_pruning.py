@@ -1,50 +1,71 @@
-"""Gradual structured pruning in the middle of `fit`: tensors and optimizer state really shrink, parameters stay the same objects."""
+"""Gradual structured pruning in the middle of `fit`: tensors and optimizer state really shrink, parameters stay the same objects.
 
-from dataclasses import dataclass
-from typing import Any
+This file decides when; `pruning_plan` how much, `pruning_event` does it, `models/pruning` knows what is worth keeping.
+"""
+
+from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
 
+from callbacks.averaging import check_averaging, follow_edits
 from callbacks.data import data_of
-from callbacks.distributed import check_strategy, edit_on_all_ranks, share_of_rank
+from callbacks.distributed import check_strategy
 from callbacks.order import StepBoundary, check_order
-from models.architecture import DecoderLayer, count_parameters, decoder_layers
-from models.pruning import activation_scores, event_steps, sparsity_after, top_indices, units_to_keep
-from models.pruning.schedule import Shape
-from models.structure import Edit
+from callbacks.plateau import Plateau
+from callbacks.pruning_event import cut_student
+from callbacks.pruning_judge import PruningJudge
+from callbacks.pruning_plan import PruningPlan, Sparsities, deadlines
+from models.architecture import count_parameters
+from models.distillation import Distillation
+from models.pruning.cut import Allocation, PruningSettings, Repair, ScoreName, Targets
+from models.pruning.schedule import Shape, event_steps
 from models.student import StudentModule
 
-
-@dataclass(frozen=True)
-class PruningEvent:
-    """What every layer keeps after optimizer step `step`."""
-
-    step: int
-    neurons: int
-    kv_groups: int
+DEFAULTS = PruningSettings()
 
 
 class GradualPruning(Callback):
-    """Remove MLP neurons and attention key/value groups (with their query heads) in several events during training.
+    """Remove MLP neurons, attention heads, layers and channels of the hidden state in several events during training.
 
-    Each event collects activation importance (Minitron, arXiv 2407.14679) on fresh training batches and cuts the least
-    important units of every layer, the same number everywhere, so that the student stays an ordinary Hugging Face model.
+    Each event judges importance on fresh training batches, cuts, and repairs the weights that are left by least squares.  Layers
+    stay equal, and the student an ordinary Hugging Face model, unless allocation is per_layer.  `history` holds the figures of
+    all events so far.
 
     Args:
-        mlp_sparsity: Share of MLP neurons removed at the end, 0 to 1 (1 excluded).
-        kv_group_sparsity: Share of key/value groups removed at the end, 0 to 1 (1 excluded).
-        start_step: Optimizer steps done before the first event.
-        end_step: Optimizer steps done before the last event.
-        events: Number of events, evenly spaced.
+        mlp_sparsity: Share of MLP neurons removed at the end, 0 to 1 (1 excluded), as all sparsities.
+        kv_group_sparsity: Share of key/value groups removed at the end, with their query heads.
+        query_head_sparsity: Share of the query heads of every remaining group removed at the end.
+        depth_sparsity: Share of decoder layers removed at the end.
+        hidden_sparsity: Share of the hidden size removed at the end.
+        start_step: Optimizer steps done before the first event (with when: plateau, at least).
+        end_step: Optimizer steps done before the last event (with when: plateau, at most).
+        events: Number of events.
         schedule: Course of the sparsity over the events: cubic removes most at first, linear equal shares.
-        multiple: Neurons kept are rounded to a multiple of this (FP8 matrix units want 16, GPUs like 64 or 128).
-        calibration_batches: Training batches used to judge importance at each event.
-        seed: Seed of the choice of these batches.
+        when: steps are evenly spaced events; plateau is an event as soon as the training loss has stopped falling, and at the
+            latest at evenly spaced steps.
+        patience: Steps in each of the two means of the training loss that plateau compares, one after the other.
+        min_delta: Share by which the later mean must be lower for the loss to be falling.
+        turns: MLP and attention take turns: the MLP is cut in odd events, the attention in even ones.
+        score: What ranks neurons, heads and groups: osscar (what removing them costs after the best repair, second order),
+            activation (Minitron), taylor, wanda, magnitude or random.
+        repair: Fit o_proj and down_proj of all layers anew after a cut: sequential (on the cut model's own inputs), layerwise (on
+            the dense model's), or none.
+        allocation: The same sizes in every layer (uniform), or where they cost least (per_layer; such a student is no plain
+            Hugging Face model).
+        multiple: Neurons and channels kept are rounded to a multiple of this (FP8 matrix units want 16, GPUs like 64 or 128).
+        damping: Share of the mean diagonal that damps OSSCAR's statistics.
+        ridge: Share of the mean diagonal that pulls a repair towards the weights before it.
+        calibration_batches: Training batches on which each event judges importance and repairs.
+        judge_batches: Held-out batches (validation data if there is any) on which the KL to the teacher is measured before and
+            after each cut and repair; 0 for none.
+        seed: Seed of the choice of training batches.
 
     Raises:
-        ValueError: A setting is out of range or leaves a layer without neurons or heads; the data module is no
-            `ChatDataModule`; the strategy shards the model (prune in a run of its own before).
+        ValueError: A setting is out of range or leaves nothing of an axis; hidden states are distilled while their number or
+            size changes; the data module is no `ChatDataModule`; the strategy shards the model (prune in a run of its own
+            before); a callback that averages weights comes first.
     """
 
     needs_whole_student = True
@@ -53,116 +74,176 @@ class GradualPruning(Callback):
         self,
         mlp_sparsity: float = 0.0,
         kv_group_sparsity: float = 0.0,
+        query_head_sparsity: float = 0.0,
+        depth_sparsity: float = 0.0,
+        hidden_sparsity: float = 0.0,
+        *,
         start_step: int = 0,
         end_step: int = 0,
         events: int = 1,
         schedule: Shape = "cubic",
-        multiple: int = 64,
+        when: Literal["steps", "plateau"] = "steps",
+        patience: int = 50,
+        min_delta: float = 0.01,
+        turns: bool = False,
+        score: ScoreName = DEFAULTS.score,
+        repair: Repair = DEFAULTS.repair,
+        allocation: Allocation = DEFAULTS.allocation,
+        multiple: int = DEFAULTS.multiple,
+        damping: float = DEFAULTS.damping,
+        ridge: float = DEFAULTS.ridge,
         calibration_batches: int = 8,
+        judge_batches: int = 4,
         seed: int = 0,
     ) -> None:
-        for name, value in (("mlp_sparsity", mlp_sparsity), ("kv_group_sparsity", kv_group_sparsity)):
-            if not 0 <= value < 1:
-                raise ValueError(
-                    f"expected GradualPruning.{name} between 0 and 1 (1 excluded), found {value}; "
-                    "it is the share to remove, for example 0.375"
-                )
-        if not 1 <= start_step <= end_step or events < 1 or (events == 1) != (start_step == end_step):
+        self.sparsities = Sparsities(
+            mlp_sparsity, kv_group_sparsity, query_head_sparsity, depth_sparsity, hidden_sparsity
+        )
+        _check_steps(start_step, end_step, events, when)
+        if multiple < 1 or calibration_batches < 1 or judge_batches < 0:
             raise ValueError(
-                f"expected 1 <= start_step <= end_step and one event exactly if they are equal, found start_step "
-                f"{start_step}, end_step {end_step}, events {events}; change GradualPruning in the recipe"
+                f"expected GradualPruning.multiple and calibration_batches of 1 or more and judge_batches of 0 or more, found "
+                f"{multiple}, {calibration_batches} and {judge_batches}; change them in the recipe"
             )
-        self.mlp_sparsity = mlp_sparsity
-        self.kv_group_sparsity = kv_group_sparsity
-        self.steps = event_steps(start_step, end_step, events)
-        self.schedule = schedule
-        self.multiple = multiple
+        self.plan = PruningPlan(self.sparsities, events, schedule, multiple, turns, allocation == "per_layer")
+        self.settings = PruningSettings(
+            score, repair, allocation, multiple=multiple, damping=damping, ridge=ridge, seed=seed
+        )
+        self.start_step = start_step
+        self.steps = (event_steps if when == "steps" else deadlines)(start_step, end_step, events)
         self.calibration_batches = calibration_batches
-        self.seed = seed
-        self.plan: dict[int, PruningEvent] = {}
+        self.targets: list[Targets] = []
+        self.history: list[dict[str, Any]] = []
+        self._plateau = Plateau(patience, min_delta) if when == "plateau" else None
+        self._judge = PruningJudge(judge_batches, seed)
         self._boundary = StepBoundary()
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps done before the last event."""
+        """Optimizer steps done before the last event, at most."""
         return self.steps[-1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all events have taken place."""
+        return len(self.history) == len(self.steps)
+
+    @property
+    def makes_layers_unequal(self) -> bool:
+        """Whether layers end with different sizes, which one `config.json` cannot express."""
+        cuts_layers = self.sparsities.mlp_sparsity > 0 or self.sparsities.attention
+        return cuts_layers and self.settings.allocation == "per_layer"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan all events from the sizes of the *unpruned* student; a checkpoint loads only after this."""
         if stage != "fit":
             return
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
+        check_averaging(trainer.callbacks, self)  # type: ignore[attr-defined]
         check_strategy(trainer)
         data_of(trainer)
         assert isinstance(pl_module, StudentModule)
+        changes = [name for name in ("depth_sparsity", "hidden_sparsity") if getattr(self.sparsities, name)]
+        if changes and isinstance(pl_module, Distillation) and pl_module.hidden_state_weight:
+            raise ValueError(
+                f"expected model.hidden_state_weight 0 with GradualPruning.{changes[0]}, found {pl_module.hidden_state_weight:g}: "
+                "layers or channels would no longer be the teacher's; set one of them to 0"
+            )
         pl_module.configure_model()
-        self.plan = {event.step: event for event in self._planned_events(decoder_layers(pl_module.student)[0])}
+        self.targets = self.plan.targets(pl_module.student)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An event that happened before a checkpoint was saved does not happen again after it loaded."""
+        """An event that a checkpoint holds does not happen again; one that it was saved just before does."""
         self._boundary.start(trainer.global_step)
         assert isinstance(pl_module, StudentModule)
-        for logger in trainer.loggers:
-            logger.log_metrics({"pruning/parameters": count_parameters(pl_module.student)}, step=trainer.global_step)
+        self._log(trainer, {"parameters": count_parameters(pl_module.student)})
+        self._cut_if_due(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the loss, before any callback can save the step."""
+        if self._plateau is not None and not self.finished:
+            self._plateau.add(float(trainer.callback_metrics["train/loss"]))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Cut if an event is due after this optimizer step."""
         assert isinstance(pl_module, StudentModule)
-        if self._boundary.passed(trainer.global_step) and trainer.global_step in self.plan:
-            self._cut(trainer, pl_module, self.plan[trainer.global_step])
+        if self._boundary.passed(trainer.global_step):
+            self._cut_if_due(trainer, pl_module)
 
-    def _planned_events(self, layer: DecoderLayer) -> list[PruningEvent]:
-        events = []
-        for number, step in enumerate(self.steps, start=1):
-            mlp = sparsity_after(number, len(self.steps), self.mlp_sparsity, self.schedule)
-            groups = sparsity_after(number, len(self.steps), self.kv_group_sparsity, self.schedule)
-            event = PruningEvent(
-                step=step,
-                neurons=layer.num_neurons if mlp == 0 else units_to_keep(layer.num_neurons, mlp, self.multiple),
-                kv_groups=units_to_keep(layer.num_kv_groups, groups, 1),
-            )
-            for kept, total, name in (
-                (event.neurons, layer.num_neurons, "mlp_sparsity"),
-                (event.kv_groups, layer.num_kv_groups, "kv_group_sparsity"),
-            ):
-                if kept < 1:
-                    raise ValueError(
-                        f"expected GradualPruning.{name} to leave something of {total} units per layer (multiples of "
-                        f"{self.multiple if name == 'mlp_sparsity' else 1}), found {getattr(self, name)}, which leaves "
-                        f"{kept}; lower it"
-                    )
-            events.append(event)
-        return events
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what the recovery after the last event has regained."""
+        assert isinstance(pl_module, StudentModule)
+        if self.history and self._judge.num_batches:
+            self._note_recovery(trainer, self._judge.measure(pl_module), self._judge(trainer, pl_module))
 
-    def _cut(self, trainer: Trainer, module: StudentModule, event: PruningEvent) -> None:
-        batches = data_of(trainer).calibration_batches(self.calibration_batches, self.seed + event.step)
-        with trainer.precision_plugin.forward_context():
-            scores = activation_scores(
-                module.student,
-                share_of_rank(trainer, batches, self.calibration_batches),
-                total=lambda x: trainer.strategy.reduce(x, reduce_op="sum"),
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """Figures of the events so far, and the losses since the last one where these decide."""
+        return {"history": self.history, "losses": self._plateau.losses if self._plateau else []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the events so far."""
+        self.history = state_dict["history"]
+        if self._plateau is not None:
+            self._plateau.losses = state_dict["losses"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give averaged weights, which load next, the shapes they were saved in."""
+        assert isinstance(pl_module, StudentModule)
+        follow_edits(trainer, pl_module)
+
+    def _cut_if_due(self, trainer: Trainer, module: StudentModule) -> None:
+        if self.finished:
+            return
+        step, number = trainer.global_step, len(self.history)
+        due = step >= self.steps[number]
+        if self._plateau is not None and step >= self.start_step:
+            due = trainer.strategy.broadcast(due or self._plateau.reached)
+        if due:
+            self._cut(trainer, module, number)
+
+    def _cut(self, trainer: Trainer, module: StudentModule, number: int) -> None:
+        batches = self._judge.calibration_batches(data_of(trainer), number + 1, self.calibration_batches)
         before = count_parameters(module.student)
-        edits: list[Edit] = []
-        for layer in decoder_layers(module.student):
-            for op, kept, total, layer_scores in (
-                ("narrow_mlp", event.neurons, layer.num_neurons, scores.neurons),
-                ("narrow_kv_groups", event.kv_groups, layer.num_kv_groups, scores.kv_groups),
-            ):
-                if kept < total:
-                    edits.append({"op": op, "layer": layer.index, "keep": top_indices(layer_scores[layer.index], kept)})
-        edit_on_all_ranks(trainer, module, edits)
-        after = count_parameters(module.student)
-        figures: dict[str, float] = {
-            "pruning/parameters": after,
-            "pruning/neurons_per_layer": event.neurons,
-            "pruning/kv_groups_per_layer": event.kv_groups,
-        }
-        for logger in trainer.loggers:  # directly: the trainer's own logging would put it at a later step
-            logger.log_metrics(figures, step=event.step)
+        figures = cut_student(trainer, module, batches, self.targets[number], self.settings, self._judge)
+        measure = self._judge.measure(module)
+        if self.history and self._judge.num_batches:
+            self._note_recovery(trainer, measure, figures[f"{measure}_before"])
+        self.history.append({"event": number + 1, "step": trainer.global_step, **figures})
+        if self._plateau is not None:
+            self._plateau.reset()
+        self._log(trainer, figures)
+        moments = [
+            f"{figures[key]:.4g} {key.removeprefix(measure + '_').replace('_', ' ')}"
+            for key in figures
+            if key.startswith(measure)
+        ]
         rank_zero_info(
-            f"Pruned after step {event.step}: {event.neurons} neurons and {event.kv_groups} key/value groups per layer, "
-            f"{before:,} -> {after:,} parameters"
+            f"Pruned after step {trainer.global_step} (event {number + 1} of {len(self.steps)}): "
+            f"{figures['layers']} layers of {figures['neurons_per_layer']:g} neurons, {figures['query_heads_per_layer']:g} query "
+            f"heads and {figures['kv_groups_per_layer']:g} key/value groups, hidden size {figures['hidden_size']}, {before:,} -> "
+            f"{figures['parameters']:,} parameters" + (f"; {measure} {', '.join(moments)}" if moments else "")
+        )
+
+    def _note_recovery(self, trainer: Trainer, measure: str, now: float) -> None:
+        last = self.history[-1]
+        after = last.get(f"{measure}_after_repair", last[f"{measure}_after_cut"])
+        last[f"{measure}_recovered"] = after - now
+        self._log(trainer, {f"{measure}_recovered": after - now})
+
+    def _log(self, trainer: Trainer, figures: dict[str, float]) -> None:
+        """Give figures to the loggers directly: the trainer's own logging would put them at a later step."""
+        for logger in trainer.loggers:
+            logger.log_metrics({f"pruning/{name}": value for name, value in figures.items()}, step=trainer.global_step)
+
+
+def _check_steps(start: int, end: int, events: int, when: str) -> None:
+    """Raise `ValueError` unless every event has a step of its own."""
+    room = end - start + 1 if when == "steps" else max(1, end - start)
+    alone = when == "steps" and (events == 1) != (start == end)
+    if not 1 <= start <= end or not 1 <= events <= room or alone:
+        raise ValueError(
+            f"expected 1 <= start_step <= end_step, a step for every event, and with when: steps one event exactly if they are "
+            f"equal, found start_step {start}, end_step {end}, events {events}, when {when}; change GradualPruning in the recipe"
         )

@@ -44,8 +44,8 @@ class PhaseEvaluation(Callback):
         self.phases: list[dict[str, Any]] = []
         self.teacher_figures: dict[str, Any] = {}
         self.constant_answer_score: float | None = None
-        self._due: dict[int, str] = {}
-        self._last_phase = "trained"
+        self._pruning: GradualPruning | None = None
+        self._quantize_at: int | None = None
         self._teacher: RememberingTeacher | None = None
         self._boundary = StepBoundary()
 
@@ -65,29 +65,25 @@ class PhaseEvaluation(Callback):
                 f"expected {self.split} data for PhaseEvaluation, found none; set data.init_args.{self.split}, or choose "
                 "another PhaseEvaluation.split"
             )
-        for callback in callbacks:
-            if isinstance(callback, GradualPruning):
-                self._due[callback.last_step] = "pruned"
-                self._last_phase = "recovered"
-        for callback in callbacks:
-            if isinstance(callback, QuantizationAwareTraining):
-                self._due[callback.start_step] = "recovered" if self._due else "trained"
-                self._last_phase = "quantized"
+        self._pruning = next((c for c in callbacks if isinstance(c, GradualPruning)), None)
+        quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+        self._quantize_at = quantization.start_step if quantization else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A phase judged before a checkpoint was saved is not judged again."""
+        """Judge a phase that a checkpoint was saved too early for; one that was judged before is not judged again."""
         self._boundary.start(trainer.global_step)
+        self._judge_what_ended(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Judge the student if a phase ends after this optimizer step."""
-        if self._boundary.passed(trainer.global_step) and trainer.global_step in self._due:
-            self._judge_student(trainer, pl_module, self._due[trainer.global_step])
+        if self._boundary.passed(trainer.global_step):
+            self._judge_what_ended(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the final student, and the teacher for comparison."""
-        self._judge_student(trainer, pl_module, self._last_phase)
+        self._judge_student(trainer, pl_module, "quantized" if self._quantize_at else self._unquantized)
         if self._teacher is not None:
             model = self._teacher.model
             figures = self._figures(trainer, pl_module, model, "teacher")
@@ -108,6 +104,17 @@ class PhaseEvaluation(Callback):
         self.phases = state_dict["phases"]
         self.teacher_figures = state_dict["teacher"]
         self.constant_answer_score = state_dict["constant_answer_score"]
+
+    @property
+    def _unquantized(self) -> str:
+        return "recovered" if self._pruning else "trained"
+
+    def _judge_what_ended(self, trainer: Trainer, module: LightningModule) -> None:
+        judged = {phase["name"] for phase in self.phases}
+        if self._pruning is not None and self._pruning.finished and "pruned" not in judged:
+            self._judge_student(trainer, module, "pruned")
+        if trainer.global_step == self._quantize_at and self._unquantized not in judged:
+            self._judge_student(trainer, module, self._unquantized)
 
     def _judge_student(self, trainer: Trainer, module: LightningModule, name: str) -> None:
         assert isinstance(module, StudentModule)

@@ -1,8 +1,10 @@
 """Before the first step: check in seconds what would otherwise fail after hours."""
 
+import copy
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,19 +17,20 @@ from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
 from export.pipeline import check_output_free
-from export.slice import one_layer_slice
+from export.slice import layer_kinds, slice_layers
 from export.to_onnx import export_onnx
-from models.architecture import count_parameters
+from models.architecture import DecoderLayer, count_parameters, decoder_layers
 from models.lora import merge_adapters
+from models.pruning.cut import Targets
 from models.quantization import freeze_scales
-from models.structure import apply_edit, quantize_decoder
+from models.structure import Edit, apply_edit, quantize_decoder
 from models.student import StudentModule
 
 GIB = 2**30
 
 
 class Preflight(Callback):
-    """Always on: tokenizers, planned shapes, the export of one layer in the wanted precision, disk and memory.
+    """Always on: tokenizers, planned shapes, the export of one layer of each kind in the wanted precision, disk and memory.
 
     (Tokenizers and model families are checked where the models are built, just before.)
     """
@@ -44,12 +47,12 @@ class Preflight(Callback):
         if (pruning or quantization or export) and all(
             edit["op"] == "lora" for edit in pl_module.edits
         ):  # a resumed student has had part of this done to it
-            layer = merge_adapters(one_layer_slice(pl_module.student))
-            _rehearse_pruning(layer, pruning)
+            layers = merge_adapters(_one_of_each_kind(pl_module.student))
+            _rehearse_pruning(layers, pruning)
             if quantization is not None:
-                _rehearse_quantization(layer)
+                _rehearse_quantization(layers)
             if export is not None and "onnx" in export.settings.formats:
-                _rehearse_export(layer, export)
+                _rehearse_export(layers, export)
         if export is not None:
             check_output_free(Path(export.output or trainer.default_root_dir))
         _check_resources(trainer, pl_module, export)
@@ -67,30 +70,52 @@ def _check_steps(
         )
 
 
-def _rehearse_pruning(layer: PreTrainedModel, pruning: GradualPruning | None) -> None:
-    for event in pruning.plan.values() if pruning else ():
-        apply_edit(layer, {"op": "narrow_mlp", "layer": 0, "keep": list(range(event.neurons))})
-        apply_edit(layer, {"op": "narrow_kv_groups", "layer": 0, "keep": list(range(event.kv_groups))})
-        _forward(layer)
+def _one_of_each_kind(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with its first layer of each kind: exports in seconds, and may be edited freely."""
+    kinds = layer_kinds(model)
+    return copy.deepcopy(slice_layers(model, sorted({kind: kinds.index(kind) for kind in kinds}.values())))
 
 
-def _rehearse_quantization(layer: PreTrainedModel) -> None:
-    apply_edit(layer, quantize_decoder(layer, "fp8_e4m3"))
-    _forward(layer.train())
-    freeze_scales(layer)
-    _forward(layer.eval())
+def _rehearse_pruning(model: PreTrainedModel, pruning: GradualPruning | None) -> None:
+    """Every planned size; which layers go changes no shape, and layers of unequal sizes are rehearsed at their mean."""
+    for targets in pruning.targets if pruning else ():
+        for layer in decoder_layers(model):
+            for edit in _planned_edits(layer, targets):
+                apply_edit(model, edit)
+        if targets.hidden is not None:
+            apply_edit(model, {"op": "narrow_hidden", "keep": list(range(targets.hidden))})
+        _forward(model)
 
 
-def _rehearse_export(layer: PreTrainedModel, export: ExportOnFitEnd) -> None:
+def _planned_edits(layer: DecoderLayer, targets: Targets) -> Iterator[Edit]:
+    if targets.neurons is not None:
+        yield {"op": "narrow_mlp", "layer": layer.index, "keep": list(range(targets.neurons))}
+    if targets.kv_groups is not None:
+        yield {"op": "narrow_kv_groups", "layer": layer.index, "keep": list(range(round(targets.kv_groups)))}
+    if targets.query_heads is not None:  # of the groups that are left: the view sees the edit before
+        groups = layer.num_kv_groups
+        each, kept = layer.num_query_heads // groups, round(targets.query_heads) // groups
+        heads = [group * each + head for group in range(groups) for head in range(kept)]
+        yield {"op": "narrow_query_heads", "layer": layer.index, "keep": heads}
+
+
+def _rehearse_quantization(model: PreTrainedModel) -> None:
+    apply_edit(model, quantize_decoder(model, "fp8_e4m3"))
+    _forward(model.train())
+    freeze_scales(model)
+    _forward(model.eval())
+
+
+def _rehearse_export(model: PreTrainedModel, export: ExportOnFitEnd) -> None:
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(
-            layer, Path(folder) / "model.onnx", precision=export.settings.precision, opset=export.settings.opset
+            model, Path(folder) / "model.onnx", precision=export.settings.precision, opset=export.settings.opset
         )
 
 
 @torch.no_grad()
-def _forward(layer: PreTrainedModel) -> None:
-    layer(input_ids=torch.arange(1, 9).reshape(1, 8), use_cache=False)
+def _forward(model: PreTrainedModel) -> None:
+    model(input_ids=torch.arange(1, 9).reshape(1, 8), use_cache=False)
 
 
 def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFitEnd | None) -> None:

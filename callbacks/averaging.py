@@ -1,0 +1,59 @@
+"""Averaged weights of a student that changes: Lightning's `WeightAveraging` keeps a copy of the module, which has to follow.
+
+The copy gets the same edits, so every weight that is kept has its average.  Where a repair moved the student's weights, the
+averages move by as much, as if all earlier students had been moved.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from models.student import StudentModule
+
+
+def averaged_modules(trainer: Trainer) -> Iterator[StudentModule]:
+    """The averaged copies of the module that callbacks keep (`WeightAveraging`, `EMAWeightAveraging`)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            average = callback._average_model.module
+            assert isinstance(average, StudentModule)
+            yield average
+
+
+def check_averaging(callbacks: list[Callback], pruning: Callback) -> None:
+    """Raise `ValueError` if weights are averaged by a callback before `pruning`: a checkpoint would load into old shapes."""
+    for callback in callbacks[: callbacks.index(pruning)]:
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"expected {type(pruning).__name__} before {type(callback).__name__}, found it behind; reorder "
+                "trainer.callbacks in the recipe"
+            )
+
+
+def refuse_averaging(callbacks: list[Callback], name: str) -> None:
+    """Raise `ValueError` if weights are averaged beside a callback that cannot have it."""
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"expected {name} without {type(callback).__name__}, found both: averages of observed scales would mean nothing; "
+                "leave one of them out"
+            )
+
+
+def follow_edits(trainer: Trainer, module: StudentModule) -> None:
+    """Apply to the averages the edits of the student that they do not have yet."""
+    for average in averaged_modules(trainer):
+        average.edit(module.edits[len(average.edits) :])
+
+
+@torch.no_grad()
+def follow_weights(trainer: Trainer, module: StudentModule, before: Mapping[str, Tensor]) -> None:
+    """Move the averages by as much as the student's weights have moved since they were `before` (by name)."""
+    now = dict(module.student.named_parameters())
+    for average in averaged_modules(trainer):
+        averages = dict(average.student.named_parameters())
+        for name, weight in before.items():
+            averages[name].add_((now[name] - weight).to(averages[name].device))

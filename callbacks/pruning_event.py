@@ -1,0 +1,87 @@
+"""One pruning event: choose the units, cut them on every device, repair what is left, and measure each step."""
+
+import copy
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+
+from callbacks.averaging import averaged_modules, follow_edits, follow_weights
+from callbacks.distributed import share_of_rank, synchronize_anew
+from callbacks.pruning_judge import PruningJudge
+from models.architecture import count_parameters, decoder_layers
+from models.forward import Batch
+from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut
+from models.student import StudentModule
+
+
+# Compiled code would be compiled anew for every set of hooks, to read a few batches.
+@torch.compiler.set_stance("force_eager")
+def cut_student(
+    trainer: Trainer,
+    module: StudentModule,
+    batches: Sequence[Batch],
+    targets: Targets,
+    settings: PruningSettings,
+    judge: PruningJudge,
+) -> dict[str, float]:
+    """Bring the student to its targets; all devices end with rank 0's edits and weights.
+
+    Only between optimizer steps: gradients are dropped.  Optimizer states stay with the weights that stay.
+
+    Args:
+        trainer: Of the run.
+        module: Whose student is cut.
+        batches: Calibration batches of all devices together.
+        targets: What is kept.
+        settings: How units are chosen and repaired.
+        judge: Measures the student before the cut, after it and after the repair; without batches it does not.
+
+    Returns:
+        `kl_before`, `kl_after_cut`, `kl_after_repair` (`loss_...` without a live teacher), and the sizes, see `sizes_of`.
+    """
+    measure, figures = judge.measure(module), {}
+
+    def measured(moment: str) -> None:
+        if judge.num_batches:
+            figures[f"{measure}_{moment}"] = judge(trainer, module)
+
+    def total(x: Tensor) -> Tensor:
+        return trainer.strategy.reduce(x, reduce_op="sum")  # type: ignore[return-value]
+
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad()
+    share = [move_data_to_device(batch, module.device) for batch in share_of_rank(trainer, batches, len(batches))]
+    measured("before")
+    edits = trainer.strategy.broadcast(plan_cut(module.student, share, targets, settings, total=total))
+    repairs = bool(edits) and settings.repair != "none"
+    dense = copy.deepcopy(module.student).requires_grad_(False).eval() if repairs else None
+    module.edit(edits)
+    follow_edits(trainer, module)
+    measured("after_cut")
+    if dense is not None:
+        averaged = any(averaged_modules(trainer))
+        unrepaired = {name: p.detach().clone() for name, p in module.student.named_parameters()} if averaged else {}
+        repair_cut(module.student, dense, edits, share, settings, total=total)
+        synchronize_anew(trainer.strategy)
+        follow_weights(trainer, module, unrepaired)
+        measured("after_repair")
+    elif edits:
+        synchronize_anew(trainer.strategy)
+    return figures | sizes_of(module)
+
+
+def sizes_of(module: StudentModule) -> dict[str, float]:
+    """The student's sizes; those of its layers as means over the layers."""
+    layers = decoder_layers(module.student)
+    return {
+        "parameters": count_parameters(module.student),
+        "layers": len(layers),
+        "hidden_size": module.student.config.hidden_size,
+        "neurons_per_layer": fmean(layer.num_neurons for layer in layers),
+        "query_heads_per_layer": fmean(layer.num_query_heads for layer in layers),
+        "kv_groups_per_layer": fmean(layer.num_kv_groups for layer in layers),
+    }

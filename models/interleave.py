@@ -1,0 +1,27 @@
+"""Timing several things fairly on a machine that does other things as well."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+
+def interleave(sides: Mapping[str, Callable[[], Any]], *, repetitions: int) -> dict[str, list[float]]:
+    """Time every side in turns, so that a change of the machine's load meets all of them.
+
+    Args:
+        sides: What to time, by name.
+        repetitions: Counted repetitions; one more before them is not counted.
+
+    Returns:
+        Seconds of each counted repetition, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repetition in tqdm(range(repetitions + 1), desc=" / ".join(sides), unit="round", leave=False):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds

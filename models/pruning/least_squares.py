@@ -1,0 +1,162 @@
+"""Second-order pruning of the inputs of a linear layer, with repair of what is kept (OSSCAR, arXiv 2403.12983).
+
+For a layer y = x W the error on calibration inputs X is f(W) = 1/2 tr((W - W0)^T H (W - W0)) with H = X^T X + ridge.  Removing the
+inputs S and choosing the other rows of W anew costs exactly 1/2 tr(W_S^T [(H^-1)_SS]^-1 W_S); the inverse without S follows from the
+old one by a downdate, so that a greedy search re-scores all units after every removal.  Everything is computed in float64.
+
+An output metric A turns the error into 1/2 tr((W - W0)^T H (W - W0) A): with the Fisher information of the outputs as A, a cost is
+an increase of the KL divergence in nats (Kronecker-factored curvature, arXiv 1503.05671).  It changes what is removed, and not how
+the rest is best chosen, so repairs need no metric.
+
+Legend: S tokens, P inputs, D outputs, U units (each of P / U consecutive inputs), W inputs of a unit, K kept inputs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_UNEXPLAINED = 1e-10  # least share of an input that the others do not explain; with less, rounding errors decide
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One round of the greedy search: the units that went, ascending, and the cost of all removals so far."""
+
+    units: list[int]
+    cost: float
+
+
+def damped(gram_PP: Tensor, ridge: float) -> Tensor:
+    """H = gram + ridge * mean(diagonal) * I in float64; inputs that are always zero do not count in the mean."""
+    hessian_PP = gram_PP.double().clone()
+    diagonal_P = hessian_PP.diagonal()
+    live_P = diagonal_P > 0
+    strength = ridge * diagonal_P[live_P].mean() if live_P.any() else 1.0
+    hessian_PP.diagonal().add_(strength)
+    return hessian_PP
+
+
+def refit(hessian_PP: Tensor, product_PD: Tensor, kept_K: Tensor) -> Tensor:
+    """Weights (K, D) of the kept inputs that minimise the error: H_KK^-1 (product)_K, where `product` is H W0, or X^T Y + ridge W0.
+
+    Raises:
+        ValueError: H is not positive definite.
+    """
+    return torch.cholesky_solve(product_PD[kept_K], _factor(hessian_PP[kept_K][:, kept_K]))
+
+
+def moment(left_SP: Tensor, right_SD: Tensor) -> Tensor:
+    """Sum over S tokens of x y^T, (P, D), in float32, also under autocast, which would round the factors."""
+    with torch.autocast(left_SP.device.type, enabled=False):
+        return left_SP.float().T @ right_SD.float()
+
+
+class Elimination:
+    """The inputs of a linear layer while units are removed from it.
+
+    Args:
+        gram_PP: X^T X over the calibration tokens.
+        weight_PD: Weights, transposed from how torch keeps them.
+        units: Number of units.
+        ridge: Share of the mean diagonal that is added to the diagonal.
+        metric_DD: Symmetric positive semidefinite output metric A; None for the plain error.
+
+    Attributes:
+        left: Which units are left, (U,) bool.
+        cost: Cost of all removals so far.
+
+    Raises:
+        ValueError: H is not positive definite.
+    """
+
+    def __init__(
+        self, gram_PP: Tensor, weight_PD: Tensor, units: int, *, ridge: float, metric_DD: Tensor | None = None
+    ) -> None:
+        weight_PD = weight_PD.double()
+        if metric_DD is not None:
+            weight_PD = weight_PD @ _root(metric_DD)
+        # An input that is always zero adds nothing to the output: removing it costs nothing, whatever its weights are.
+        self._weight_PD = weight_PD * (gram_PP.diagonal() > 0)[:, None]
+        self._inverse_PP = torch.cholesky_inverse(_factor(damped(gram_PP, ridge)))
+        self._width = len(gram_PP) // units
+        self.left = torch.ones(units, dtype=torch.bool)
+        self.cost = 0.0
+
+    def costs(self) -> Tensor:
+        """What removing each unit alone would add to the error, (U,); infinite for those that are gone."""
+        if self._width == 1:
+            squares_U = self._weight_PD.square().sum(1)
+            costs_U = squares_U / self._inverse_PP.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
+        else:
+            blocks_UWW = torch.stack([self._inverse_PP[rows_W][:, rows_W] for rows_W in self._rows_UW()])
+            blocks_UWW[~self.left] = torch.eye(self._width, dtype=torch.float64)
+            weight_UWD = self._weight_PD.unflatten(0, (-1, self._width))
+            costs_U = (weight_UWD * torch.cholesky_solve(weight_UWD, torch.linalg.cholesky(blocks_UWW))).sum((1, 2))
+        return (costs_U / 2).masked_fill(~self.left, math.inf)
+
+    def remove(self, units: Sequence[int]) -> float:
+        """Remove units together; returns what that adds to the error, exactly."""
+        rows_S = self._rows_UW()[list(units)].flatten()
+        weight_SD = self._weight_PD[rows_S]
+        # Not by LU: a batch of such systems has hung in oneMKL.
+        factor_SS = torch.linalg.cholesky(self._inverse_PP[rows_S][:, rows_S])
+        solved_SP = torch.cholesky_solve(self._inverse_PP[rows_S], factor_SS)
+        added = float((weight_SD * torch.cholesky_solve(weight_SD, factor_SS)).sum()) / 2
+        self._weight_PD -= solved_SP.T @ weight_SD
+        self._inverse_PP -= self._inverse_PP[:, rows_S] @ solved_SP
+        self._weight_PD[rows_S] = 0
+        self._inverse_PP[rows_S] = 0
+        self._inverse_PP[:, rows_S] = 0
+        self.left[list(units)] = False
+        self.cost += added
+        return added
+
+    def _rows_UW(self) -> Tensor:
+        return torch.arange(len(self._weight_PD)).unflatten(0, (-1, self._width))
+
+
+def eliminate(problem: Elimination, keep: int, *, step: int = 1, classes: int = 1) -> list[Removal]:
+    """Remove the cheapest units, round after round, until `keep` are left.
+
+    Args:
+        problem: Is used up.
+        keep: Units that stay.
+        step: Units removed between two scorings, in every class; the first round may be smaller, so that what is left after
+            any round is `keep` and a multiple of it.
+        classes: Units fall into so many classes of equal, consecutive units that must lose equally many: query heads of the
+            key/value groups.  `keep` is a multiple of it.
+
+    Returns:
+        The rounds in order.
+    """
+    rounds: list[Removal] = []
+    excess = (int(problem.left.sum()) - keep) // classes
+    while excess > 0:
+        count = excess % step or step
+        costs_CN = problem.costs().unflatten(0, (classes, -1))
+        chosen_CN = costs_CN.topk(count, dim=1, largest=False).indices
+        units = (chosen_CN + torch.arange(classes)[:, None] * costs_CN.shape[1]).flatten().sort().values.tolist()
+        problem.remove(units)
+        rounds.append(Removal(units, problem.cost))
+        excess -= count
+    return rounds
+
+
+def _factor(hessian_PP: Tensor) -> Tensor:
+    """Lower Cholesky factor; its squared diagonal is what is left of each input when those before it have explained the rest."""
+    factor_PP, failed = torch.linalg.cholesky_ex(hessian_PP)
+    if failed or (factor_PP.diagonal().square() < _UNEXPLAINED * hessian_PP.diagonal()).any():
+        raise ValueError(
+            "expected calibration statistics whose damped Gram matrix is positive definite, found one that is not; raise the "
+            "ridge or use more calibration samples"
+        )
+    return factor_PP
+
+
+def _root(metric_DD: Tensor) -> Tensor:
+    """R with R R^T = A, from eigenvectors: a Fisher matrix of few samples has no Cholesky factor."""
+    values_D, vectors_DD = torch.linalg.eigh(metric_DD.double())
+    return vectors_DD * values_D.clamp(min=0).sqrt()

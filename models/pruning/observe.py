@@ -1,0 +1,78 @@
+"""Looking into a model while it reads calibration batches, and leaving it as it was: no hook, no mode, no gradient stays behind.
+
+Legend: B samples, T tokens, I inputs, O outputs of a module.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from models.forward import Batch
+
+Observer = Callable[
+    [Tensor, Tensor, Tensor], None
+]  # the module's input (B, T, I), its output (B, T, O), the mask (B, T)
+
+
+@torch.no_grad()
+def observe(model: PreTrainedModel, batches: Iterable[Batch], observers: Iterable[tuple[nn.Module, Observer]]) -> None:
+    """Run a model up to its final hidden states, in evaluation mode, and show each observer what passes its module.
+
+    Args:
+        model: The model.
+        batches: At least one; `input_ids` and `attention_mask` are used.
+        observers: Modules of the model and who looks at them; a module may have several.
+
+    Raises:
+        ValueError: There was no batch.
+    """
+    mask_BT = torch.empty(0)
+
+    def hook(observer: Observer) -> Callable[..., None]:
+        return lambda _, inputs, output: observer(inputs[0], output, mask_BT)
+
+    with evaluating(model), hooked(module.register_forward_hook(hook(observer)) for module, observer in observers):
+        for batch in on_device(batches, model.device):
+            mask_BT = batch["attention_mask"]
+            model.base_model(input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The tensors of each batch on a device.
+
+    Raises:
+        ValueError: There was no batch; raised when the iteration ends.
+    """
+    seen = 0
+    for batch in batches:
+        yield {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        seen += 1
+    if not seen:
+        raise ValueError("expected at least one calibration batch, found none; raise calibration_batches to 1 or more")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Registered hooks for a while."""
+    held = list(handles)
+    try:
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
