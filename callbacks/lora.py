@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from models.lora import PROJECTIONS, Projection, check_peft
+from models.lora import Projection, check_peft, projections
 from models.student import StudentModule
 
 
@@ -21,7 +21,7 @@ class LoRA(Callback):
         rank: Rank of the adapters.
         alpha: Their scale is alpha / rank.
         dropout: Probability with which an adapter's input is dropped, 0 to 1 (1 excluded).
-        modules: Linear layers of every decoder layer that get an adapter; by default all seven.
+        modules: Linear layers of every decoder layer that get an adapter; by default all of them.
 
     Raises:
         ModuleNotFoundError: The package peft is not installed.
@@ -35,7 +35,7 @@ class LoRA(Callback):
         rank: int = 16,
         alpha: float = 32.0,
         dropout: float = 0.0,
-        modules: Sequence[Projection] = PROJECTIONS,
+        modules: Sequence[Projection] | None = None,
     ) -> None:
         if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
             raise ValueError(
@@ -43,7 +43,8 @@ class LoRA(Callback):
                 f"{alpha:g} and {dropout:g}; change them in the recipe"
             )
         check_peft()
-        self.edit = {"op": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "modules": list(modules)}
+        self.settings = {"rank": rank, "alpha": alpha, "dropout": dropout}
+        self.modules = modules
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert the adapters before the optimizer is built; a checkpoint that loads afterwards fills them."""
@@ -57,8 +58,10 @@ class LoRA(Callback):
                 )
         assert isinstance(pl_module, StudentModule)
         pl_module.configure_model()
-        if self.edit in pl_module.edits:
+        modules = projections(pl_module.student) if self.modules is None else list(self.modules)
+        edit = {"op": "lora", **self.settings, "modules": modules}
+        if edit in pl_module.edits:
             return
-        pl_module.edit([self.edit])
+        pl_module.edit([edit])
         trainable = sum(p.numel() for p in pl_module.student.parameters() if p.requires_grad)
-        rank_zero_info(f"LoRA of rank {self.edit['rank']}: {trainable:,} trainable parameters")
+        rank_zero_info(f"LoRA of rank {self.settings['rank']}: {trainable:,} trainable parameters")

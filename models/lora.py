@@ -8,15 +8,21 @@ PEFT is imported only where adapters exist, as it is an optional dependency (ext
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
 
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+Projection = Literal[
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
+]
+
+
+def projections(model: PreTrainedModel) -> list[str]:
+    """The names of all projections of a decoder layer of this model."""
+    return [name for _, name in decoder_layers(model)[0].linears()]
 
 
 def check_peft() -> None:
@@ -41,7 +47,7 @@ def insert_adapters(
 
     Args:
         model: The student, in float32 or bfloat16; adapters are float32.
-        modules: Which projections, by their names in `PROJECTIONS`.
+        modules: Which projections, by their names in the layer.
         rank: Rows of A and columns of B.
         alpha: Numerator of the scale `alpha / rank`.
         dropout: Probability with which an input of A is dropped in training.
@@ -55,11 +61,11 @@ def insert_adapters(
 
     if has_adapters(model):
         raise ValueError("expected a student without LoRA adapters, found one that has them; insert them once")
-    unknown = sorted(set(modules) - set(PROJECTIONS))
+    unknown = sorted(set(modules) - set(projections(model)))
     if unknown or not modules:
         raise ValueError(
-            f"expected LoRA modules among {', '.join(PROJECTIONS)}, found {', '.join(unknown) or 'none'}; change them in "
-            "the recipe"
+            f"expected LoRA modules among {', '.join(projections(model))}, found {', '.join(unknown) or 'none'}; change them "
+            "in the recipe"
         )
     for layer in decoder_layers(model):
         for owner, name in layer.linears():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
+from tiny import tiny_batch, tiny_folder, tiny_model
 from torch import Tensor
 from training import loader, tiny_trainer
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ from models import SFT
 from models.architecture import count_parameters
 from models.checkpoint import load_student_checkpoint
 from models.forward import answer_logits, inference_copy
-from models.lora import has_adapters, merge_adapters, merged
+from models.lora import has_adapters, merge_adapters, merged, projections
 from models.structure import Edit, apply_edit, quantize_decoder
 
 pytest.importorskip("peft")
@@ -148,6 +148,24 @@ def test_modules_that_are_not_there(edit: Edit, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_edit(model, edit)
     assert not has_adapters(model)
+
+
+def test_projections_of_another_family_are_refused() -> None:
+    model = tiny_model("phi3")
+    with pytest.raises(
+        ValueError, match="among qkv_proj, o_proj, gate_up_proj, down_proj, found q_proj, v_proj; change"
+    ):
+        apply_edit(model, EDIT)
+    assert not has_adapters(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_by_default_every_projection_gets_an_adapter(family: str, tmp_path: Path) -> None:
+    module = SFT(tiny_folder(tmp_path / "student", family), lr_schedule="constant", generate_tokens=0)
+    tiny_trainer(tmp_path, 1, callbacks=[LoRA(rank=2)]).fit(module, loader([tiny_batch()]))
+    adapted_ones = {name.split(".lora_")[0] for name, _ in module.student.named_parameters() if ".lora_" in name}
+    assert len(adapted_ones) == 2 * len(projections(merged(module.student)))
+    assert {name.rpartition(".")[2] for name in adapted_ones} == set(projections(merged(module.student)))
 
 
 def test_no_surgery_on_a_student_with_adapters() -> None:
