@@ -51,7 +51,7 @@ class GradualPruning(Callback):
         score: What ranks neurons, heads and groups: osscar (what removing them costs after the best repair, second order),
             activation (Minitron), taylor, wanda, magnitude or random.
         repair: Fit o_proj and down_proj of all layers anew after a cut: sequential (on the cut model's own inputs), layerwise (on
-            the dense model's), or none.
+            the dense model's), or none. A repair that raises the figure of judge_batches is undone.
         allocation: The same sizes in every layer (uniform), or where they cost least (per_layer; such a student is no plain
             Hugging Face model).
         multiple: Neurons and channels kept are rounded to a multiple of this (FP8 matrix units want 16, GPUs like 64 or 128).
@@ -223,12 +223,14 @@ class GradualPruning(Callback):
             f"Pruned after step {trainer.global_step} (event {number + 1} of {len(self.steps)}): "
             f"{figures['layers']} layers of {figures['neurons_per_layer']:g} neurons, {figures['query_heads_per_layer']:g} query "
             f"heads and {figures['kv_groups_per_layer']:g} key/value groups, hidden size {figures['hidden_size']}, {before:,} -> "
-            f"{figures['parameters']:,} parameters" + (f"; {measure} {', '.join(moments)}" if moments else "")
+            f"{figures['parameters']:,} parameters"
+            + (f"; {measure} {', '.join(moments)}" if moments else "")
+            + (", so the repair was undone" if "repair_undone" in figures else "")
         )
 
     def _note_recovery(self, trainer: Trainer, measure: str, now: float) -> None:
         last = self.history[-1]
-        after = last.get(f"{measure}_after_repair", last[f"{measure}_after_cut"])
+        after = min(last[key] for key in (f"{measure}_after_repair", f"{measure}_after_cut") if key in last)
         last[f"{measure}_recovered"] = after - now
         self._log(trainer, {f"{measure}_recovered": after - now})
 

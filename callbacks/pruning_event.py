@@ -9,7 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
-from callbacks.averaging import averaged_modules, follow_edits, follow_weights
+from callbacks.averaging import follow_edits, follow_weights
 from callbacks.distributed import share_of_rank, synchronize_anew
 from callbacks.pruning_judge import PruningJudge
 from models.architecture import count_parameters, decoder_layers
@@ -40,8 +40,12 @@ def cut_student(
         settings: How units are chosen and repaired.
         judge: Measures the student before the cut, after it and after the repair; without batches it does not.
 
+    A repair after which the judge finds the student farther from its teacher than before it is undone: from few calibration tokens
+    it can fit noise, and after a small cut there is little to repair.
+
     Returns:
-        `kl_before`, `kl_after_cut`, `kl_after_repair` (`loss_...` without a live teacher), and the sizes, see `sizes_of`.
+        `kl_before`, `kl_after_cut`, `kl_after_repair` (`loss_...` without a live teacher), `repair_undone` if it was, and the
+        sizes, see `sizes_of`.
     """
     measure, figures = judge.measure(module), {}
 
@@ -63,15 +67,26 @@ def cut_student(
     follow_edits(trainer, module)
     measured("after_cut")
     if dense is not None:
-        averaged = any(averaged_modules(trainer))
-        unrepaired = {name: p.detach().clone() for name, p in module.student.named_parameters()} if averaged else {}
+        unrepaired = _projection_weights(module)
         repair_cut(module.student, dense, edits, share, settings, total=total)
         synchronize_anew(trainer.strategy)
-        follow_weights(trainer, module, unrepaired)
         measured("after_repair")
+        if judge.num_batches and figures[f"{measure}_after_repair"] > figures[f"{measure}_after_cut"]:
+            module.student.load_state_dict(unrepaired, strict=False)
+            figures["repair_undone"] = 1.0
+        else:
+            follow_weights(trainer, module, unrepaired)
     elif edits:
         synchronize_anew(trainer.strategy)
     return figures | sizes_of(module)
+
+
+def _projection_weights(module: StudentModule) -> dict[str, Tensor]:
+    """Copies of the weights that a repair changes, by name."""
+    repaired = {
+        id(linear.weight) for layer in decoder_layers(module.student) for linear in (layer.o_proj, layer.down_proj)
+    }
+    return {name: p.detach().clone() for name, p in module.student.named_parameters() if id(p) in repaired}
 
 
 def sizes_of(module: StudentModule) -> dict[str, float]:

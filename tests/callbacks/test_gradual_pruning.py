@@ -1,5 +1,6 @@
 """What a pruning event does to everything around the student, and what it says; exact resume is in `test_pruning_resume.py`."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from pruning_runs import fit, make_places, pruning
 from tiny import tiny_folder
 from torch import Tensor, nn
 
-from callbacks import ExportOnFitEnd, Preflight, QuantizationAwareTraining
+from callbacks import ExportOnFitEnd, Preflight, QuantizationAwareTraining, pruning_event
+from callbacks.pruning_judge import PruningJudge
 from datamodules import Conversations
 from export.report import read_metrics
 from models import SFT
@@ -107,7 +109,7 @@ def test_figures_of_every_event(places: dict[str, str], tmp_path: Path) -> None:
     first, second = callback.history
     assert [first["step"], second["step"]] == [2, 4]
     assert {"kl_before", "kl_after_cut", "kl_after_repair", "kl_recovered"} < first.keys()
-    assert first["kl_recovered"] == first["kl_after_repair"] - second["kl_before"]
+    assert first["kl_recovered"] == min(first["kl_after_cut"], first["kl_after_repair"]) - second["kl_before"]
     assert second["parameters"] == count_parameters(trainer.lightning_module.student) < first["parameters"]
     assert (second["neurons_per_layer"], second["query_heads_per_layer"], second["kv_groups_per_layer"]) == (24, 2, 1)
     logged = read_metrics(tmp_path / "metrics.csv")
@@ -115,6 +117,31 @@ def test_figures_of_every_event(places: dict[str, str], tmp_path: Path) -> None:
         assert logged[f"pruning/{name}"] == [(2, pytest.approx(first[name])), (4, pytest.approx(second[name]))]
     assert [step for step, _ in logged["pruning/kl_recovered"]] == [4, 7]
     assert all(first[key] > 0 for key in ("kl_before", "kl_after_cut", "kl_after_repair"))
+
+
+def test_a_repair_that_does_harm_is_undone(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[dict[str, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def spoil(model: Any, *args: Any, **kwargs: Any) -> None:
+        weights.append({name: p.clone() for name, p in model.named_parameters()})
+        model.model.layers[0].mlp.down_proj.weight.add_(10)
+
+    rising = itertools.count(1)
+    monkeypatch.setattr(PruningJudge, "__call__", lambda *_: float(next(rising)))
+    monkeypatch.setattr(pruning_event, "repair_cut", spoil)
+    callback = pruning(0.5)
+    callback._log = lambda trainer, figures: weights.append(  # right after the event, before the next step
+        {name: p.detach().clone() for name, p in trainer.lightning_module.student.named_parameters()}
+    )
+    fit(places, tmp_path, callback, trainer_max_steps=3)
+    (event,) = callback.history
+    assert event["repair_undone"] == 1
+    assert event["kl_after_repair"] > event["kl_after_cut"]
+    spoiled_from, after = weights[1], weights[2]  # the first entry is that of on_train_start
+    assert all(torch.equal(after[name], tensor) for name, tensor in spoiled_from.items())
 
 
 def test_without_a_teacher_the_loss_is_measured(places: dict[str, str], tmp_path: Path) -> None:
