@@ -29,11 +29,6 @@ def slice_layers(model: PreTrainedModel, indices: list[int]) -> PreTrainedModel:
     return part.eval()
 
 
-def one_layer_slice(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model with its first decoder layer only: exports in seconds, and may be edited freely."""
-    return copy.deepcopy(slice_layers(model, [0]))
-
-
 def layer_kinds(model: PreTrainedModel) -> list[tuple[Any, ...]]:
     """What decides the shape of each layer's graph: its sizes, its quantized projections and its kind of attention."""
     types = getattr(model.config, "layer_types", None)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from same import assert_same
 from tiny import tiny_folder, tiny_jsonl
 
 import train
@@ -275,18 +276,3 @@ def test_kill_9_again_and_again_and_the_run_still_comes_to_its_end(
     end = steps[-1] + 2
     final = Run("--root", str(tmp_path), "--ckpt_path", str(last), "--trainer.max_steps", str(max(end, STEPS)))
     assert final.trainer.global_step == max(end, STEPS)
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key in theirs:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(theirs, list | tuple):
-        for mine, other in zip(ours, theirs, strict=True):
-            assert_same(mine, other)
-    elif isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    else:
-        assert ours == theirs

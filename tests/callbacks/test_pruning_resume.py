@@ -8,7 +8,8 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from pruning_runs import STEPS, Save, assert_same, fit, make_places, pruning
+from pruning_runs import STEPS, Save, fit, make_places, pruning
+from same import assert_same
 
 from callbacks import GradualPruning, PhaseEvaluation
 from models.architecture import decoder_layers

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from same import assert_same
 from tiny import tiny_folder, tiny_jsonl
 
 from callbacks.distributed import check_strategy, share_of_rank
@@ -70,21 +71,6 @@ def ranks(place: Path) -> list[dict[str, Any]]:
     """What each rank wrote down, by run."""
     run([str(SCRIPT), str(place)], place)
     return [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key in theirs:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(theirs, list | tuple):
-        for mine, other in zip(ours, theirs, strict=True):
-            assert_same(mine, other)
-    elif isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    else:
-        assert ours == theirs
 
 
 def test_ranks_have_the_same_student_after_every_step(ranks: list[dict[str, Any]]) -> None:

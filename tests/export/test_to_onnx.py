@@ -7,7 +7,6 @@ from onnx import TensorProto
 from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.runtime import OnnxSession
-from export.slice import one_layer_slice
 from export.to_onnx import export_onnx
 from export.trace import DecoderWithCache
 from export.verify import verify
@@ -125,13 +124,6 @@ def test_the_graph_of_repeated_layers_equals_the_traced_module(plain_model, grap
     torch.testing.assert_close(output.logits, logits, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(output.cache, cache, strict=True):
         torch.testing.assert_close(torch.from_numpy(ours.numpy()), theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_a_slice_is_independent_of_its_model(plain_model):
-    part = one_layer_slice(plain_model)
-    apply_edit(part, {"op": "narrow_mlp", "layer": 0, "keep": [0, 1]})
-    assert plain_model.model.layers[0].mlp.gate_proj.weight.shape == (96, 64)
-    assert plain_model.config.num_hidden_layers == 3
 
 
 def test_precision_that_does_not_fit_the_model(plain_model, quantized_model, tmp_path):
