@@ -96,17 +96,22 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def check_teacher(teacher: str) -> None:
+    """Raise `FileNotFoundError` unless there is a model in this folder."""
+    if not (Path(teacher) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with `make quickstart`, or alone with "
+            "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
+        )
+
+
 def write_half(teacher: str, folder: Path) -> None:
     """Half of the decoder layers of the quickstart's teacher, evenly spread, and its tokenizer, as a Hugging Face folder.
 
     Raises:
         FileNotFoundError: There is no teacher.
     """
-    if not (Path(teacher) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with `make quickstart`, or alone with "
-            "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
-        )
+    check_teacher(teacher)
     model = load_model(teacher)
     keep_layers(model, model.config.num_hidden_layers // 2)
     model.save_pretrained(folder)

@@ -18,30 +18,21 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import lightning
-import torch
-import yaml
-from lightning import Trainer
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.harness import report
-from benchmarks.study import Row, Rows, fingerprint, machine, write_half
-from benchmarks.study_judge import Judge, TrainingClock
+from benchmarks.study import Row, write_half
 from benchmarks.study_page import write_page
-from datamodules import ReasoningTasks
+from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, training_options
 from models import SFT, Distillation, StudentModule
 from models.losses import Objective
 from models.on_policy import OnPolicy
 from models.pretrained import load_model
 from train import QUIET
 
-RECIPE = Path(__file__).parent.parent / "configs/quickstart.yaml"
-PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
 TIME_REFERENCE = "two_stage"
 
 
@@ -70,97 +61,28 @@ ARMS = {
 }
 
 
-class Study:
-    """Everything that the runs share.
-
-    Args:
-        options: The command line.
-        student: Where the student was written.
-    """
-
-    def __init__(self, options: argparse.Namespace, student: Path) -> None:
-        self.options, self.student = options, str(student)
-        recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
-        model, trainer = recipe["model"]["init_args"], recipe["trainer"]
-        self.precision, self.clip = trainer["precision"], trainer["gradient_clip_val"]
-        self.optimizer = model["optimizer"]["init_args"] | ({"lr": options.lr} if options.lr else {})
-        self.warmup_share = model["warmup_steps"] / trainer["max_steps"]
-        self.tokens = model["on_policy"]["tokens"]
-        data = recipe["data"]["init_args"] | {"test_size": options.test_size}
-        self.settings = {
-            "teacher": fingerprint(Path(options.teacher)),
-            "data": data,
-            "optimizer": self.optimizer,
-            "warmup_share": self.warmup_share,
-            "precision": self.precision,
-            "gradient_clip_val": self.clip,
-            "tokens": self.tokens,
-        }
-        self.rows = Rows(options.out / "rows")
-        self.data = ReasoningTasks(self.student, **data)
-        self.data.setup(
-            "fit"
-        )  # now, with the recipe's seed: the questions are the same for all runs, only their order is not
-        self.data.setup("test")
-        self.judge = Judge(options.teacher, self.data, tokens=self.tokens, precision=self.precision)
-
-    def reference(self, name: str, model: Any) -> Row:
-        """The figures of a model that is not trained here: the teacher, the student as it starts."""
-        row = self.rows.find(name, self.settings)
-        if row is None:
-            figures = self.judge.on_validation(model()) | self.judge.on_test(model())
-            row = {"name": name, **figures, "settings": self.settings, "machine": machine(PACKAGES)}
-            self.rows.write(name, row)
-        return row
+class Study(TrainingStudy):
+    """The runs of this study."""
 
     def run(self, budget: str, arm: str, seed: int, steps: int) -> Row:
-        """The row of one run, from disk if it has finished before."""
-        name = f"{budget}-{arm}-{seed}"
-        settings = {**self.settings, "steps": steps}
-        row = self.rows.find(name, settings)
-        if row is None:
-            row = {"name": arm, "budget": budget, "seed": seed, "steps": steps, **self._train(ARMS[arm], seed, steps)}
-            row |= {"settings": settings, "machine": machine(PACKAGES)}
-            self.rows.write(name, row)
-        return row
-
-    def _train(self, arm: Arm, seed: int, steps: int) -> Row:
-        lightning.seed_everything(seed, verbose=False)
-        self.data.seed = seed  # of the order; the questions were drawn before
-        clock = TrainingClock(self.judge.on_validation, points=4)
-        module = self._module(arm, seed, steps)
-        trainer = Trainer(
-            accelerator="gpu" if torch.cuda.is_available() else "cpu",
-            devices=1,
-            max_steps=steps,
-            precision=self.precision,
-            gradient_clip_val=self.clip,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            callbacks=[clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+        """The row of one run."""
+        about = {"name": arm, "budget": budget, "seed": seed, "steps": steps}
+        return self.row(
+            f"{budget}-{arm}-{seed}",
+            {"steps": steps},
+            lambda: about | self.fit(lambda: self._module(ARMS[arm], seed, steps), seed, steps),
         )
-        trainer.fit(module, datamodule=self.data)
-        if trainer.global_step != steps:  # a signal ends a fit without an error
-            raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
-        return {**clock.figures(), **self.judge.on_test(module.student), "curve": clock.curve}
 
     def _module(self, arm: Arm, seed: int, steps: int) -> StudentModule:
-        shared: dict[str, Any] = {
-            "student": self.student,
-            "optimizer": partial(torch.optim.AdamW, **self.optimizer),
-            "warmup_steps": round(self.warmup_share * steps),
-            "generate_tokens": 0,
-        }
         if arm.stage_1 is None:
-            return SFT(**shared)
+            return SFT(**self.of_student(steps))
         start = round(arm.stage_1 * steps)
         on_policy = OnPolicy(start=start if start < steps else -1, share=1.0, tokens=self.tokens, seed=seed)
         return Distillation(
-            teacher=self.options.teacher, on_policy=on_policy, on_policy_objective=arm.stage_2, **shared
+            teacher=self.options.teacher,
+            on_policy=on_policy,
+            on_policy_objective=arm.stage_2,
+            **self.of_student(steps),
         )
 
     def steps_at_equal_time(self, rows: Sequence[Row]) -> dict[str, int]:
@@ -173,7 +95,7 @@ class Study:
 def study(options: argparse.Namespace, student: Path) -> list[Row]:
     """All rows: the teacher's and the untrained student's first, then seed by seed; written as they finish."""
     write_half(options.teacher, student)
-    shared = Study(options, student)
+    shared = Study(options, str(student))
     timed = [arm for arm in options.arms if not arm.startswith(TIME_REFERENCE) and TIME_REFERENCE in options.arms]
     bar = tqdm(total=2 + len(options.seeds) * (len(options.arms) + len(timed)), desc="Study", unit="run")
 
@@ -201,9 +123,7 @@ def study(options: argparse.Namespace, student: Path) -> list[Row]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="runs/quickstart/teacher/student", help="Hugging Face folder")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every arm (default: 40)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
+    training_options(parser)
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -212,14 +132,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="ARM",
         help=f"{', '.join(ARMS)} (default: all); the comparison at equal time needs {TIME_REFERENCE}",
     )
-    parser.add_argument("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
-    parser.add_argument("--test-size", type=int, default=255, help="held-out questions (default: 255)")
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose data, optimizer and precision to use")
     parser.add_argument("--out", type=Path, default=Path("docs/results/distillation"), help="folder of rows and plots")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
     options = parser.parse_args(arguments)
-    if options.steps < 2 or len(set(options.seeds)) < len(options.seeds):
-        parser.error(f"expected 2 steps or more and different seeds, found {options.steps} and {options.seeds}")
+    check_training_options(parser, options)
     return options
 
 

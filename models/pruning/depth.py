@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
-from models.forward import Batch
+from models.forward import Batch, answer_labels, answer_logits
 from models.pruning.importance import Total, identity
-from models.pruning.observe import Observer, observe
+from models.pruning.observe import Observer, evaluating, observe, on_device
 from models.pruning.slicing import checked_indices
 
 
@@ -84,6 +84,31 @@ def search_block(num_layers: int, count: int, metric: Callable[[list[int]], floa
                 "float32, on batches with answer tokens"
             )
     return blocks[values.index(min(values))]
+
+
+@torch.no_grad()
+def removal_loss(
+    model: PreTrainedModel, batches: Iterable[Batch], layers: Sequence[int], *, total: Total = identity
+) -> float:
+    """Cross-entropy of the answers without these layers, nats per answer token: a metric for `search_block`.
+
+    Args:
+        model: The model to judge; left as it was.
+        batches: Calibration batches with answers; with several processes, those of this one.
+        layers: Layers to skip, ascending.
+        total: Sums a tensor over all processes.
+
+    Raises:
+        ValueError: There was no batch, or there is no such layer.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=model.device)  # of -log p, and of tokens
+    with evaluating(model), without_layers(model, layers):
+        for batch in on_device(batches, model.device):
+            labels_N = answer_labels(batch)
+            sums[0] += F.cross_entropy(answer_logits(model, batch).float(), labels_N, reduction="sum")
+            sums[1] += len(labels_N)
+    loss, tokens = total(sums)
+    return float(loss / tokens)
 
 
 @contextmanager

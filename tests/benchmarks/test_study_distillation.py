@@ -9,9 +9,10 @@ import yaml
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from benchmarks import study_distillation
+from benchmarks import study_distillation, study_training
 from benchmarks.study import Rows, cell, markdown_table, write_half
 from benchmarks.study_page import Expectation, verdict
+from benchmarks.study_training import RECIPE
 
 ARMS = list(study_distillation.ARMS)
 
@@ -21,7 +22,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two steps and two seeds of every arm."""
     folder = tmp_path_factory.mktemp("study")
     teacher = tiny_folder(folder / "teacher", num_hidden_layers=4, hidden_size=16, intermediate_size=16)
-    recipe = yaml.safe_load(study_distillation.RECIPE.read_text())
+    recipe = yaml.safe_load(RECIPE.read_text())
     recipe["model"]["init_args"]["on_policy"]["tokens"] = 4
     recipe["data"]["init_args"] |= {"train_size": 12, "val_size": 3, "batch_size": 2, "eval_batch_size": 4}
     recipe["data"]["init_args"]["tasks"] = {"chain_sum": {"max_terms": 2, "max_digits": 2}}
@@ -83,7 +84,7 @@ def test_the_page_shows_every_arm_with_its_mean_and_deviation(out: Path, command
 
 def test_a_second_time_nothing_is_trained(out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     page = out.with_suffix(".md").read_text()
-    monkeypatch.setattr(study_distillation, "Trainer", None)
+    monkeypatch.setattr(study_training, "Trainer", None)
     study_distillation.main(command)
     assert out.with_suffix(".md").read_text() == page
     (out / "rows/steps-sft-2.json").unlink()

@@ -11,7 +11,8 @@ from masking import close, cut_model, logits, masked_logits
 from tiny import tiny_batch
 from transformers import PreTrainedModel
 
-from models.architecture import FAMILIES
+from models.architecture import FAMILIES, decoder_layers
+from models.forward import Batch
 from models.pruning.cut import PruningSettings, ScoreName, Targets, plan_cut, repair_cut
 from models.pruning.shape import LayerShape, shape_of
 from models.structure import Edit, apply_edit, replay
@@ -196,3 +197,19 @@ def test_what_cannot_be_reached_is_refused() -> None:
         plan_cut(model, BATCHES, Targets(neurons=7), PER_LAYER)
     with pytest.raises(ValueError, match="expected at least one calibration batch, found none"):
         plan_cut(model, [], Targets(neurons=24), UNIFORM)
+
+
+def test_depth_by_search_drops_the_block_that_does_least(batch: Batch) -> None:
+    """Layers 0 and 1 change nothing."""
+    model = cut_model("llama")
+    with torch.no_grad():
+        for index in (0, 1):
+            decoder_layers(model)[index].o_proj.weight.zero_()
+            decoder_layers(model)[index].down_proj.weight.zero_()
+    edits = plan_cut(model, [batch], Targets(layers=1), replace(UNIFORM, depth="search"))
+    assert edits == [{"op": "drop_layers", "layers": [0, 1]}]
+
+
+def test_groups_that_all_layers_share_are_a_whole_number(batch: Batch) -> None:
+    with pytest.raises(ValueError, match="expected a whole number of key/value groups .*, found 2.5; round it"):
+        plan_cut(cut_model("llama"), [batch], Targets(kv_groups=2.5), UNIFORM)

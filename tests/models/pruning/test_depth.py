@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
-from models.forward import Batch, answer_logits
-from models.pruning.depth import block_influence, layers_to_drop, search_block, without_layers
+from models.forward import Batch, answer_labels, answer_logits
+from models.pruning.depth import block_influence, layers_to_drop, removal_loss, search_block, without_layers
 from models.surgery import drop_layers
 
 LONGER = [("one two three four", "five six"), ("?", "!")]
@@ -148,3 +148,22 @@ def test_some_layers_go_and_some_stay(count: int) -> None:
         layers_to_drop(torch.zeros(4), count)
     with pytest.raises(ValueError, match=f"expected to drop 1 to 3 of 4 layers, found {count}"):
         search_block(4, count, lambda _: 0.0)
+
+
+def test_removal_loss_is_the_loss_after_dropping(batch: Batch) -> None:
+    model = cut_model("llama")
+    batches = [batch, tiny_batch(LONGER)]
+    before = [p.clone() for p in model.parameters()]
+    found = removal_loss(model, batches, [1])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    drop_layers(model, [1])
+    losses = [F.cross_entropy(answer_logits(model, one), answer_labels(one), reduction="none") for one in batches]
+    assert found == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_processes_together_have_one_removal_loss(batch: Batch) -> None:
+    """The batches differ in their answer tokens, so a mean of means would not do."""
+    model, other, sent = cut_model("llama"), tiny_batch(LONGER), []
+    removal_loss(model, [other], [0], total=lambda x: sent.append(x.clone()) or x)  # type: ignore[func-returns-value]
+    together = removal_loss(model, [batch], [0], total=lambda x: x + sent[0])
+    assert together == pytest.approx(removal_loss(model, [batch, other], [0]), rel=1e-6)

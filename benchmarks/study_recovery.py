@@ -1,0 +1,123 @@
+"""How much of a cut does distillation regain?  One cut against four small ones, the data's answers against the student's own.
+
+    python -m benchmarks.study_recovery [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--out FOLDER] [--json FILE]
+
+The quickstart's teacher is distilled into a copy of itself that loses 37.5 % of its MLP neurons and one of three key/value groups,
+by OSSCAR with sequential repair: after the first step at once, or in four events over the first half of the steps.  Data, optimizer and
+precision are the quickstart's; the arms of a seed see the same batches in the same order.  An interrupted command goes on where
+it stopped; `python -m benchmarks.pruning` writes the page.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.harness import report
+from benchmarks.study import Row, check_teacher
+from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, training_options
+from callbacks import GradualPruning
+from models import Distillation
+from models.on_policy import OnPolicy
+from train import QUIET
+
+OUT = Path("docs/results/pruning/recovery")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to prune and recover.
+
+    Args:
+        title: For people.
+        events: Number of cuts.
+        on_policy: Train on the student's own answers, from the first step on.
+    """
+
+    title: str
+    events: int
+    on_policy: bool
+
+
+ARMS = {
+    "one_shot": Arm("one cut after the first step, gold answers", 1, False),
+    "gradual": Arm("four cuts over the first half, gold answers", 4, False),
+    "one_shot_on_policy": Arm("one cut after the first step, the student's own answers", 1, True),
+    "gradual_on_policy": Arm("four cuts over the first half, the student's own answers", 4, True),
+}
+PRUNING: dict[str, Any] = {
+    "mlp_sparsity": 0.375,
+    "kv_group_sparsity": 1 / 3,
+    "calibration_batches": 8,
+    "judge_batches": 2,
+}
+
+
+class Study(TrainingStudy):
+    """The runs of this study."""
+
+    def run(self, name: str, seed: int) -> Row:
+        """The row of one run; its `history` is that of `GradualPruning`."""
+        arm, steps = ARMS[name], self.options.steps
+        about = {"name": name, "seed": seed, "steps": steps}
+        schedule = {
+            "start_step": 1,
+            "end_step": max(arm.events, steps // 2) if arm.events > 1 else 1,
+            "events": arm.events,
+        }
+
+        def train() -> Row:
+            pruning = GradualPruning(**PRUNING, **schedule, seed=seed)
+            figures = self.fit(lambda: self._module(arm, seed), seed, steps, [pruning])
+            return {**about, **figures, "history": pruning.history}
+
+        return self.row(f"{name}-{seed}", {"steps": steps, **PRUNING, **schedule}, train)
+
+    def _module(self, arm: Arm, seed: int) -> Distillation:
+        on_policy = OnPolicy(start=0 if arm.on_policy else -1, share=1.0, tokens=self.tokens, seed=seed)
+        return Distillation(teacher=self.options.teacher, on_policy=on_policy, **self.of_student(self.options.steps))
+
+
+def study(options: argparse.Namespace) -> list[Row]:
+    """All rows, the teacher's first, then seed by seed; written as they finish."""
+    shared = Study(options, options.teacher)
+    rows = [shared.reference("teacher", lambda: shared.judge.teacher.model)]
+    with tqdm(total=len(options.seeds) * len(ARMS), desc="Study", unit="run") as bar:
+        for seed in options.seeds:
+            for arm in ARMS:
+                bar.set_postfix_str(f"{arm}, seed {seed}")
+                rows.append(shared.run(arm, seed))
+                bar.update()
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_options(parser)
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the rows (default: {OUT})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
+    options = parser.parse_args(arguments)
+    check_training_options(parser, options)
+    check_teacher(options.teacher)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    disable_progress_bar()  # of loading models, between ours
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    rows = study(options)
+    flat = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
+    report(flat, {}, PACKAGES, options.json)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
