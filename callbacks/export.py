@@ -134,12 +134,13 @@ class ExportOnFitEnd(Callback):
 
 
 def _training_figures(trainer: Trainer) -> dict[str, Any]:
-    """What `PhaseEvaluation` found, if it took part."""
+    """What `PhaseEvaluation` and `GradualPruning` found, if they took part."""
+    figures: dict[str, Any] = {"teacher": {}, "phases": [], "constant_answer_score": None, "pruning": []}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, PhaseEvaluation):
-            return {
-                "teacher": callback.teacher_figures,
-                "phases": callback.phases,
-                "constant_answer_score": callback.constant_answer_score,
-            }
-    return {"teacher": {}, "phases": [], "constant_answer_score": None}
+            figures["teacher"] = callback.teacher_figures
+            figures["phases"] = callback.phases
+            figures["constant_answer_score"] = callback.constant_answer_score
+        if isinstance(callback, GradualPruning):
+            figures["pruning"] = callback.history
+    return figures

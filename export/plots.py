@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 History = dict[str, list[tuple[int, float]]]
 
 
-def plot_training(history: History, phases: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Loss, KL and size of the student over optimizer steps, with the ends of the phases marked."""
+def plot_training(
+    history: History, phases: list[dict[str, Any]], pruning: list[dict[str, Any]], folder: Path
+) -> list[Path]:
+    """Loss, KL and size of the student over optimizer steps, with pruning events and the ends of the phases marked."""
     losses = {name: points for name, points in history.items() if name in ("train/loss", "val/kl")}
     if not losses:
         return []
@@ -29,10 +31,29 @@ def plot_training(history: History, phases: list[dict[str, Any]], folder: Path) 
             color="black",
             zorder=3,
         )
+    _plot_events(above, pruning)
     above.set(ylabel="nats per token", yscale="log")
     above.legend()
     _plot_size(below, history, phases)
     return [_save(figure, folder / "training.png")]
+
+
+def _plot_events(axes: Axes, pruning: list[dict[str, Any]]) -> None:
+    """How far each cut throws the student back, and what its repair makes good."""
+    for moment, marker, color in (("cut", "^", "tab:red"), ("repair", "v", "tab:green")):
+        for measure, name in (("kl", "KL"), ("loss", "loss")):
+            key = f"{measure}_after_{moment}"
+            events = [event for event in pruning if key in event]
+            if events:
+                axes.scatter(
+                    [event["step"] for event in events],
+                    [event[key] for event in events],
+                    label=f"{name} after a {moment}",
+                    marker=marker,
+                    color=color,
+                    s=20,
+                    zorder=2.5,
+                )
 
 
 def _plot_size(axes: Axes, history: History, phases: list[dict[str, Any]]) -> None:

@@ -17,13 +17,14 @@ def write_report(output: Path, report: Report) -> None:
 
     Args:
         output: Folder of the export; a `metrics.csv` in it (a run's folder) adds the plots of the training.
-        report: `artefacts`, `verification`, `benchmark`, `versions`, and of a training run `teacher`, `phases` and
-            `constant_answer_score`.
+        report: `artefacts`, `verification`, `benchmark`, `versions`, and of a training run `teacher`, `phases`,
+            `constant_answer_score` and `pruning` (the figures of every event).
     """
     plots = output / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     history = read_metrics(output / "metrics.csv")
-    pictures = plot_training(history, report.get("phases", []), plots) + plot_artefacts(report, plots)
+    training = plot_training(history, report.get("phases", []), report.get("pruning", []), plots)
+    pictures = training + plot_artefacts(report, plots)
     _write(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
     _write(output / "report.md", markdown(report, [picture.relative_to(output).as_posix() for picture in pictures]))
 
@@ -44,8 +45,8 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def markdown(report: Report, pictures: Sequence[str]) -> str:
     """The readable report."""
-    sections = ["# Report", summary(report)]
-    sections += [_verification_table(report), *[f"![{Path(picture).stem}]({picture})" for picture in pictures]]
+    sections = ["# Report", summary(report), _pruning_table(report), _verification_table(report)]
+    sections += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
     versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
     sections.append(f"Versions: {versions}." if versions else "")
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -82,6 +83,29 @@ def phase_table(report: Report) -> str:
     if constant is not None:
         lines.append(f"Always giving each task's most common answer scores {constant:.3f}.")
     return "\n\n".join(lines)
+
+
+def _pruning_table(report: Report) -> str:
+    events = report.get("pruning", [])
+    if not events:
+        return ""
+    measure, name = ("loss", "Cross-entropy") if "loss_before" in events[0] else ("kl", "KL to the teacher")
+    rows = [
+        [
+            str(event["step"]),
+            f"{event['parameters']:,}",
+            _number(event.get(f"{measure}_before")),
+            _number(event.get(f"{measure}_after_cut")),
+            _number(event.get(f"{measure}_after_repair")) + (" (undone)" if event.get("repair_undone") else ""),
+            _number(event.get(f"{measure}_recovered")),
+        ]
+        for event in events
+    ]
+    header = ["step", "parameters", "before", "after the cut", "after the repair", "recovered"]
+    note = (
+        f"{name} in nats per token; recovered is by how much it fell until the next event, or the end of the training."
+    )
+    return "\n\n".join(["## Pruning events", _table(header, rows), note])
 
 
 def _artefact_table(report: Report) -> str:
@@ -142,7 +166,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_numeric(column: int, rows: Sequence[Sequence[str]]) -> bool:
-    return all(row[column][:1].isdigit() or row[column] in ("", "-") for row in rows)
+    return all(row[column].lstrip("-")[:1].isdigit() or row[column] in ("", "-") for row in rows)
 
 
 def _number(value: Any) -> str:

@@ -13,6 +13,7 @@ from models.architecture import DecoderLayer
 from models.pruning.curvature import Curvature, LayerCurvature
 from models.pruning.importance import ImportanceScores
 from models.pruning.least_squares import Elimination, Removal, eliminate
+from models.pruning.local_search import local_search
 from models.pruning.scores import top_indices
 
 # Share of a Fisher matrix's mean diagonal that is added to its diagonal (as K-FAC does): a direction without gradient is not free.
@@ -38,21 +39,24 @@ class OsscarRanking:
     Args:
         curvature: Of every layer.
         ridge: Share of the mean diagonal that damps the Gram matrix.
+        swaps: The most swaps of a local search after the removals, per layer and kind of unit.  With any, neurons and groups go in
+            one single round: the search is for one number of units, and its choices for others are no parts of each other.
     """
 
-    def __init__(self, curvature: Sequence[LayerCurvature], ridge: float) -> None:
+    def __init__(self, curvature: Sequence[LayerCurvature], ridge: float, *, swaps: int = 0) -> None:
         self._curvature = curvature
         self._ridge = ridge
+        self._swaps = swaps
 
     def neurons(self, layer: DecoderLayer, keep: int, step: int) -> list[Removal]:
         """See `Ranking`."""
         problem = self._problem(self._curvature[layer.index].down_proj, layer.down_proj.weight, layer.num_neurons)
-        return eliminate(problem, keep, step=step)
+        return self._refined(problem, eliminate(problem, keep, step=step))
 
     def kv_groups(self, layer: DecoderLayer, keep: int) -> list[Removal]:
         """See `Ranking`."""
         problem = self._problem(self._curvature[layer.index].o_proj, layer.o_proj.weight, layer.num_kv_groups)
-        return eliminate(problem, keep)
+        return self._refined(problem, eliminate(problem, keep))
 
     def query_heads(self, layer: DecoderLayer, groups: Sequence[int], each: int) -> list[int]:
         """See `Ranking`."""
@@ -62,7 +66,14 @@ class OsscarRanking:
         part = Curvature(curvature.gram_PP[rows_P][:, rows_P], curvature.fisher_DD)
         problem = self._problem(part, weight_DP[:, rows_P], len(groups) * per_group)
         eliminate(problem, len(groups) * each, classes=len(groups))
+        local_search(problem, self._swaps, classes=len(groups))
         return problem.left.nonzero().squeeze(1).tolist()
+
+    def _refined(self, problem: Elimination, rounds: list[Removal]) -> list[Removal]:
+        if not self._swaps or not rounds:
+            return rounds
+        local_search(problem, self._swaps)
+        return [Removal((~problem.left).nonzero().squeeze(1).tolist(), problem.cost)]
 
     def _problem(self, curvature: Curvature, weight_DP: Tensor, units: int) -> Elimination:
         metric_DD = curvature.fisher_DD

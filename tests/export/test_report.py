@@ -1,16 +1,33 @@
 import json
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.figure import Figure
+
+from export.plots import plot_training
 from export.report import markdown, read_metrics, write_report
 
 PHASES = [
     {"name": "pruned", "step": 4, "parameters": 900, "kl": 0.5, "top1_agreement": 0.8, "task_score": 0.25},
     {"name": "quantized", "step": 9, "parameters": 900, "kl": 0.125, "top1_agreement": 0.9, "task_score": 0.5},
 ]
+PRUNING = [
+    {
+        "event": 1, "step": 2, "kl_before": 0.0625, "kl_after_cut": 2.5, "kl_after_repair": 0.75, "kl_recovered": 0.5,
+        "parameters": 1950, "layers": 3, "hidden_size": 32, "neurons_per_layer": 40,
+    },
+    {
+        "event": 2, "step": 4, "kl_before": 0.25, "kl_after_cut": 1.5, "kl_after_repair": 3.5, "repair_undone": 1.0,
+        "kl_recovered": -0.125, "parameters": 900, "layers": 3, "hidden_size": 32, "neurons_per_layer": 32,
+    },
+]  # fmt: skip
 REPORT = {
     "teacher": {"name": "teacher", "parameters": 1000, "kl": 0.0, "top1_agreement": 1.0, "task_score": 0.75},
     "phases": PHASES,
     "constant_answer_score": 0.1,
+    "pruning": PRUNING,
     "artefacts": [{"path": "onnx/model.onnx", "bytes": 2_000_000, "kind": "ONNX fp8"}],
     "benchmark": [
         {
@@ -46,6 +63,7 @@ def test_report_holds_the_figures_and_the_pictures(tmp_path: Path) -> None:
     for figure in (
         "| teacher | 1,000 | 0 | 1 | 0.75 |",
         "| pruned | 900 | 0.5 | 0.8 | 0.25 |",
+        "| 2 | 1,950 | 0.0625 | 2.5 | 0.75 | 0.5 |",
         "0.100",
         "no GPU",
         "2e-05",
@@ -61,7 +79,9 @@ def test_report_holds_the_figures_and_the_pictures(tmp_path: Path) -> None:
 def test_an_export_without_training_has_no_table_of_phases(tmp_path: Path) -> None:
     report = {key: REPORT[key] for key in ("artefacts", "verification", "benchmark", "versions")}
     write_report(tmp_path, report)
-    assert "Quality" not in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "Quality" not in text
+    assert "Pruning" not in text
     assert not (tmp_path / "plots/training.png").exists()
 
 
@@ -71,6 +91,32 @@ def test_phases_without_a_teacher_have_dashes_and_still_a_plot(tmp_path: Path) -
     write_report(tmp_path, {"phases": phases, "teacher": {}, "constant_answer_score": None})
     assert "| trained | 1,000 | - | - | - |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "plots/training.png").exists()
+
+
+def test_pruning_events_in_words() -> None:
+    """An undone repair is called so, what only some events have is a dash elsewhere, and a loss is not called KL."""
+    lines = markdown(REPORT, []).splitlines()
+    row = lines.index("| 4 | 900 | 0.25 | 1.5 | 3.5 (undone) | -0.125 |")
+    assert lines[row - 2] == "| --- | ---: | ---: | ---: | ---: | ---: |"
+    assert lines[row + 2].startswith("KL to the teacher in nats per token")
+    last = {"event": 1, "step": 2, "loss_before": 1.5, "loss_after_cut": 2.5, "parameters": 900}
+    text = markdown({"pruning": [last]}, [])
+    assert "| 2 | 900 | 1.5 | 2.5 | - | - |" in text
+    assert "Cross-entropy in nats" in text
+    unjudged = markdown({"pruning": [{"event": 1, "step": 2, "parameters": 900}]}, [])
+    assert "| 2 | 900 | - | - | - | - |" in unjudged
+
+
+def test_pruning_events_are_marked_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: dict[str, Any] = {}
+
+    def note(figure: Figure, *_: Any, **__: Any) -> None:
+        marks.update({dots.get_label(): dots.get_offsets().tolist() for dots in figure.axes[0].collections})
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    plot_training({"train/loss": [(0, 1.5), (9, 1.0)]}, [], PRUNING, tmp_path)
+    assert marks == {"KL after a cut": [[2, 2.5], [4, 1.5]], "KL after a repair": [[2, 0.75], [4, 3.5]]}
+    assert not plt.get_fignums()
 
 
 def test_metrics_are_columns_of_step_and_value(tmp_path: Path) -> None:

@@ -1,59 +1,12 @@
-"""Removal costs and repaired weights against explicit least squares, in float64.
-
-The reference is `torch.linalg.lstsq` on the stacked system [X; sqrt(ridge) I]: its squared residual is f(W) for H = X^T X + ridge.
-"""
+"""Removal costs and repaired weights against explicit least squares."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from naive_least_squares import METRICS, RIDGE, D, P, draw, explicit, inputs_of, metric, problem
 
 from models.pruning.least_squares import Elimination, Removal, damped, eliminate, moment, refit
-
-P, D, RIDGE = 24, 7, 0.01
-METRICS = ("no metric", "metric", "metric of few samples")
-
-
-def draw(seed: int = 0, tokens: int = 60) -> tuple[Tensor, Tensor]:
-    """Correlated inputs (S, P) of unlike sizes, and weights (P, D)."""
-    generator = torch.Generator().manual_seed(seed)
-    mixed_PP = torch.randn(P, P, generator=generator, dtype=torch.float64) + 2 * torch.eye(P)
-    x_SP = torch.randn(tokens, P, generator=generator, dtype=torch.float64) @ mixed_PP * torch.linspace(0.1, 3, P)
-    return x_SP, torch.randn(P, D, generator=generator, dtype=torch.float64)
-
-
-def metric(kind: str) -> Tensor | None:
-    if kind == "no metric":
-        return None
-    generator = torch.Generator().manual_seed(5)
-    g_ND = torch.randn(4 * D if kind == "metric" else 3, D, generator=generator, dtype=torch.float64)
-    return g_ND.T @ g_ND
-
-
-def explicit(
-    x_SP: Tensor, weight_PD: Tensor, gone: Sequence[int], metric_DD: Tensor | None = None, ridge: float = RIDGE
-) -> tuple[Tensor, float]:
-    """The best weights (P, D) without some inputs, and half their squared distance."""
-    strength = ridge * x_SP.square().sum(0).mean()
-    stacked = torch.cat([x_SP, strength.sqrt() * torch.eye(P, dtype=torch.float64)])
-    kept = [p for p in range(P) if p not in gone]
-    best = torch.zeros_like(weight_PD)
-    if kept:
-        best[kept] = torch.linalg.lstsq(stacked[:, kept], stacked @ weight_PD, driver="gelsd").solution
-    error = stacked @ (best - weight_PD)
-    metric_DD = torch.eye(D, dtype=torch.float64) if metric_DD is None else metric_DD
-    return best, float(torch.trace(error.T @ error @ metric_DD)) / 2
-
-
-def problem(x_SP: Tensor, weight_PD: Tensor, units: int = P, metric_DD: Tensor | None = None) -> Elimination:
-    return Elimination(x_SP.T @ x_SP, weight_PD, units, ridge=RIDGE, metric_DD=metric_DD)
-
-
-def inputs_of(units: Sequence[int], count: int) -> list[int]:
-    width = P // count
-    return [unit * width + i for unit in units for i in range(width)]
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -97,6 +50,37 @@ def test_downdates_stay_exact_until_nothing_is_left(units: int, kind: str) -> No
         assert removal.remove([unit]) == pytest.approx(float(alone[unit]), rel=1e-6)
         gone.append(unit)
     assert not removal.left.any()
+
+
+@pytest.mark.parametrize("kind", METRICS)
+@pytest.mark.parametrize("units", [P, 8])
+def test_back_and_forth(units: int, kind: str) -> None:
+    """After every removal and every return: the cost so far, what each unit left would add, what each that is gone would take."""
+    x_SP, weight_PD = draw(14)
+    walk = problem(x_SP, weight_PD, units, metric(kind))
+
+    def cost(gone: set[int]) -> float:
+        return explicit(x_SP, weight_PD, inputs_of(sorted(gone), units), metric(kind))[1]
+
+    gone: set[int] = set()
+    for together in ([0, 5, 6], [5], [1, 2], [0, 1], [7], [2, 6, 7], [3]):
+        if gone.issuperset(together):
+            before = cost(gone)
+            gone -= set(together)
+            assert walk.restore(together) == pytest.approx(before - cost(gone), rel=1e-6)
+        else:
+            gone |= set(together)
+            walk.remove(together)
+        assert walk.cost == pytest.approx(cost(gone), rel=1e-6, abs=1e-9)
+        assert [unit for unit in range(units) if not walk.left[unit]] == sorted(gone)
+        costs, gains = walk.costs(), walk.gains()
+        for unit in range(units):
+            if unit in gone:
+                assert costs[unit] == math.inf
+                assert float(gains[unit]) == pytest.approx(cost(gone) - cost(gone - {unit}), rel=1e-6)
+            else:
+                assert gains[unit] == -math.inf
+                assert float(costs[unit]) == pytest.approx(cost(gone | {unit}) - cost(gone), rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [60, 9])

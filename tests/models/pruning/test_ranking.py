@@ -107,6 +107,35 @@ def test_the_fisher_information_decides(measured: tuple[PreTrainedModel, list[La
     assert OsscarRanking([blind], RIDGE).neurons(layer, 47, 1)[0].units != [8]
 
 
+@pytest.mark.parametrize("kind", ["neurons", "kv_groups"])
+def test_a_search_refines_the_choice_in_one_round(
+    measured: tuple[PreTrainedModel, list[LayerCurvature]], kind: str
+) -> None:
+    model, curvature = measured
+    refinements = 0
+    for layer in decoder_layers(model):
+        arguments = (layer, 24, 24) if kind == "neurons" else (layer, 2)
+        rounds = getattr(OsscarRanking(curvature, RIDGE), kind)(*arguments)
+        (refined,) = getattr(OsscarRanking(curvature, RIDGE, swaps=100), kind)(*arguments)
+        removed = sorted(unit for removal in rounds for unit in removal.units)
+        assert refined.units == sorted(refined.units)
+        assert len(refined.units) == len(removed)
+        if refined.units == removed:
+            assert refined.cost == pytest.approx(rounds[-1].cost)
+        else:
+            assert refined.cost < rounds[-1].cost
+            refinements += 1
+    assert refinements or kind == "kv_groups"
+    assert OsscarRanking(curvature, RIDGE, swaps=100).neurons(decoder_layers(model)[0], 48, 8) == []
+
+
+def test_a_search_keeps_as_many_heads_in_each_group(measured: tuple[PreTrainedModel, list[LayerCurvature]]) -> None:
+    model, curvature = measured
+    layer = decoder_layers(model)[1]
+    kept = OsscarRanking(curvature, RIDGE, swaps=100).query_heads(layer, [0, 1, 3], 1)
+    assert [head // 2 for head in kept] == [0, 1, 2]
+
+
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
