@@ -1,9 +1,9 @@
-"""How much of a cut does distillation regain?  One cut against four small ones, the data's answers against the student's own.
+"""How much of a cut does distillation regain?  One cut against three small ones, the data's answers against the student's own.
 
-    python -m benchmarks.study_recovery [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--out FOLDER] [--json FILE]
+    python -m benchmarks.study_recovery [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--arms ...] [--out FOLDER] [--json FILE]
 
 The quickstart's teacher is distilled into a copy of itself that loses 37.5 % of its MLP neurons and one of three key/value groups,
-by OSSCAR with sequential repair: after the first step at once, or in four events over the first half of the steps.  Data, optimizer and
+by OSSCAR with sequential repair: after the first step at once, or in three events over the first half of the steps.  Data, optimizer and
 precision are the quickstart's; the arms of a seed see the same batches in the same order.  An interrupted command goes on where
 it stopped; `python -m benchmarks.pruning` writes the page.
 """
@@ -48,9 +48,9 @@ class Arm:
 
 ARMS = {
     "one_shot": Arm("one cut after the first step, gold answers", 1, False),
-    "gradual": Arm("four cuts over the first half, gold answers", 4, False),
+    "gradual": Arm("three cuts over the first half, gold answers", 3, False),
     "one_shot_on_policy": Arm("one cut after the first step, the student's own answers", 1, True),
-    "gradual_on_policy": Arm("four cuts over the first half, the student's own answers", 4, True),
+    "gradual_on_policy": Arm("three cuts over the first half, the student's own answers", 3, True),
 }
 PRUNING: dict[str, Any] = {
     "mlp_sparsity": 0.375,
@@ -67,7 +67,7 @@ class Study(TrainingStudy):
         """The row of one run; its `history` is that of `GradualPruning`."""
         arm, steps = ARMS[name], self.options.steps
         about = {"name": name, "seed": seed, "steps": steps}
-        schedule = {
+        schedule: dict[str, Any] = {
             "start_step": 1,
             "end_step": max(arm.events, steps // 2) if arm.events > 1 else 1,
             "events": arm.events,
@@ -89,9 +89,9 @@ def study(options: argparse.Namespace) -> list[Row]:
     """All rows, the teacher's first, then seed by seed; written as they finish."""
     shared = Study(options, options.teacher)
     rows = [shared.reference("teacher", lambda: shared.judge.teacher.model)]
-    with tqdm(total=len(options.seeds) * len(ARMS), desc="Study", unit="run") as bar:
+    with tqdm(total=len(options.seeds) * len(options.arms), desc="Study", unit="run") as bar:
         for seed in options.seeds:
-            for arm in ARMS:
+            for arm in options.arms:
                 bar.set_postfix_str(f"{arm}, seed {seed}")
                 rows.append(shared.run(arm, seed))
                 bar.update()
@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training_options(parser)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which arms to run (default: all)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the rows (default: {OUT})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
     options = parser.parse_args(arguments)

@@ -207,9 +207,22 @@ class _Fit:
         weight_DP.copy_(refit(hessian_PP, product_PD, torch.arange(len(gram_PP))).T)
 
 
+class _Reached(Exception):  # noqa: N818  (no error: it ends a forward pass)
+    """A forward pass has come to where it was wanted."""
+
+    def __init__(self, input_BTP: Tensor) -> None:
+        self.input_BTP = input_BTP
+
+
 def _input_of(linear: Any, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """What a linear layer is given while its module runs."""
-    seen: list[Tensor] = []
-    with hooked([linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]):
-        module(*args, **kwargs)
-    return seen[0]
+    """What a linear layer would be given if its module ran; nothing after it is computed."""
+
+    def stop(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        raise _Reached(inputs[0])
+
+    with hooked([linear.register_forward_pre_hook(stop)]):
+        try:
+            module(*args, **kwargs)
+        except _Reached as reached:
+            return reached.input_BTP
+    raise AssertionError("the module does not call the layer")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_folder
 
-from benchmarks import chats, pruning
+from benchmarks import chats, pruning, pruning_arms, pruning_page, pruning_speed
 from models.forward import IGNORE
 from models.pretrained import load_model, load_tokenizer
 from models.pruning.cut import Targets
@@ -71,14 +71,39 @@ def test_quick_prints_ratios_and_writes_json(bench: Path, capsys: pytest.Capture
     assert "osscar_kl_over_activation_kl_mlp" in capsys.readouterr().out
 
 
-def test_the_study_goes_on_where_it_stopped(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruning, "ARMS", pruning.QUICK_ARMS[:2])
-    out = bench / "study"
-    pruning.main(["--out", str(out)])
-    rows = sorted((out / "rows").glob("*.json"))
-    assert len(rows) == 6
-    assert {"kl", "top1_agreement", "perplexity", "parameters", "seconds", "settings", "machine"} <= json.loads(
-        rows[0].read_text()
-    ).keys()
-    monkeypatch.setattr(pruning.Bench, "row", lambda *_: pytest.fail("made again"))
-    pruning.main(["--out", str(out)])
+@pytest.fixture
+def study(bench: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two arms for each of the tiny model's cuts, timed twice."""
+    arms = (pruning_arms.BASELINE, pruning_arms.Arm("osscar", "sequential", "per_layer"))
+    for module in (pruning, pruning_page):
+        monkeypatch.setattr(module, "ARMS", {**dict.fromkeys(pruning.CUTS, arms), "mlp 25 %": arms})
+        monkeypatch.setattr(module, "CUTS", pruning.CUTS)
+    monkeypatch.setattr(pruning_speed, "REPETITIONS", 2)
+    return ["--out", str(bench / "study"), "--cuts", *pruning.CUTS]
+
+
+def test_the_study_writes_a_page(bench: Path, study: list[str]) -> None:
+    notes = bench / "study/notes.md"
+    notes.parent.mkdir()
+    notes.write_text("Words of ours.\n")
+    pruning.main(study)
+    rows = [json.loads(path.read_text()) for path in (bench / "study/rows").glob("*.json")]
+    students, timed = [row for row in rows if "arm" in row], [row for row in rows if "speed_of" in row]
+    assert len(students) == 6 and all(row["kl"] > 0 and row["settings"] and row["machine"] for row in students)
+    shapes = {json.dumps([row["hidden"], row["layers"]]) for row in students}
+    assert {json.dumps([row["hidden"], row["layers"]]) for row in timed} == shapes
+    assert all(row["torch_low"] <= row["torch"] <= row["torch_high"] and row["onnxruntime"] > 0 for row in timed)
+    for row in students:
+        assert next(speed for speed in timed if speed["layers"] == row["layers"])["parameters"] == row["parameters"]
+    page = (bench / "study.md").read_text()
+    assert all(f"| {row['arm']} | {row['kl']:.3f} |" in page for row in students)
+    assert "Words of ours." in page and " ".join(study) in page and "## Speed" in page and "Recovery" not in page
+
+
+def test_the_study_goes_on_where_it_stopped(bench: Path, study: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pruning.main(study)
+    page = (bench / "study.md").read_text()
+    for module, name in ((pruning, "Bench"), (pruning_speed, "load_model")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("made again"))
+    pruning.main(study)
+    assert (bench / "study.md").read_text() == page

@@ -156,7 +156,7 @@ def test_removal_loss_is_the_loss_after_dropping(batch: Batch) -> None:
     before = [p.clone() for p in model.parameters()]
     found = removal_loss(model, batches, [1])
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    drop_layers(model, [1])
+    drop_layers(model, layers=[1])
     losses = [F.cross_entropy(answer_logits(model, one), answer_labels(one), reduction="none") for one in batches]
     assert found == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 

@@ -1,0 +1,72 @@
+"""How fast is each student of the pruning study?  Speed depends on sizes alone, so every shape is timed once, beside the dense model.
+
+The prefill of one prompt of 128 tokens with logits at all positions, in float32, in torch and in ONNX Runtime; runs of both models
+take turns, see `models/pruning/latency.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.study import Row, Rows, machine
+from export.latency import onnx_run
+from models.pretrained import load_model
+from models.pruning.budget import flops, parameters
+from models.pruning.latency import Run, compare, torch_run
+from models.pruning.shape import LayerShape, Shape, shape_of, sliced
+
+BATCH, LENGTH = 1, 128
+REPETITIONS = 30
+BACKENDS: Mapping[str, Callable[..., Run]] = {"torch": torch_run, "onnxruntime": onnx_run}
+
+
+def speeds(reference: str, rows: Sequence[Row], store: Rows) -> list[Row]:
+    """A row for every shape among the rows, with `torch`, `onnxruntime` (time over the dense model's) and quartiles of both.
+
+    Args:
+        reference: The dense model.
+        rows: Of students; `hidden` and `layers` give the shape.
+        store: Where finished rows are.
+    """
+    shapes = {(row["hidden"], tuple(map(tuple, row["layers"]))): row for row in reversed(rows)}
+    found = []
+    model = None
+    for row in (bar := tqdm(list(reversed(shapes.values())), desc="Speed", unit="shape")):
+        bar.set_postfix_str(f"{row['cut']}: {row['arm']}")
+        sizes = {"hidden": row["hidden"], "layers": row["layers"]}
+        made = {"model": reference, "batch": BATCH, "length": LENGTH, "repetitions": REPETITIONS, **sizes}
+        unequal = len({tuple(layer) for layer in row["layers"]}) > 1
+        name = f"speed {row['cut']}{' per layer' if unequal else ''}".replace(" ", "_").replace("%", "percent")
+        timed = store.find(name, made)
+        if timed is None:
+            model = model or load_model(reference)
+            dense = shape_of(model)
+            shape = replace(dense, hidden=row["hidden"], layers=tuple(LayerShape(*layer) for layer in row["layers"]))
+            timed = {"speed_of": row["cut"], "unequal_layers": unequal, **_sizes(shape), **sizes}
+            for backend, run in BACKENDS.items():
+                timed |= _timed(
+                    backend,
+                    run(model, batch=BATCH, length=LENGTH),
+                    run(sliced(model, shape), batch=BATCH, length=LENGTH),
+                )
+            timed |= {"settings": made, "machine": machine(("torch", "transformers", "onnxruntime"))}
+            store.write(name, timed)
+        found.append(timed)
+    return found
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {"parameters": parameters(shape), "gflops": flops(shape, batch=BATCH, new=LENGTH) / 1e9}
+
+
+def _timed(backend: str, dense: Run, student: Run) -> dict[str, float]:
+    latency = compare(dense, student, repetitions=REPETITIONS)
+    low, high = latency.spread
+    return {
+        backend: latency.ratio,
+        f"{backend}_low": low,
+        f"{backend}_high": high,
+        f"{backend}_ms": 1e3 * latency.student_s,
+    }
