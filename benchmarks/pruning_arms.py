@@ -63,7 +63,7 @@ BASELINE = Arm("activation")
 QUICK_CUTS = ("mlp 37.5 %", "kv 1 of 3")
 QUICK_ARMS = (BASELINE, Arm("osscar", "sequential"), Arm("osscar", "sequential", "per_layer"))
 
-_WIDTHS: tuple[Arm | Peer, ...] = (
+_WIDTHS = (
     *QUICK_ARMS,
     Arm("osscar"),
     Arm("osscar", "layerwise"),
@@ -72,14 +72,13 @@ _WIDTHS: tuple[Arm | Peer, ...] = (
     Arm("wanda"),
     Arm("magnitude"),
     Arm("random"),
-    Peer("magnitude"),
-    Peer("taylor"),
 )
+_PEERS = (Peer("magnitude"), Peer("taylor"))  # they never cut key/value heads that query heads share
 _MORE = (Arm("activation", "layerwise"), Arm("taylor", "sequential"), Arm("random", "sequential"))
 ARMS: dict[str, tuple[Arm | Peer, ...]] = {
-    "mlp 25 %": _WIDTHS,
-    "mlp 37.5 %": (*_WIDTHS, *_MORE),
-    "mlp 50 %": _WIDTHS,
+    "mlp 25 %": (*_WIDTHS, *_PEERS),
+    "mlp 37.5 %": (*_WIDTHS, *_PEERS, *_MORE),
+    "mlp 50 %": (*_WIDTHS, *_PEERS),
     "kv 1 of 3": (*_WIDTHS, *_MORE),
     "mlp 25 % and kv 1 of 3": _WIDTHS,
     # Depth goes by block influence or by search, whatever the score of the widths is.
