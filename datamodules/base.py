@@ -5,7 +5,7 @@ Everything is tokenized once in `setup`; loaders only pad.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -88,6 +88,20 @@ class ChatDataModule(LightningDataModule):
         """Whether the split was configured."""
         return True
 
+    def tokenize(self, conversations: list[Conversation]) -> list[Example]:
+        """One example for each conversation, of any length."""
+        return encode(
+            self.tokenizer,
+            conversations,
+            system_prompt=self.system_prompt,
+            supervise_all_turns=self.supervise_all_turns,
+        )
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[Example]], Batch]:
+        """Makes a batch of examples; loader workers get a copy of it."""
+        return partial(collate, pad_id=pad_id_of(self.tokenizer))
+
     @property
     def has_score(self) -> bool:
         """Whether `score` gives numbers; where it does not, nobody generates answers for it."""
@@ -139,12 +153,7 @@ class ChatDataModule(LightningDataModule):
         return self._examples[split]
 
     def _encode(self, split: str) -> list[Example]:
-        encoded = encode(
-            self.tokenizer,
-            self.conversations(split),
-            system_prompt=self.system_prompt,
-            supervise_all_turns=self.supervise_all_turns,
-        )
+        encoded = self.tokenize(self.conversations(split))
         fitting = [truncate(e, max_length=self.max_length, max_prompt_length=self.max_prompt_length) for e in encoded]
         kept = [example for example in fitting if example is not None]
         num_dropped = len(encoded) - len(kept)
@@ -207,7 +216,7 @@ class ChatDataModule(LightningDataModule):
         for _ in range(num_batches):
             while len(drawn) < self.batch_size:
                 drawn += torch.randperm(len(examples), generator=generator).tolist()
-            yield collate([examples[i] for i in drawn[: self.batch_size]], pad_id=pad_id_of(self.tokenizer))
+            yield self.collate_fn([examples[i] for i in drawn[: self.batch_size]])
             drawn = drawn[self.batch_size :]
 
     def _accumulate(self) -> int:
@@ -231,7 +240,7 @@ class ChatDataModule(LightningDataModule):
             num_workers=self.num_workers if sampler else 0,
             accumulate=self._accumulate if sampler else None,
             limit=self._limit,
-            collate_fn=partial(collate, pad_id=pad_id_of(self.tokenizer)),
+            collate_fn=self.collate_fn,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -28,16 +28,22 @@ def read_conversations(source: str, *, default_split: str, dataset_config: str |
     """
     suffix = Path(source).suffix
     if suffix in (*JSONL_SUFFIXES, ".parquet"):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"expected a file at {source!r}, found none; check the path")
-        records = _read_parquet(path) if suffix == ".parquet" else _read_jsonl(path)
+        path = file_at(source)
+        records = _read_parquet(path) if suffix == ".parquet" else read_jsonl(path)
     else:
         records = _read_dataset(source, default_split, dataset_config)
     conversations = [_conversation(record, place) for place, record in records]
     if not conversations:
         raise ValueError(f"expected at least one conversation in {source!r}, found none; fill it or choose another")
     return conversations
+
+
+def file_at(source: str) -> Path:
+    """The path of an existing file; raises `FileNotFoundError` if there is none."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file at {source!r}, found none; check the path")
+    return path
 
 
 def _conversation(record: dict[str, Any], place: str) -> Conversation:
@@ -53,7 +59,12 @@ def _conversation(record: dict[str, Any], place: str) -> Conversation:
     )
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place (file and line).
+
+    Raises:
+        ValueError: A line is not a JSON object in UTF-8.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

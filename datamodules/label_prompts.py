@@ -1,0 +1,131 @@
+"""Prompts whose answer is one label token, and how many of their tokens a common prefix decides.
+
+The user's message is the prefix, a newline and the prompt, without white space around either. It is rendered by the
+chat template and tokenized as a whole, so its tokens, and with them its score, never depend on whether a key/value
+cache is shared. `prefix_length` only says where the cache may be cut: so many leading tokens are the same in every
+prompt with the same prefix. Usually that is the whole prefix; a tokenizer that merges across the newline costs a token.
+
+The template is rendered once, not once a prompt (a scorer has to render many in a millisecond): it writes the user's
+message between two texts that do not depend on it, which `frame_of` checks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.chat import Conversation, encode
+
+# Stands for the user's message while the template is rendered; two of them show that the rest stays the same.
+STANDINS = ("a stand-in\nof two lines", "<another> 'stand-in' & more")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the chat template writes before and after the user's message, up to where the answer begins."""
+
+    before: str
+    after: str
+
+    def prefix(self, prefix: str) -> str:
+        """The text that all prompts with this prefix begin with."""
+        return self.before + message_of(prefix, "")
+
+    def prompt(self, prefix: str, prompt: str) -> str:
+        """Everything that the model reads before it answers."""
+        return self.before + message_of(prefix, prompt) + self.after
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt, and how many of its first tokens every prompt of the same prefix shares."""
+
+    ids: list[int]
+    prefix_length: int
+
+
+def message_of(prefix: str, prompt: str) -> str:
+    """The user's message: prefix, newline, prompt; the prompt alone if the prefix is empty."""
+    return (f"{prefix.strip()}\n" if prefix.strip() else "") + prompt.strip()
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> Frame:
+    """The chat template around a user's message.
+
+    Raises:
+        ValueError: The template refuses the roles, or does not write the message as it is.
+    """
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    frames = []
+    for message in STANDINS:
+        messages = [*system, {"role": "user", "content": message}]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ValueError(
+                f"expected a chat template that accepts the roles {[m['role'] for m in messages]}, found one that "
+                f"refuses them ({error}); leave system_prompt out, or change the template"
+            ) from error
+        before, found, after = text.rpartition(message)
+        frames.append(Frame(before, after) if found else None)
+    if frames[0] is None or frames[0] != frames[1]:
+        raise ValueError(
+            "expected a chat template that writes the user's message as it is and the rest without regard to it, found "
+            "one that changes either; use a template without conditions on the message"
+        )
+    return frames[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, frame: Frame, pairs: Sequence[tuple[str, str]]) -> list[Prompt]:
+    """Tokenize (prefix, prompt) pairs; an empty prefix stands for the system message and the template's own text."""
+    ids = _tokenize(tokenizer, [frame.prompt(prefix, prompt) for prefix, prompt in pairs])
+    prefixes = list(dict.fromkeys(prefix for prefix, _ in pairs))
+    alone = dict(zip(prefixes, _tokenize(tokenizer, [frame.prefix(prefix) for prefix in prefixes]), strict=True))
+    lengths = {prefix: len(tokens) for prefix, tokens in alone.items()}
+    for (prefix, _), tokens in zip(pairs, ids, strict=True):
+        lengths[prefix] = min(lengths[prefix], _num_shared(alone[prefix], tokens))
+    return [Prompt(tokens, lengths[prefix]) for (prefix, _), tokens in zip(pairs, ids, strict=True)]
+
+
+def label_token_ids(
+    tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], system_prompt: str | None = None
+) -> list[int]:
+    """The token of each label where the assistant's answer begins.
+
+    Raises:
+        ValueError: There are fewer than two labels or two are the same, or the answer does not begin with one token that
+            is the label.
+    """
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(f"expected at least two different labels, found {list(labels)}; name every class once")
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    question = [*system, {"role": "user", "content": STANDINS[0]}]
+    answers = [[*question, {"role": "assistant", "content": label}] for label in labels]
+    examples = encode(tokenizer, [Conversation(messages, "the labels") for messages in answers])
+    tokens = []
+    for label, example in zip(labels, examples, strict=True):
+        answer_ids = example.input_ids[example.prompt_length :].tolist()
+        pieces = [str(tokenizer.decode([token])) for token in answer_ids]
+        # Some tokenizers put a space before the first word of an answer.
+        if pieces[0].strip() != label:
+            shown = [piece for token, piece in zip(answer_ids, pieces, strict=True) if token != tokenizer.eos_token_id]
+            raise ValueError(
+                f"expected every label as one token at the start of the assistant's answer, found {label!r} as {shown}; "
+                "choose labels that the tokenizer has as a whole, such as short lower-case words or digits"
+            )
+        tokens.append(answer_ids[0])
+    return tokens
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # The template has already written the special tokens, so none are added here.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for position, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return position
+    return min(len(first), len(second))
