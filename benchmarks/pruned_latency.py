@@ -2,10 +2,11 @@
 
     python -m benchmarks.pruned_latency [--ratio 0.8] [--backend torch|onnxruntime] [--json FILE]
 
-Neurons and key/value groups are removed by the same share from every layer, first units kept: quality is not the matter here, and
-speed does not depend on the values of weights.  Both models run the prefill of the same tokens, in float32, in turns.
+Every layer loses as many neurons and key/value groups, first units kept: quality is not the matter here, and speed does not depend on
+the values of weights.  Both models run the prefill of the same tokens, in float32, in turns.
 """
 
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import parser, report
@@ -14,6 +15,7 @@ from models.pretrained import load_model
 from models.pruning.budget import flops, parameters
 from models.pruning.latency import Run, compare, meet_latency, torch_run
 from models.pruning.shape import Shape, shape_of, sliced
+from models.pruning.uniform import evenly_sparse
 
 BACKENDS = {"torch": torch_run, "onnxruntime": onnx_run}
 
@@ -39,7 +41,8 @@ def main() -> None:
         return BACKENDS[arguments.backend](sliced(model, shape), batch=batch, length=length)
 
     met = meet_latency(
-        lambda sparsity: dense.narrower(sparsity, multiple=arguments.multiple),
+        dense,
+        partial(evenly_sparse, dense, measure=partial(flops, batch=batch, new=length), multiple=arguments.multiple),
         arguments.ratio,
         prepare=prepare,
         repetitions=arguments.repetitions,

@@ -55,7 +55,7 @@ class Bench:
         self.calibration = answered(self.model, self.tokenizer, MODEL, prompts)
         self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())
         self._teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.bfloat16))
-        self._rankings: dict[str, tuple[Ranking, float]] = {}
+        self._rankings: dict[tuple[str, int], tuple[Ranking, float]] = {}
 
     def row(self, cut: str, arm: Arm | Peer) -> Row:
         """One student, cut and judged; `layers` holds neurons, query heads and groups of each."""
@@ -89,11 +89,12 @@ class Bench:
         return student, time.perf_counter() - started
 
     def _ranking(self, arm: Arm) -> tuple[Ranking, float]:
-        if arm.score not in self._rankings:
+        key = arm.score, arm.swaps
+        if key not in self._rankings:
             started = time.perf_counter()
             ranking = rank_units(self.model, self.calibration, arm.settings)
-            self._rankings[arm.score] = ranking, time.perf_counter() - started
-        return self._rankings[arm.score]
+            self._rankings[key] = ranking, time.perf_counter() - started
+        return self._rankings[key]
 
 
 def quick() -> list[Row]:

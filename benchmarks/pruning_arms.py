@@ -15,17 +15,20 @@ class Arm:
         repair: The same.
         allocation: The same.
         depth: The same.
+        swaps: The same.
     """
 
     score: str
     repair: str = "none"
     allocation: str = "uniform"
     depth: str = "block_influence"
+    swaps: int = 0
 
     @property
     def name(self) -> str:
         """For files and tables."""
         score = self.score if self.depth == "block_influence" else f"{self.score} (block search)"
+        score += " (local search)" if self.swaps else ""
         return f"{score}, {self.repair} repair, {self.allocation}".replace("none repair", "no repair")
 
     @property
@@ -74,7 +77,12 @@ _WIDTHS = (
     Arm("random"),
 )
 _PEERS = (Peer("magnitude"), Peer("taylor"))  # they never cut key/value heads that query heads share
-_MORE = (Arm("activation", "layerwise"), Arm("taylor", "sequential"), Arm("random", "sequential"))
+_MORE = (
+    Arm("osscar", "sequential", swaps=256),
+    Arm("activation", "layerwise"),
+    Arm("taylor", "sequential"),
+    Arm("random", "sequential"),
+)
 ARMS: dict[str, tuple[Arm | Peer, ...]] = {
     "mlp 25 %": (*_WIDTHS, *_PEERS),
     "mlp 37.5 %": (*_WIDTHS, *_PEERS, *_MORE),

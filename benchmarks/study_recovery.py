@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training_options(parser)
+    parser.set_defaults(steps=32, test_size=120)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which arms to run (default: all)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the rows (default: {OUT})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")

@@ -110,10 +110,10 @@ class TrainingStudy:
 def training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every such study has, but for `--out`."""
     parser.add_argument("--teacher", default="runs/quickstart/teacher/student", help="Hugging Face folder")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every arm (default: 40)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every arm (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
     parser.add_argument("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
-    parser.add_argument("--test-size", type=int, default=255, help="held-out questions (default: 255)")
+    parser.add_argument("--test-size", type=int, default=255, help="held-out questions (default: %(default)s)")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose data, optimizer and precision to use")
 
 

@@ -1,9 +1,10 @@
 """Gradual structured pruning in the middle of `fit`: tensors and optimizer state really shrink, parameters stay the same objects.
 
-This file decides when; `pruning_plan` how much, `pruning_event` does it, `models/pruning` knows what is worth keeping.
+This file decides when; `pruning_plan` and `pruning_budget` how much, `pruning_event` does it, `models/pruning` knows what is worth
+keeping.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,13 +15,16 @@ from callbacks.data import data_of
 from callbacks.distributed import check_strategy
 from callbacks.order import StepBoundary, check_order
 from callbacks.plateau import Plateau
-from callbacks.pruning_event import cut_student
+from callbacks.pruning_budget import PruningBudget
+from callbacks.pruning_event import cut_student, in_words
 from callbacks.pruning_judge import PruningJudge
-from callbacks.pruning_plan import PruningPlan, Sparsities, deadlines
+from callbacks.pruning_plan import PruningPlan, Sparsities, When, steps_of
 from models.architecture import count_parameters
 from models.distillation import Distillation
-from models.pruning.cut import Allocation, PruningSettings, Repair, ScoreName, Targets
-from models.pruning.schedule import Shape, event_steps
+from models.pruning.cut import Allocation, Depth, PruningSettings, Repair, ScoreName, Targets
+from models.pruning.schedule import Course
+from models.pruning.shape import shape_of
+from models.pruning.target_budget import Budget
 from models.student import StudentModule
 
 DEFAULTS = PruningSettings()
@@ -39,10 +43,16 @@ class GradualPruning(Callback):
         query_head_sparsity: Share of the query heads of every remaining group removed at the end.
         depth_sparsity: Share of decoder layers removed at the end.
         hidden_sparsity: Share of the hidden size removed at the end.
+        budget: What the student may cost at the end, as a share of the dense student's parameters, FLOPs or latency, instead of
+            sparsities of the same axes. With allocation uniform every layer keeps as much as fits; groups come in whole numbers, neurons
+            fill the rest. With per_layer, neurons and groups of all layers go where they cost least for what they save. A latency is
+            measured in a search before the first step, for uniform layers, and met within 10 %; with per_layer the FLOPs of what is
+            found are the budget.
         start_step: Optimizer steps done before the first event (with when: plateau, at least).
         end_step: Optimizer steps done before the last event (with when: plateau, at most).
         events: Number of events.
-        schedule: Course of the sparsity over the events: cubic removes most at first, linear equal shares.
+        schedule: Course over the events of each sparsity, and of the cost removed for a budget: cubic removes most at first, linear
+            equal shares.
         when: steps are evenly spaced events; plateau is an event as soon as the training loss has stopped falling, and at the
             latest at evenly spaced steps.
         patience: Steps in each of the two means of the training loss that plateau compares, one after the other.
@@ -54,18 +64,22 @@ class GradualPruning(Callback):
             the dense model's), or none. A repair that raises the figure of judge_batches is undone.
         allocation: The same sizes in every layer (uniform), or where they cost least (per_layer; such a student is no plain
             Hugging Face model).
+        depth: Layers go where they turn the residual stream least (block_influence), or as the one contiguous block without which
+            the cross-entropy of the calibration answers is lowest (search).
         multiple: Neurons and channels kept are rounded to a multiple of this (FP8 matrix units want 16, GPUs like 64 or 128).
         damping: Share of the mean diagonal that damps OSSCAR's statistics.
         ridge: Share of the mean diagonal that pulls a repair towards the weights before it.
+        swaps: The most swaps of OSSCAR's local search in each layer, after its greedy choice, where all layers keep as many.
         calibration_batches: Training batches on which each event judges importance and repairs.
         judge_batches: Held-out batches (validation data if there is any) on which the KL to the teacher is measured before and
             after each cut and repair; 0 for none.
         seed: Seed of the choice of training batches.
 
     Raises:
-        ValueError: A setting is out of range or leaves nothing of an axis; hidden states are distilled while their number or
-            size changes; the data module is no `ChatDataModule`; the strategy shards the model (prune in a run of its own
-            before); a callback that averages weights comes first.
+        ValueError: A setting is out of range or leaves nothing of an axis; nothing is to be pruned; a budget is out of reach, or
+            shares an axis with a sparsity; hidden states are distilled while their number or size changes; the data module is no
+            `ChatDataModule`; the strategy shards the model (prune in a run of its own before); a callback that averages weights
+            comes first.
     """
 
     needs_whole_student = True
@@ -78,20 +92,23 @@ class GradualPruning(Callback):
         depth_sparsity: float = 0.0,
         hidden_sparsity: float = 0.0,
         *,
+        budget: Budget | None = None,
         start_step: int = 0,
         end_step: int = 0,
         events: int = 1,
-        schedule: Shape = "cubic",
-        when: Literal["steps", "plateau"] = "steps",
+        schedule: Course = "cubic",
+        when: When = "steps",
         patience: int = 50,
         min_delta: float = 0.01,
         turns: bool = False,
         score: ScoreName = DEFAULTS.score,
         repair: Repair = DEFAULTS.repair,
         allocation: Allocation = DEFAULTS.allocation,
+        depth: Depth = DEFAULTS.depth,
         multiple: int = DEFAULTS.multiple,
         damping: float = DEFAULTS.damping,
         ridge: float = DEFAULTS.ridge,
+        swaps: int = DEFAULTS.swaps,
         calibration_batches: int = 8,
         judge_batches: int = 4,
         seed: int = 0,
@@ -99,21 +116,29 @@ class GradualPruning(Callback):
         self.sparsities = Sparsities(
             mlp_sparsity, kv_group_sparsity, query_head_sparsity, depth_sparsity, hidden_sparsity
         )
-        _check_steps(start_step, end_step, events, when)
+        self.steps = steps_of(start_step, end_step, events, when)
         if multiple < 1 or calibration_batches < 1 or judge_batches < 0:
             raise ValueError(
                 f"expected GradualPruning.multiple and calibration_batches of 1 or more and judge_batches of 0 or more, found "
                 f"{multiple}, {calibration_batches} and {judge_batches}; change them in the recipe"
             )
-        self.plan = PruningPlan(self.sparsities, events, schedule, multiple, turns, allocation == "per_layer")
+        self.plan = PruningPlan(self.sparsities, events, schedule, multiple, turns, allocation == "per_layer", budget)
         self.settings = PruningSettings(
-            score, repair, allocation, multiple=multiple, damping=damping, ridge=ridge, seed=seed
+            score,
+            repair,
+            allocation,
+            depth,
+            multiple=multiple,
+            damping=damping,
+            ridge=ridge,
+            swaps=swaps,
+            seed=seed,
         )
         self.start_step = start_step
-        self.steps = (event_steps if when == "steps" else deadlines)(start_step, end_step, events)
         self.calibration_batches = calibration_batches
         self.targets: list[Targets] = []
         self.history: list[dict[str, Any]] = []
+        self._budget = PruningBudget(budget, multiple) if budget else None
         self._plateau = Plateau(patience, min_delta) if when == "plateau" else None
         self._judge = PruningJudge(judge_batches, seed)
         self._boundary = StepBoundary()
@@ -131,8 +156,8 @@ class GradualPruning(Callback):
     @property
     def makes_layers_unequal(self) -> bool:
         """Whether layers end with different sizes, which one `config.json` cannot express."""
-        cuts_layers = self.sparsities.mlp_sparsity > 0 or self.sparsities.attention
-        return cuts_layers and self.settings.allocation == "per_layer"
+        of_layers = {"mlp_sparsity", "kv_group_sparsity", "query_head_sparsity"} & set(self.sparsities.given)
+        return bool(of_layers or self.plan.budget) and self.settings.allocation == "per_layer"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan all events from the sizes of the *unpruned* student; a checkpoint loads only after this."""
@@ -150,13 +175,24 @@ class GradualPruning(Callback):
                 "layers or channels would no longer be the teacher's; set one of them to 0"
             )
         pl_module.configure_model()
-        self.targets = self.plan.targets(pl_module.student)
+        dense = shape_of(pl_module.student)
+        self.targets = self.plan.targets(dense)
+        if self._budget is not None:
+            self._budget.dense = dense
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what a latency budget comes down to, if no checkpoint has said it by now."""
+        assert isinstance(pl_module, StudentModule)
+        if self._budget is not None and self._budget.is_measured:
+            sizes = self._budget.search(trainer, pl_module, self.targets[-1])
+            self.targets = self.plan.targets(self._budget.dense, sizes)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An event that a checkpoint holds does not happen again; one that it was saved just before does."""
         self._boundary.start(trainer.global_step)
         assert isinstance(pl_module, StudentModule)
-        self._log(trainer, {"parameters": count_parameters(pl_module.student)})
+        measured = self._budget.measured if self._budget else {}
+        self._log(trainer, {"parameters": count_parameters(pl_module.student), **measured})
         self._cut_if_due(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -179,14 +215,20 @@ class GradualPruning(Callback):
             self._note_recovery(trainer, self._judge.measure(pl_module), self._judge(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Figures of the events so far, and the losses since the last one where these decide."""
-        return {"history": self.history, "losses": self._plateau.losses if self._plateau else []}
+        """Figures of the events so far, the losses since the last one where these decide, and what a search has found."""
+        return {
+            "history": self.history,
+            "losses": self._plateau.losses if self._plateau else [],
+            "latency": self._budget.found if self._budget else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the events so far."""
         self.history = state_dict["history"]
         if self._plateau is not None:
             self._plateau.losses = state_dict["losses"]
+        if self._budget is not None:
+            self._budget.found = state_dict["latency"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Give averaged weights, which load next, the shapes they were saved in."""
@@ -207,6 +249,9 @@ class GradualPruning(Callback):
         batches = self._judge.calibration_batches(data_of(trainer), number + 1, self.calibration_batches)
         before = count_parameters(module.student)
         figures = cut_student(trainer, module, batches, self.targets[number], self.settings, self._judge)
+        last = number + 1 == len(self.steps)
+        if self._budget is not None:
+            figures |= self._budget.figures(shape_of(module.student)) | (self._budget.measured if last else {})
         measure = self._judge.measure(module)
         if self.history and self._judge.num_batches:
             self._note_recovery(trainer, measure, figures[f"{measure}_before"])
@@ -214,19 +259,10 @@ class GradualPruning(Callback):
         if self._plateau is not None:
             self._plateau.reset()
         self._log(trainer, figures)
-        moments = [
-            f"{figures[key]:.4g} {key.removeprefix(measure + '_').replace('_', ' ')}"
-            for key in figures
-            if key.startswith(measure)
-        ]
-        rank_zero_info(
-            f"Pruned after step {trainer.global_step} (event {number + 1} of {len(self.steps)}): "
-            f"{figures['layers']} layers of {figures['neurons_per_layer']:g} neurons, {figures['query_heads_per_layer']:g} query "
-            f"heads and {figures['kv_groups_per_layer']:g} key/value groups, hidden size {figures['hidden_size']}, {before:,} -> "
-            f"{figures['parameters']:,} parameters"
-            + (f"; {measure} {', '.join(moments)}" if moments else "")
-            + (", so the repair was undone" if "repair_undone" in figures else "")
-        )
+        event = f"Pruned after step {trainer.global_step} (event {number + 1} of {len(self.steps)})"
+        rank_zero_info(f"{event}: {before:,} -> {in_words(figures, measure)}")
+        if self._budget is not None and last:
+            rank_zero_info(self._budget.verdict(shape_of(module.student)))
 
     def _note_recovery(self, trainer: Trainer, measure: str, now: float) -> None:
         last = self.history[-1]
@@ -238,14 +274,3 @@ class GradualPruning(Callback):
         """Give figures to the loggers directly: the trainer's own logging would put them at a later step."""
         for logger in trainer.loggers:
             logger.log_metrics({f"pruning/{name}": value for name, value in figures.items()}, step=trainer.global_step)
-
-
-def _check_steps(start: int, end: int, events: int, when: str) -> None:
-    """Raise `ValueError` unless every event has a step of its own."""
-    room = end - start + 1 if when == "steps" else max(1, end - start)
-    alone = when == "steps" and (events == 1) != (start == end)
-    if not 1 <= start <= end or not 1 <= events <= room or alone:
-        raise ValueError(
-            f"expected 1 <= start_step <= end_step, a step for every event, and with when: steps one event exactly if they are "
-            f"equal, found start_step {start}, end_step {end}, events {events}, when {when}; change GradualPruning in the recipe"
-        )

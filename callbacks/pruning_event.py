@@ -1,7 +1,7 @@
 """One pruning event: choose the units, cut them on every device, repair what is left, and measure each step."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -60,7 +60,8 @@ def cut_student(
         optimizer.zero_grad()
     share = [move_data_to_device(batch, module.device) for batch in share_of_rank(trainer, batches, len(batches))]
     measured("before")
-    edits = trainer.strategy.broadcast(plan_cut(module.student, share, targets, settings, total=total))
+    with _autocast(module):
+        edits = trainer.strategy.broadcast(plan_cut(module.student, share, targets, settings, total=total))
     repairs = bool(edits) and settings.repair != "none"
     dense = copy.deepcopy(module.student).requires_grad_(False).eval() if repairs else None
     module.edit(edits)
@@ -68,7 +69,8 @@ def cut_student(
     measured("after_cut")
     if dense is not None:
         unrepaired = _projection_weights(module)
-        repair_cut(module.student, dense, edits, share, settings, total=total)
+        with _autocast(module):
+            repair_cut(module.student, dense, edits, share, settings, total=total)
         synchronize_anew(trainer.strategy)
         measured("after_repair")
         if judge.num_batches and figures[f"{measure}_after_repair"] > figures[f"{measure}_after_cut"]:
@@ -79,6 +81,31 @@ def cut_student(
     elif edits:
         synchronize_anew(trainer.strategy)
     return figures | sizes_of(module)
+
+
+def in_words(figures: Mapping[str, float], measure: str) -> str:
+    """What `cut_student` returned, as a part of a sentence; `measure` is the judge's."""
+    moments = [
+        f"{figures[key]:.4g} {key.removeprefix(measure + '_').replace('_', ' ')}"
+        for key in figures
+        if key.startswith(measure)
+    ]
+    return (
+        f"{figures['parameters']:,} parameters, {figures['layers']} layers of {figures['neurons_per_layer']:g} neurons, "
+        f"{figures['query_heads_per_layer']:g} query heads and {figures['kv_groups_per_layer']:g} key/value groups, hidden size "
+        f"{figures['hidden_size']}"
+        + (f"; {measure} {', '.join(moments)}" if moments else "")
+        + (", so the repair was undone" if "repair_undone" in figures else "")
+    )
+
+
+def _autocast(module: StudentModule) -> torch.autocast:
+    """Where training is in half precision, so are the forward passes of an event: in bfloat16, as Fisher gradients are not scaled.
+
+    Without autocast's cache, which would not see that a repair changes weights.
+    """
+    half = module.inference_dtype != torch.float32
+    return torch.autocast(module.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
 def _projection_weights(module: StudentModule) -> dict[str, Tensor]:

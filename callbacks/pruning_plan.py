@@ -1,13 +1,18 @@
-"""What is kept after each pruning event: pure functions of the recipe and of the unpruned student's sizes."""
+"""When pruning events take place and what is kept after each: pure functions of the recipe and of the unpruned student's sizes."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
-from transformers import PreTrainedModel
-
-from models.architecture import decoder_layers
 from models.pruning.cut import Targets
-from models.pruning.schedule import Shape, event_steps, sparsity_after, units_to_keep
+from models.pruning.schedule import Course, event_steps, sparsity_after, units_to_keep
+from models.pruning.shape import Key, Shape, WidthAxis
+from models.pruning.target_budget import Budget, Limit
+from models.pruning.uniform import Sizes, largest_within, smallest
+
+When = Literal["steps", "plateau"]
+
+SPARSITY_OF: dict[WidthAxis, str] = {"neurons": "mlp_sparsity", "kv_groups": "kv_group_sparsity"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Sparsities:
                 )
 
     @property
-    def attention(self) -> bool:
-        """Whether heads are removed, in groups or within them."""
-        return self.kv_group_sparsity > 0 or self.query_head_sparsity > 0
+    def given(self) -> list[str]:
+        """Names of those above 0."""
+        return [field.name for field in fields(self) if getattr(self, field.name)]
 
 
 @dataclass(frozen=True)
@@ -40,56 +45,112 @@ class PruningPlan:
     """The course of a student's sizes.
 
     Attributes:
-        sparsities: Where it ends.
+        sparsities: Where it ends, as shares of an axis.
         events: Number of events.
-        schedule: Course of every sparsity over the events in which its axis takes part.
+        schedule: Course over the events of every sparsity, and of the cost that is removed for a budget.
         multiple: Neurons and channels kept are rounded to a multiple of this.
         turns: Odd events, counted from 1, cut the MLP, even ones the attention; depth and hidden size take part in all.
-        per_layer: Targets are averages over layers, so key/value groups need not be whole.
+        per_layer: Targets are averages over layers, so key/value groups need not be whole, and a budget is a limit.
+        budget: What the student may cost in the end, other axes than the budget's cut as the sparsities say.
+
+    Raises:
+        ValueError: Nothing is to be pruned, a budget and a sparsity are about the same units, or there is nothing to take turns.
     """
 
     sparsities: Sparsities
     events: int
-    schedule: Shape = "cubic"
+    schedule: Course = "cubic"
     multiple: int = 64
     turns: bool = False
     per_layer: bool = False
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        both = self.sparsities.mlp_sparsity > 0 and self.sparsities.attention
-        if self.turns and not (both and self.events > 1):
+        given = self.sparsities.given
+        if not given and self.budget is None:
+            raise ValueError(
+                "expected GradualPruning with a sparsity or a budget, found neither; set one, for example mlp_sparsity: 0.25"
+            )
+        axes = self.budget.axes if self.budget else ()
+        twice = {SPARSITY_OF[axis] for axis in axes} | ({"query_head_sparsity"} if "kv_groups" in axes else set())
+        for name in given:
+            if name in twice:
+                raise ValueError(
+                    f"expected no GradualPruning.{name} with a budget whose axes are {', '.join(axes)}, found "
+                    f"{getattr(self.sparsities, name)}; leave it to the budget, or take the axis out of budget.axes"
+                )
+        attention = {"kv_group_sparsity", "query_head_sparsity"} & set(given)
+        if self.turns and not (attention and "mlp_sparsity" in given and self.events > 1):
             raise ValueError(
                 "expected GradualPruning.turns with mlp_sparsity, a sparsity of heads and two or more events, found "
                 f"{self.sparsities} and {self.events} events; set them, or turns to false"
             )
 
-    def targets(self, model: PreTrainedModel) -> list[Targets]:
+    def targets(self, dense: Shape, least: Sizes | None = None) -> list[Targets]:
         """What the student keeps after each event.
 
+        The cost that a budget removes, of what the sparsities leave, follows the schedule.  Layers of the same sizes keep at least what
+        they will at the end.
+
         Args:
-            model: The unpruned student.
+            dense: The unpruned student.
+            least: The sizes of layers that meet a latency budget: it ends there, or at their FLOPs.  Without them such a budget is
+                left out.
 
         Raises:
-            ValueError: An axis would be left with nothing.
+            ValueError: An axis would be left with nothing, or a budget is out of reach.
         """
-        return [self._targets(model, number) for number in range(1, self.events + 1)]
+        targets = [self._targets(dense, number) for number in range(1, self.events + 1)]
+        if self.budget is None or (self.budget.cost == "latency" and least is None):
+            return targets
+        axes, measure = self.budget.axes, self.budget.measure
+        shapes = [shape_after(dense, target) for target in targets]
+        if least is None:
+            least = smallest(dense, axes, multiple=self.multiple)
+            most: float = math.floor(self.budget.ratio * measure(dense))  # whole numbers, whose differences are exact
+            self._check_budget(dense, shapes[-1], least, most)
+        else:
+            most = measure(shapes[-1].evenly(least))
+        removed = measure(shapes[-1]) - most
+        for index in reversed(range(self.events)):
+            limit = measure(shapes[index]) - sparsity_after(index + 1, self.events, removed, self.schedule)
+            if self.per_layer:
+                targets[index] = replace(targets[index], limit=Limit(axes, measure, limit))
+            else:
+                least = largest_within(shapes[index], axes, measure, limit, multiple=self.multiple, least=least)
+                targets[index] = replace(targets[index], **least)  # type: ignore[arg-type]
+        return targets
 
-    def _targets(self, model: PreTrainedModel, number: int) -> Targets:
-        layers = decoder_layers(model)
-        layer, mlp = layers[0], number % 2 == 1 or not self.turns
-        attention = number % 2 == 0 or not self.turns
-        groups = self._kept("kv_group_sparsity", layer.num_kv_groups, number, whole=not self.per_layer)
-        each = self._kept("query_head_sparsity", layer.num_query_heads // layer.num_kv_groups, number)
-        neurons = self._kept("mlp_sparsity", layer.num_neurons, number, multiple=self.multiple)
-        embedding: Any = model.get_input_embeddings()
+    def _check_budget(self, dense: Shape, last: Shape, least: Sizes, most: float) -> None:
+        assert self.budget is not None
+        whole, name = self.budget.measure(dense), self.budget.counted
+        lowest, highest = self.budget.measure(last.evenly(least)) / whole, self.budget.measure(last) / whole
+        if lowest * whole > most:
+            raise ValueError(
+                f"expected a GradualPruning.budget.ratio that the smallest student keeps, found {self.budget.ratio:g} where it has "
+                f"{lowest:.3f} of the dense student's {name}; raise the ratio, or let more axes be pruned"
+            )
+        if highest * whole <= most:
+            raise ValueError(
+                f"expected a GradualPruning.budget.ratio below what the sparsities leave, found {self.budget.ratio:g} where that is "
+                f"{highest:.3f} of the dense student's {name}; lower the ratio, or leave the budget out"
+            )
+
+    def _targets(self, dense: Shape, number: int) -> Targets:
+        """What the sparsities leave after an event."""
+        layer, given = dense.layers[0], self.sparsities.given
+        mlp, attention = number % 2 == 1 or not self.turns, number % 2 == 0 or not self.turns
+        groups = self._kept("kv_group_sparsity", layer.kv_groups, number, whole=not self.per_layer)
+        each = self._kept("query_head_sparsity", layer.query_heads // layer.kv_groups, number)
+        neurons = self._kept("mlp_sparsity", layer.neurons, number, multiple=self.multiple)
+        layers = self._kept("depth_sparsity", len(dense.layers), number)
+        hidden = self._kept("hidden_sparsity", dense.hidden, number, multiple=self.multiple)
         return Targets(
-            neurons=int(neurons) if mlp and self.sparsities.mlp_sparsity else None,
-            kv_groups=groups if attention and self.sparsities.kv_group_sparsity else None,
-            query_heads=round(groups * each) if attention and self.sparsities.query_head_sparsity else None,
-            layers=int(self._kept("depth_sparsity", len(layers), number)) if self.sparsities.depth_sparsity else None,
-            hidden=int(self._kept("hidden_sparsity", embedding.weight.shape[1], number, multiple=self.multiple))
-            if self.sparsities.hidden_sparsity
-            else None,
+            neurons=int(neurons) if mlp and "mlp_sparsity" in given else None,
+            kv_groups=groups if attention and "kv_group_sparsity" in given else None,
+            query_heads=round(groups * each) if attention and "query_head_sparsity" in given else None,
+            layers=int(layers) if "depth_sparsity" in given else None,
+            hidden=int(hidden) if "hidden_sparsity" in given else None,
         )
 
     def _kept(self, axis: str, total: int, number: int, *, multiple: int = 1, whole: bool = True) -> int | float:
@@ -112,6 +173,38 @@ class PruningPlan:
         if axis == "mlp_sparsity":
             return (number + 1) // 2, (self.events + 1) // 2
         return number // 2, self.events // 2
+
+
+def shape_after(dense: Shape, targets: Targets) -> Shape:
+    """The shape that targets leave, layers all alike; averages of groups are rounded up, and a limit is not looked at."""
+    kept: dict[Key, int] = {} if targets.hidden is None else {("hidden", 0): targets.hidden}
+    for index, layer in enumerate(dense.layers):
+        groups = layer.kv_groups if targets.kv_groups is None else math.ceil(targets.kv_groups)
+        kept["kv_groups", index] = groups
+        if targets.neurons is not None:
+            kept["neurons", index] = targets.neurons
+        if targets.query_heads is not None:
+            each = round(targets.query_heads / (targets.kv_groups or layer.kv_groups))
+            kept["query_heads", index] = each * layer.kv_groups
+        if targets.layers is not None and index >= targets.layers:
+            kept["layer", index] = 0
+    return dense.keeping(kept)
+
+
+def steps_of(start: int, end: int, events: int, when: When) -> list[int]:
+    """The optimizer steps after which events take place, at the latest.
+
+    Raises:
+        ValueError: Not every event has a step of its own.
+    """
+    room = end - start + 1 if when == "steps" else max(1, end - start)
+    alone = when == "steps" and (events == 1) != (start == end)
+    if not 1 <= start <= end or not 1 <= events <= room or alone:
+        raise ValueError(
+            f"expected 1 <= start_step <= end_step, a step for every event, and with when: steps one event exactly if they are "
+            f"equal, found start_step {start}, end_step {end}, events {events}, when {when}; change GradualPruning in the recipe"
+        )
+    return event_steps(start, end, events) if when == "steps" else deadlines(start, end, events)
 
 
 def deadlines(start: int, end: int, events: int) -> list[int]:

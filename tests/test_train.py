@@ -155,7 +155,8 @@ MISTAKES = {
     ),
     "wrong order": (
         ["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.start_step=3",
-         "--trainer.callbacks+=GradualPruning", "--trainer.callbacks.start_step=1", "--trainer.callbacks.end_step=1"],
+         "--trainer.callbacks+=GradualPruning", "--trainer.callbacks.mlp_sparsity=0.5",
+         "--trainer.callbacks.start_step=1", "--trainer.callbacks.end_step=1"],
         "order",
     ),
     "too late": (["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.start_step=90"], "max_steps"),

@@ -1,16 +1,7 @@
-"""Scores, schedules and surgery for structured pruning."""
+"""Structured pruning, from how much to which units to what is left: `cut` is the way in.
 
-from models.pruning.schedule import event_steps, sparsity_after, units_to_keep
-from models.pruning.scores import ImportanceScores, activation_scores, top_indices
-from models.pruning.slicing import narrow_linear, narrow_parameter
+`schedule`, `target_budget`, `uniform` and `latency` say how much; `scores`, `curvature` and `least_squares` judge units, `ranking` orders
+them and `allocation` shares sizes out over the layers; `narrowing` and `depth` name what goes, and `repair` fits what stays.
 
-__all__ = [
-    "ImportanceScores",
-    "activation_scores",
-    "event_steps",
-    "narrow_linear",
-    "narrow_parameter",
-    "sparsity_after",
-    "top_indices",
-    "units_to_keep",
-]
+Import from these files: `models/surgery.py` needs `slicing` alone, and the others need the surgery.
+"""

@@ -4,7 +4,11 @@
 cost, seconds, has to be measured: `models/pruning/latency.py`.
 """
 
+from collections.abc import Callable
+
 from models.pruning.shape import LayerShape, Shape
+
+Measure = Callable[[Shape], float]
 
 
 def parameters(shape: Shape) -> int:

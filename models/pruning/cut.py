@@ -1,7 +1,8 @@
 """From target sizes to edits, and the repair of what is left: the axes of a cut together."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -15,7 +16,8 @@ from models.pruning.narrowing import narrow_layers
 from models.pruning.ranking import OsscarRanking, Ranking, ScoreRanking
 from models.pruning.repair import repair
 from models.pruning.scores import SCORES, top_indices
-from models.pruning.shape import shape_of
+from models.pruning.shape import Key, Shape, shape_of
+from models.pruning.target_budget import Limit
 from models.structure import Edit
 
 ScoreName = Literal["osscar", "activation", "taylor", "wanda", "magnitude", "random"]
@@ -34,6 +36,7 @@ class Targets:
         kv_groups: The same.
         layers: Decoder layers.
         hidden: Channels of the residual stream.
+        limit: What the model may cost when all that is done, where the allocation is `per_layer`.
 
     Raises:
         ValueError: A target leaves nothing.
@@ -44,11 +47,25 @@ class Targets:
     kv_groups: int | float | None = None
     layers: int | None = None
     hidden: int | None = None
+    limit: Limit | None = None
 
     def __post_init__(self) -> None:
-        for axis, size in asdict(self).items():
-            if size is not None and size < 1:
-                raise ValueError(f"expected targets of 1 or more, found {size} {axis}; leave something of every axis")
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if isinstance(size, int | float) and size < 1:
+                raise ValueError(
+                    f"expected targets of 1 or more, found {size} {field.name}; leave something of every axis"
+                )
+
+    def met_by(self, shape: Shape, *, on_average: bool) -> bool:
+        """Whether no unit of a layer has to go: the largest of a shape's layers, or their average, is small enough."""
+        size_of = fmean if on_average else max
+        sizes = {"neurons": self.neurons, "query_heads": self.query_heads, "kv_groups": self.kv_groups}
+        met = (
+            most is None or size_of(getattr(layer, axis) for layer in shape.layers) <= most
+            for axis, most in sizes.items()
+        )
+        return all(met) and (self.limit is None or self.limit.measure(shape) <= self.limit.most)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,11 @@ class PruningSettings:
         ridge: Share of the mean diagonal that pulls a repair towards the weights before it.
         depth: Layers go where they turn the residual stream least (block_influence), or as the one contiguous block without which
             the cross-entropy of the calibration answers is lowest (search).
+        swaps: The most swaps of OSSCAR's local search in each layer, after its greedy choice, where all layers keep as many.
         seed: Of random choices.
+
+    Raises:
+        ValueError: There are swaps for another score, or where layers keep unlike numbers.
     """
 
     score: ScoreName = "osscar"
@@ -77,7 +98,15 @@ class PruningSettings:
     multiple: int = 64
     damping: float = 0.01
     ridge: float = 0.3
+    swaps: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.swaps < 0 or (self.swaps and (self.score != "osscar" or self.allocation == "per_layer")):
+            raise ValueError(
+                f"expected swaps of 0 or more, and above 0 only with the score osscar and the allocation uniform, found {self.swaps} "
+                f"with {self.score} and {self.allocation}; set swaps to 0, or change the others"
+            )
 
 
 def rank_units(
@@ -89,7 +118,8 @@ def rank_units(
         ValueError: There was no batch.
     """
     if settings.score == "osscar":
-        return OsscarRanking(collect_curvature(model, batches, seed=settings.seed, total=total), settings.damping)
+        curvature = collect_curvature(model, batches, seed=settings.seed, total=total)
+        return OsscarRanking(curvature, settings.damping, swaps=settings.swaps)
     return ScoreRanking(SCORES[settings.score](model, batches, total=total, seed=settings.seed))
 
 
@@ -115,22 +145,26 @@ def plan_cut(
         total: Sums a tensor over all processes.
 
     Raises:
-        ValueError: There was no batch, the target of query heads is no multiple of the groups, or an average cannot be reached.
+        ValueError: There was no batch, the target of query heads is no multiple of the groups, an average or the limit cannot be
+            reached, or there is a limit for a uniform allocation.
     """
     layers = decoder_layers(model)
     gone: list[int] = []
     if targets.layers is not None and targets.layers < len(layers):
         gone = _layers_to_drop(model, batches, len(layers) - targets.layers, settings.depth, total)
     edits: list[Edit] = []
-    if any(size is not None for size in (targets.neurons, targets.kv_groups, targets.query_heads)):
+    hidden: dict[Key, int] = {} if targets.hidden is None else {("hidden", 0): targets.hidden}
+    shape, per_layer = shape_of(model).keeping(hidden), settings.allocation == "per_layer"
+    if not targets.met_by(shape.keeping({("layer", index): 0 for index in gone}), on_average=per_layer):
         edits += narrow_layers(
-            shape_of(model),
+            shape,
             [layer for layer in layers if layer.index not in gone],
             ranking or rank_units(model, batches, settings, total=total),
             neurons=targets.neurons,
             kv_groups=targets.kv_groups,
             query_heads=targets.query_heads,
-            multiple=settings.multiple if settings.allocation == "per_layer" else None,
+            limit=targets.limit,
+            multiple=settings.multiple if per_layer else None,
         )
     if gone:
         edits.append({"op": "drop_layers", "layers": gone})

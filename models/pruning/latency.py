@@ -72,10 +72,12 @@ def compare(dense: Run, student: Run, *, repetitions: int) -> Latency:
 
 
 def meet_latency(
+    dense: Shape,
     shrink: Callable[[float], Shape],
     ratio: float,
     *,
     prepare: Callable[[Shape], Run],
+    on_measured: Callable[[Shape, Latency], None] = lambda shape, latency: None,
     tolerance: float = 0.1,
     repetitions: int = 15,
     attempts: int = 8,
@@ -86,9 +88,12 @@ def meet_latency(
     is within a quarter of the tolerance or no new shape lies between.  The closest one is then measured afresh, and only that counts.
 
     Args:
-        shrink: A sparsity from 0 (the dense model) to 1 (the least that may be left) to a shape; larger ones give faster shapes.
+        dense: What the ratio is to.
+        shrink: A sparsity from 0 (nothing more is removed) to 1 (the least that may be left) to a shape; larger ones give faster
+            shapes.
         ratio: Time of the student over time of the dense model, below 1.
         prepare: Builds what runs a shape once.
+        on_measured: Is told of every measurement.
         tolerance: Largest relative difference between measured and asked ratio.
         repetitions: Counted rounds of each measurement; of the last one twice as many.
         attempts: Shapes to measure at most.
@@ -100,10 +105,13 @@ def meet_latency(
         raise ValueError(
             f"expected a ratio to the dense model's time between 0 and 1, found {ratio:g}; choose one, such as 0.8"
         )
-    dense = prepare(shrink(0.0))
+    dense_run = prepare(dense)
 
     def measured(sparsity: float, rounds: int = repetitions) -> Latency:
-        return compare(dense, prepare(shrink(sparsity)), repetitions=rounds)
+        shape = shrink(sparsity)
+        latency = compare(dense_run, prepare(shape), repetitions=rounds)
+        on_measured(shape, latency)
+        return latency
 
     def distance(found: float) -> float:
         return abs(found / ratio - 1)

@@ -1,16 +1,21 @@
 """Which neurons, key/value groups and query heads each layer keeps: units are ranked, sizes are shared out, edits name what stays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from models.architecture import DecoderLayer
 from models.pruning.allocation import Curve, allocate
+from models.pruning.budget import Measure
 from models.pruning.least_squares import Removal
 from models.pruning.ranking import Ranking
-from models.pruning.shape import Axis, Shape
+from models.pruning.shape import Key, Shape, WidthAxis
+from models.pruning.target_budget import Limit
 from models.structure import Edit
 
-_STEP = 32  # neurons removed between two scorings where all layers keep as many
+Rounds = dict[Key, list[Removal]]
+
+_STEP = 64  # neurons removed between two scorings where all layers keep as many
+_OPERATIONS: dict[WidthAxis, str] = {"neurons": "narrow_mlp", "kv_groups": "narrow_kv_groups"}
 
 
 def narrow_layers(
@@ -21,45 +26,86 @@ def narrow_layers(
     neurons: int | None = None,
     kv_groups: float | None = None,
     query_heads: int | None = None,
+    limit: Limit | None = None,
     multiple: int | None = None,
 ) -> list[Edit]:
     """Edits that bring layers to their targets.
 
     Args:
-        shape: The model's.
+        shape: The model's, with the hidden size that it will have.
         layers: Those that stay.
         ranking: Of their units.
         neurons: Kept in every layer, or on average over the layers; None leaves them all.
         kv_groups: The same.
         query_heads: The same, all groups together.
+        limit: What the model may cost when all is done; its axes have no other target.
         multiple: Sizes may differ by layer, those of the MLP in multiples of this; None: all layers get the same.
 
     Raises:
-        ValueError: Groups are no whole number, query heads no multiple of the groups, or an average cannot be reached.
+        ValueError: Groups are no whole number, query heads no multiple of the groups, an average or the limit cannot be reached, or
+            there is a limit where layers must not differ, or on groups whose query heads have a target.
     """
-    edits: list[Edit] = []
-    if neurons is not None:
-        step, least = (multiple, multiple) if multiple else (_STEP, neurons)
-        rounds = [ranking.neurons(layer, min(least, layer.num_neurons), step) for layer in layers]
-        kept = _kept(shape, "neurons", layers, rounds, neurons if multiple else None)
-        edits += _edits("narrow_mlp", shape, "neurons", layers, kept)
-    groups = [list(range(layer.num_kv_groups)) for layer in layers]
-    if kv_groups is not None:
-        if not multiple and kv_groups != int(kv_groups):
-            raise ValueError(
-                f"expected a whole number of key/value groups where every layer keeps as many, found {kv_groups:g}; round it, or "
-                "allocate per layer"
-            )
-        rounds = [ranking.kv_groups(layer, 1 if multiple else int(kv_groups)) for layer in layers]
-        groups = _kept(shape, "kv_groups", layers, rounds, kv_groups if multiple else None)
-        edits += _edits("narrow_kv_groups", shape, "kv_groups", layers, groups)
+    if limit is not None and (not multiple or (query_heads and "kv_groups" in limit.axes)):
+        raise ValueError(
+            "expected a limit where sizes may differ by layer, and no target of query heads if it is on their groups, found "
+            f"axes {list(limit.axes)}, multiple {multiple} and {query_heads} query heads; allocate per layer, or leave out the heads"
+        )
+    staying = {layer.index for layer in layers}
+    dropped: dict[Key, int] = {("layer", index): 0 for index in range(len(shape.layers)) if index not in staying}
+    rounds: Rounds = {}
+    left: dict[Key, int] = {}
+
+    def share_out(of_axes: Rounds, measure: Measure, most: float) -> None:
+        rounds.update(of_axes)
+        curves = {key: _curve(shape.units(key), removals) for key, removals in of_axes.items()}
+        left.update(allocate(shape.keeping(left), curves, lambda part: measure(part.keeping(dropped)), most))
+
+    averages: dict[WidthAxis, float | None] = {"neurons": neurons, "kv_groups": kv_groups}
+    for axis, average in averages.items():
+        if average is not None and multiple:
+            share_out(_rounds(ranking, layers, axis, multiple), _units(axis), average * len(layers))
+        elif average is not None:
+            rounds |= _rounds(ranking, layers, axis, _STEP, least=_whole(average))
+            left |= {(axis, index): min(_whole(average), shape.units((axis, index))) for index in staying}
     if query_heads is not None:
-        each = _heads_of_a_group(query_heads, kv_groups or fmean(len(kept) for kept in groups))
-        for layer, kept_groups in zip(layers, groups, strict=True):
-            if each * layer.num_kv_groups < layer.num_query_heads:
-                heads = ranking.query_heads(layer, kept_groups, each)
-                edits.append({"op": "narrow_query_heads", "layer": layer.index, "keep": heads})
-    return edits
+        groups = [left.get(("kv_groups", layer.index), layer.num_kv_groups) for layer in layers]
+        each = _heads_of_a_group(query_heads, kv_groups or fmean(groups))
+        left |= {("query_heads", layer.index): each * layer.num_kv_groups for layer in layers}
+    if limit is not None and multiple:
+        of_limit = {axis: _rounds(ranking, layers, axis, multiple) for axis in limit.axes}
+        share_out({key: of_axis[key] for of_axis in of_limit.values() for key in of_axis}, limit.measure, limit.most)
+    return _edits(shape, layers, ranking, rounds, left)
+
+
+def _rounds(
+    ranking: Ranking, layers: Sequence[DecoderLayer], axis: WidthAxis, step: int, least: int | None = None
+) -> Rounds:
+    """In which order the units of each layer would go, down to the least; by default one step of neurons, or one group."""
+    if axis == "kv_groups":
+        return {(axis, layer.index): ranking.kv_groups(layer, least or 1) for layer in layers}
+    return {
+        (axis, layer.index): ranking.neurons(layer, min(least or step, layer.num_neurons), step) for layer in layers
+    }
+
+
+def _curve(units: int, removals: Sequence[Removal]) -> Curve:
+    left = [units]
+    for removal in removals:
+        left.append(left[-1] - len(removal.units))
+    return Curve(left, [0.0, *(removal.cost for removal in removals)])
+
+
+def _units(axis: WidthAxis) -> Measure:
+    return lambda shape: sum(getattr(layer, axis) for layer in shape.layers)
+
+
+def _whole(units: float) -> int:
+    if units != int(units):
+        raise ValueError(
+            f"expected a whole number of key/value groups where every layer keeps as many, found {units:g}; round it, or allocate "
+            "per layer"
+        )
+    return int(units)
 
 
 def _heads_of_a_group(query_heads: int, kv_groups: float) -> int:
@@ -72,45 +118,24 @@ def _heads_of_a_group(query_heads: int, kv_groups: float) -> int:
     return each
 
 
-def _kept(
-    shape: Shape,
-    axis: Axis,
-    layers: Sequence[DecoderLayer],
-    rounds: Sequence[Sequence[Removal]],
-    average: float | None,
-) -> list[list[int]]:
-    """The units that stay in each layer: after all its rounds, or after so many that the average is reached at least cost."""
-    counts = [len(of_layer) for of_layer in rounds]
-    if average is not None:
-        curves = {}
-        for layer, of_layer in zip(layers, rounds, strict=True):
-            left = [shape.units((axis, layer.index))]
-            for removal in of_layer:
-                left.append(left[-1] - len(removal.units))
-            curves[axis, layer.index] = Curve(left, [0.0, *(removal.cost for removal in of_layer)])
-        units = allocate(
-            shape, curves, _total_units(axis), average * len(layers) + _units_of_others(shape, axis, layers)
-        )
-        counts = [list(curves[axis, layer.index].kept).index(units[axis, layer.index]) for layer in layers]
-    kept = []
-    for layer, of_layer, count in zip(layers, rounds, counts, strict=True):
-        removed = {unit for removal in of_layer[:count] for unit in removal.units}
-        kept.append([unit for unit in range(shape.units((axis, layer.index))) if unit not in removed])
-    return kept
-
-
-def _total_units(axis: Axis) -> Callable[[Shape], float]:
-    return lambda shape: sum(getattr(layer, axis) for layer in shape.layers)
-
-
-def _units_of_others(shape: Shape, axis: Axis, layers: Sequence[DecoderLayer]) -> int:
-    """Units in layers that are dropped anyway."""
-    return int(_total_units(axis)(shape)) - sum(shape.units((axis, layer.index)) for layer in layers)
-
-
-def _edits(op: str, shape: Shape, axis: Axis, layers: Sequence[DecoderLayer], kept: Sequence[list[int]]) -> list[Edit]:
-    return [
-        {"op": op, "layer": layer.index, "keep": units}
-        for layer, units in zip(layers, kept, strict=True)
-        if len(units) < shape.units((axis, layer.index))
-    ]
+def _edits(
+    shape: Shape, layers: Sequence[DecoderLayer], ranking: Ranking, rounds: Rounds, left: Mapping[Key, int]
+) -> list[Edit]:
+    edits: list[Edit] = []
+    kept: dict[Key, list[int]] = {}
+    for axis, operation in _OPERATIONS.items():
+        for layer in layers:
+            key = (axis, layer.index)
+            total, gone = shape.units(key), set[int]()
+            for removal in rounds.get(key, []):
+                if total - len(gone) > left[key]:
+                    gone.update(removal.units)
+            kept[key] = [unit for unit in range(total) if unit not in gone]
+            if gone:
+                edits.append({"op": operation, "layer": layer.index, "keep": kept[key]})
+    for layer in layers:
+        heads = left.get(("query_heads", layer.index), layer.num_query_heads)
+        if heads < layer.num_query_heads:
+            keep = ranking.query_heads(layer, kept["kv_groups", layer.index], heads // layer.num_kv_groups)
+            edits.append({"op": "narrow_query_heads", "layer": layer.index, "keep": keep})
+    return edits

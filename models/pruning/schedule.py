@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Shape = Literal["cubic", "linear"]
+Course = Literal["cubic", "linear"]
 
 
 def event_steps(start: int, end: int, events: int) -> list[int]:
@@ -12,14 +12,14 @@ def event_steps(start: int, end: int, events: int) -> list[int]:
     return [start + round(i * (end - start) / (events - 1)) for i in range(events)]
 
 
-def sparsity_after(event: int, events: int, target: float, shape: Shape) -> float:
-    """The share of units removed after event number `event` (from 1): `target` at the last one.
+def sparsity_after(event: int, events: int, target: float, course: Course) -> float:
+    """What is removed, a share of units or a cost, after event number `event` (from 1): `target` at the last one.
 
     Cubic (Zhu and Gupta, arXiv 1710.01878, eq. 1): target * (1 - (1 - event / events) ** 3), so early events remove most,
     while much is redundant.  Linear: target * event / events.
     """
     progress = event / events
-    return target * (1 - (1 - progress) ** 3) if shape == "cubic" else target * progress
+    return target * (1 - (1 - progress) ** 3) if course == "cubic" else target * progress
 
 
 def units_to_keep(total: int, sparsity: float, multiple: int) -> int:

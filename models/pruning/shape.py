@@ -15,6 +15,7 @@ from models.architecture import DecoderLayer, decoder_layers
 from models.structure import Edit, replay
 
 Axis = Literal["neurons", "query_heads", "kv_groups", "layer", "hidden"]
+WidthAxis = Literal["neurons", "kv_groups"]  # those that a budget may choose
 Key = tuple[Axis, int]
 
 
@@ -95,20 +96,17 @@ class Shape:
                 layers.append(LayerShape(kept.get(("neurons", index), layer.neurons), heads, groups))
         return replace(self, hidden=kept.get(("hidden", 0), self.hidden), layers=tuple(layers))
 
-    def narrower(self, sparsity: float, *, multiple: int) -> "Shape":
-        """The same share of neurons and of key/value groups removed from every layer.
-
-        Args:
-            sparsity: From 0, nothing removed, to 1: one `multiple` of neurons and one group are left.
-            multiple: Neurons kept are a multiple of this, groups any number.
-        """
+    def evenly(self, sizes: Mapping[WidthAxis, int]) -> "Shape":
+        """The shape whose layers keep at most so many units each along these axes."""
         kept: dict[Key, int] = {}
-        steps: tuple[tuple[Axis, int], ...] = (("neurons", multiple), ("kv_groups", 1))
-        for index in range(len(self.layers)):
-            for axis, step in steps:
-                total = self.units((axis, index))
-                kept[axis, index] = min(levels(total, step), key=lambda level: abs(level - total * (1 - sparsity)))
+        for axis, units in sizes.items():
+            for index in range(len(self.layers)):
+                kept[axis, index] = min(units, self.units((axis, index)))
         return self.keeping(kept)
+
+    def widest(self, axis: WidthAxis) -> int:
+        """Units of the layer that has most of them along an axis."""
+        return max(getattr(layer, axis) for layer in self.layers)
 
 
 def levels(total: int, multiple: int, least: int = 1) -> list[int]:

@@ -22,10 +22,11 @@ def test_the_benchmark_writes_what_scripts_read(
         prepared.append((batch, length))
         return torch_run(model, batch=batch, length=length)
 
-    def meet(shrink, ratio, *, prepare, repetitions) -> Met:
+    def meet(dense, shrink, ratio, *, prepare, repetitions) -> Met:
         asked.append((ratio, repetitions))
-        prepare(shrink(0.6))()
-        return Met(shrink(0.6), 0.6, Latency(1.0, 0.79, 0.79, (0.7, 0.9)), {1.0: 0.4, 0.6: 0.81})
+        assert shrink(0.0) == dense
+        prepare(shrink(1.0))()
+        return Met(shrink(1.0), 0.6, Latency(1.0, 0.79, 0.79, (0.7, 0.9)), {1.0: 0.4, 0.6: 0.81})
 
     def compare(dense: Run, student: Run, *, repetitions: int) -> Latency:
         dense()

@@ -41,8 +41,8 @@ def test_every_run_ends_with_the_same_sizes(out: Path) -> None:
     for name, row in rows.items():
         if name != "teacher":
             events = row["history"]
-            assert len(events) == (4 if "gradual" in name else 1)
-            assert [event["step"] for event in events] == ([1, 2, 4, 5] if "gradual" in name else [1])
+            assert len(events) == (3 if "gradual" in name else 1)
+            assert [event["step"] for event in events] == ([1, 3, 5] if "gradual" in name else [1])
             assert (events[-1]["neurons_per_layer"], events[-1]["kv_groups_per_layer"]) == (320, 2)
             assert row["kl"] > 0 and row["settings"]["mlp_sparsity"] == 0.375
 

@@ -149,7 +149,7 @@ def test_foreign_data_modules_are_refused_before_the_first_step(
 )
 def test_pruning_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected .* found"):
-        GradualPruning(**{"start_step": 1, "end_step": 1} | settings)
+        GradualPruning(**{"mlp_sparsity": 0.5, "start_step": 1, "end_step": 1} | settings)
 
 
 @pytest.mark.parametrize("sparsity", [{"mlp_sparsity": 0.95}, {"kv_group_sparsity": 0.8}])

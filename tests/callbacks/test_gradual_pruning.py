@@ -241,11 +241,12 @@ def test_a_compiled_student_is_compiled_anew(places: dict[str, str], tmp_path: P
         ({"when": "plateau", "patience": 0}, "patience of 1 or more"),
         ({"mlp_sparsity": 0.5, "turns": True}, "turns with mlp_sparsity, a sparsity of heads"),
         ({"calibration_batches": 0}, "calibration_batches of 1 or more"),
+        ({"mlp_sparsity": 0.0}, "with a sparsity or a budget, found neither"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pruning(**settings)
+        pruning(**{"mlp_sparsity": 0.5} | settings)
 
 
 def test_what_cannot_go_together_is_refused(places: dict[str, str], tmp_path: Path) -> None:

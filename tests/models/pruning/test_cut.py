@@ -3,7 +3,8 @@
 import copy
 import json
 from dataclasses import replace
-from typing import get_args
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch
+from models.pruning.budget import Measure, flops, parameters
 from models.pruning.cut import PruningSettings, ScoreName, Targets, plan_cut, repair_cut
-from models.pruning.shape import LayerShape, shape_of
+from models.pruning.shape import LayerShape, WidthAxis, shape_of
+from models.pruning.target_budget import Limit
 from models.structure import Edit, apply_edit, replay
 
 SCORES = get_args(ScoreName)
@@ -213,3 +216,80 @@ def test_depth_by_search_drops_the_block_that_does_least(batch: Batch) -> None:
 def test_groups_that_all_layers_share_are_a_whole_number(batch: Batch) -> None:
     with pytest.raises(ValueError, match="expected a whole number of key/value groups .*, found 2.5; round it"):
         plan_cut(cut_model("llama"), [batch], Targets(kv_groups=2.5), UNIFORM)
+
+
+@pytest.mark.parametrize("score", ["osscar", "activation"])
+@pytest.mark.parametrize("measure", [parameters, partial(flops, batch=1, new=9)])
+@pytest.mark.parametrize("axes", [["neurons"], ["neurons", "kv_groups"]])
+def test_a_limit_holds_for_all_that_is_left(score: ScoreName, measure: Measure, axes: list[WidthAxis]) -> None:
+    """Whatever else goes in the same cut; and giving back the last thing removed would exceed it."""
+    model = cut_model("llama")
+    settings = replace(PER_LAYER, score=score)
+    others = [Targets(), Targets(layers=2, hidden=24)]
+    others += [Targets(kv_groups=8 / 3, query_heads=3)] if axes == ["neurons"] else []
+    for targets in others:
+        left = shape_of(cut(model, plan_cut(model, BATCHES, targets, settings)))
+        most = measure(left) - 0.6 * (
+            measure(left) - measure(left.evenly(dict.fromkeys(axes, 8 if axes == ["neurons"] else 1)))
+        )
+        limited = replace(targets, limit=Limit(axes, measure, most))
+        shape = shape_of(cut(model, plan_cut(model, BATCHES, limited, settings)))
+        assert measure(shape) <= most
+        assert any(
+            measure(shape.keeping({(axis, index): shape.units((axis, index)) + step})) > most
+            for index in range(len(shape.layers))
+            for axis, step in (("neurons", 8), ("kv_groups", 1))
+            if axis in axes
+        )
+        assert (len(shape.layers), shape.hidden) == (len(left.layers), left.hidden)
+        assert all(layer.neurons % 8 == 0 and layer.query_heads % layer.kv_groups == 0 for layer in shape.layers)
+
+
+def test_a_limit_takes_from_the_axis_that_costs_less() -> None:
+    """Groups that write nothing go before any neuron, and neurons that write nothing before any group."""
+    groups, neurons = cut_model("llama"), cut_model("llama")
+    with torch.no_grad():
+        for layer in groups.model.layers:
+            layer.self_attn.o_proj.weight[:, 32:] *= 1e-6
+        for layer in neurons.model.layers:
+            layer.mlp.down_proj.weight[:, 24:] *= 1e-6
+    for model, expected in ((groups, LayerShape(48, 4, 2)), (neurons, LayerShape(24, 8, 4))):
+        dense = shape_of(model)
+        most = parameters(dense.evenly({"neurons": expected.neurons, "kv_groups": expected.kv_groups}))
+        targets = Targets(limit=Limit(["kv_groups", "neurons"], parameters, most))
+        assert shape_of(cut(model, plan_cut(model, BATCHES, targets, PER_LAYER))).layers == (expected,) * 3
+
+
+def test_a_limit_that_cannot_hold_is_refused() -> None:
+    model = cut_model("llama")
+    with pytest.raises(ValueError, match="expected a limit where sizes may differ by layer"):
+        plan_cut(model, BATCHES, Targets(limit=Limit(["neurons"], parameters, 1e4)), UNIFORM)
+    with pytest.raises(ValueError, match="expected a limit .* no target of query heads if it is on their groups"):
+        plan_cut(model, BATCHES, Targets(query_heads=4, limit=Limit(["kv_groups"], parameters, 1e4)), PER_LAYER)
+    with pytest.raises(ValueError, match="expected a target that these curves reach"):
+        plan_cut(model, BATCHES, Targets(limit=Limit(["neurons"], parameters, 1e3)), PER_LAYER)
+
+
+@pytest.mark.parametrize("settings", [UNIFORM, PER_LAYER])
+def test_targets_that_are_met_collect_no_statistics(settings: PruningSettings) -> None:
+    model = cut_model("llama")
+    targets = Targets(neurons=24, kv_groups=2)
+    student = cut(model, plan_cut(model, BATCHES, targets, settings))
+    assert plan_cut(student, [], targets, settings) == []  # with statistics, no batch would be an error
+
+
+def test_local_search_changes_what_is_kept_and_not_how_many() -> None:
+    """On weights and inputs where greedy does not find the best pair."""
+    model = cut_model("llama")
+    ranked = plan_cut(model, BATCHES, Targets(neurons=12), UNIFORM)
+    searched = plan_cut(model, BATCHES, Targets(neurons=12), replace(UNIFORM, swaps=100))
+    assert [len(edit["keep"]) for edit in searched] == [len(edit["keep"]) for edit in ranked] == [12, 12, 12]
+    assert searched != ranked
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"swaps": -1}, {"swaps": 1, "score": "taylor"}, {"swaps": 1, "allocation": "per_layer"}]
+)
+def test_swaps_that_would_do_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected swaps of 0 or more, and above 0 only with the score osscar"):
+        PruningSettings(**wrong)

@@ -11,6 +11,7 @@ from tiny import tiny_model
 import models.interleave
 from models.pruning.latency import compare, meet_latency, torch_run
 from models.pruning.shape import LayerShape, Shape
+from models.pruning.uniform import evenly_sparse
 
 DENSE = Shape(hidden=64, head_dim=16, vocabulary=500, layers=(LayerShape(1024, 4, 4),) * 3)
 
@@ -52,7 +53,7 @@ def curved(shape: Shape) -> float:
 
 
 def shrink(sparsity: float) -> Shape:
-    return DENSE.narrower(sparsity, multiple=16)
+    return evenly_sparse(DENSE, sparsity, ["neurons"], measure=neurons_and_rest, multiple=16)
 
 
 def shrink_coarsely(sparsity: float) -> Shape:
@@ -65,7 +66,7 @@ def shrink_coarsely(sparsity: float) -> Shape:
 @pytest.mark.parametrize("ratio", [0.95, 0.8, 0.5, 0.25])
 def test_the_ratio_is_met(machine: Callable[..., Machine], law: Callable[[Shape], float], ratio: float) -> None:
     clock = machine(law)
-    met = meet_latency(shrink, ratio, prepare=clock.prepare)
+    met = meet_latency(DENSE, shrink, ratio, prepare=clock.prepare)
     assert law(met.shape) == pytest.approx(ratio, rel=0.1 / 4)
     assert met.shape == shrink(met.sparsity)
     assert met.latency.dense_s == pytest.approx(1.0)
@@ -80,7 +81,7 @@ def test_a_load_that_comes_and_goes_meets_both_sides(machine: Callable[..., Mach
     def load(run: int) -> float:
         return (10.0 if run // 150 % 2 else 1.0) * (3.0 if run % 7 == 0 else 1.0)
 
-    met = meet_latency(shrink, 0.6, prepare=machine(neurons_and_rest, load).prepare)
+    met = meet_latency(DENSE, shrink, 0.6, prepare=machine(neurons_and_rest, load).prepare)
     assert neurons_and_rest(met.shape) == pytest.approx(0.6, rel=0.1 / 4)
 
 
@@ -88,11 +89,11 @@ def test_a_ratio_below_what_stays_names_the_lowest(machine: Callable[..., Machin
     with pytest.raises(
         ValueError, match=r"smallest student reaches, found 0\.15 where it takes 0\.21 of .*; choose a higher"
     ):
-        meet_latency(shrink, 0.15, prepare=machine(neurons_and_rest).prepare)
+        meet_latency(DENSE, shrink, 0.15, prepare=machine(neurons_and_rest).prepare)
 
 
 def test_the_smallest_student_will_do_if_it_is_close(machine: Callable[..., Machine]) -> None:
-    met = meet_latency(shrink, 0.2, prepare=machine(neurons_and_rest).prepare)
+    met = meet_latency(DENSE, shrink, 0.2, prepare=machine(neurons_and_rest).prepare)
     assert met.sparsity == 1.0
     assert met.latency.ratio == pytest.approx(0.2125)
 
@@ -101,11 +102,11 @@ def test_shapes_too_far_apart_are_an_error(machine: Callable[..., Machine]) -> N
     with pytest.raises(
         ValueError, match=r"within 10% of the ratio 0\.45, found 0\.60 .* closest of 2; shrink in smaller"
     ):
-        meet_latency(shrink_coarsely, 0.45, prepare=machine(neurons_and_rest).prepare)
+        meet_latency(DENSE, shrink_coarsely, 0.45, prepare=machine(neurons_and_rest).prepare)
 
 
 def test_a_coarse_shape_within_the_tolerance_is_met(machine: Callable[..., Machine]) -> None:
-    met = meet_latency(shrink_coarsely, 0.57, prepare=machine(neurons_and_rest).prepare)
+    met = meet_latency(DENSE, shrink_coarsely, 0.57, prepare=machine(neurons_and_rest).prepare)
     assert met.latency.ratio == pytest.approx(0.6)
 
 
@@ -119,13 +120,13 @@ def test_a_last_measurement_that_disagrees_is_an_error(machine: Callable[..., Ma
         return lambda: setattr(clock, "now", clock.now + took)
 
     with pytest.raises(ValueError, match=r"ratio 0\.5, found 0\.70 \(at first 0\.50\) .* raise repetitions"):
-        meet_latency(shrink, 0.5, prepare=prepare)
+        meet_latency(DENSE, shrink, 0.5, prepare=prepare)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5])
 def test_only_ratios_between_0_and_1(ratio: float) -> None:
     with pytest.raises(ValueError, match="expected a ratio to the dense model's time between 0 and 1"):
-        meet_latency(shrink, ratio, prepare=lambda shape: lambda: None)
+        meet_latency(DENSE, shrink, ratio, prepare=lambda shape: lambda: None)
 
 
 def test_medians_and_quartiles_of_pairs(machine: Callable[..., Machine]) -> None:

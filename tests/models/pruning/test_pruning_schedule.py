@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.pruning import event_steps, sparsity_after, units_to_keep
+from models.pruning.schedule import event_steps, sparsity_after, units_to_keep
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,9 @@ def test_linear_takes_equal_shares() -> None:
     assert [sparsity_after(event, 4, 0.5, "linear") for event in (1, 2, 3, 4)] == [0.125, 0.25, 0.375, 0.5]
 
 
-@pytest.mark.parametrize("shape", ["cubic", "linear"])
-def test_the_only_event_reaches_the_target(shape: str) -> None:
-    assert sparsity_after(1, 1, 0.375, shape) == 0.375  # type: ignore[arg-type]
+@pytest.mark.parametrize("course", ["cubic", "linear"])
+def test_the_only_event_reaches_the_target(course: str) -> None:
+    assert sparsity_after(1, 1, 0.375, course) == 0.375  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

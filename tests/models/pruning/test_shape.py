@@ -87,9 +87,9 @@ def test_levels(total: int, multiple: int, least: int, expected: list[int]) -> N
     assert levels(total, multiple, least) == expected
 
 
-def test_narrower_goes_from_everything_to_the_least() -> None:
-    shape = shape_of(tiny_model(intermediate_size=50))
-    assert shape.narrower(0.0, multiple=16) == shape
-    assert set(shape.narrower(0.2, multiple=16).layers) == {LayerShape(48, 4, 2)}
-    assert set(shape.narrower(0.6, multiple=16).layers) == {LayerShape(16, 2, 1)}
-    assert shape.narrower(1.0, multiple=16) == shape.narrower(0.7, multiple=16)
+def test_layers_keep_at_most_so_much() -> None:
+    shape = shape_of(tiny_model()).keeping({("neurons", 1): 20})
+    assert shape.evenly({"neurons": 24}).layers == (LayerShape(24, 4, 2), LayerShape(20, 4, 2))
+    assert set(shape.evenly({"neurons": 16, "kv_groups": 1}).layers) == {LayerShape(16, 2, 1)}
+    assert shape.evenly({"neurons": 48, "kv_groups": 2}) == shape
+    assert (shape.widest("neurons"), shape.widest("kv_groups")) == (48, 2)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from models.pruning import narrow_linear, narrow_parameter
-from models.pruning.slicing import group_indices
+from models.pruning.slicing import group_indices, narrow_linear, narrow_parameter
 
 KEEP = torch.tensor([0, 2, 5])
 
