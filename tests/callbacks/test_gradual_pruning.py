@@ -119,6 +119,27 @@ def test_figures_of_every_event(places: dict[str, str], tmp_path: Path) -> None:
     assert all(first[key] > 0 for key in ("kl_before", "kl_after_cut", "kl_after_repair"))
 
 
+@pytest.mark.parametrize(("precision", "half"), [("32-true", False), ("bf16-mixed", True)])
+def test_events_compute_in_the_precision_of_the_training(
+    precision: Any, half: bool, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And see the weights of a repair at once: autocast must not keep copies of them."""
+    found = []
+
+    def noting(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("plan_cut", "repair_cut"):
+        monkeypatch.setattr(pruning_event, name, noting(getattr(pruning_event, name)))
+    fit(places, tmp_path, pruning(0.5), trainer_precision=precision)
+    assert len(found) == 4
+    assert all(enabled == half and not (half and cached) for enabled, cached in found)
+
+
 def test_a_repair_that_does_harm_is_undone(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
