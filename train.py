@@ -254,7 +254,9 @@ def main(args: ArgsType = None) -> PotstillCLI:
 
 
 def _one_sentence(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """Ours alone, where the parser lists it among the types that it tried."""
+    ours = re.search(r"^ *- (expected .*found .*)$", str(error), re.MULTILINE)
+    return ours[1] if ours else " ".join(str(error).split())
 
 
 def entry_point(args: Sequence[str] | None = None) -> int:

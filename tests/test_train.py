@@ -290,3 +290,25 @@ def test_one_checkpoint_is_kept(place: Path, models: dict[str, str]) -> None:
     assert os.listdir("runs/sft-001/checkpoints") == ["last.ckpt"]
     with pytest.raises(ValueError, match="every_n_steps"):
         Checkpoint(every_n_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "{budget: {cost: parameters, ratio: 1.7}}",
+            "expected budget.ratio between 0 and 1 (both excluded), found 1.7",
+        ),
+        ("{mlp_sparsity: 1.5}", "expected GradualPruning.mlp_sparsity between 0 and 1 (1 excluded), found 1.5"),
+    ],
+)
+def test_a_wrong_setting_of_a_callback_is_one_sentence(
+    settings: str, message: str, place: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without what the parser says of the other types that it tried."""
+    overlay = place / "pruning.yaml"
+    overlay.write_text(f"trainer:\n  callbacks:\n  - class_path: GradualPruning\n    init_args: {settings}\n")
+    assert train.entry_point(sft(models, "--config", str(overlay))) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(f"error: {message}")
+    assert "Union" not in found and "Namespace" not in found
