@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from same import assert_same
 from tiny import tiny_folder
 
 from callbacks import AtomicCheckpointIO, Checkpoint, GradualPruning, QuantizationAwareTraining
@@ -113,8 +114,8 @@ def test_crash_and_resume_equal_the_uninterrupted_run(
     ours, theirs = trainer.lightning_module, expected.lightning_module
     assert ours.edits == theirs.edits
     assert {s: losses.seen[s] for s in range(step, STEPS)} == {s: expected_losses.seen[s] for s in range(step, STEPS)}
-    _assert_same(ours.state_dict(), theirs.state_dict())
-    _assert_same(trainer.optimizers[0].state_dict(), expected.optimizers[0].state_dict())
+    assert_same(ours.state_dict(), theirs.state_dict())
+    assert_same(trainer.optimizers[0].state_dict(), expected.optimizers[0].state_dict())
     schedules = [t.lr_scheduler_configs[0].scheduler.state_dict() for t in (trainer, expected)]
     assert schedules[0] == schedules[1]
 
@@ -144,7 +145,7 @@ def test_checkpoints_hold_primitives_and_no_teacher(places: dict[str, str], tmp_
     assert checkpoint["global_step"] == STEPS
     assert not [key for key in checkpoint["state_dict"] if not key.startswith("student.")]
     loaded = Distillation.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt", weights_only=True)
-    _assert_same(loaded.state_dict(), trainer.lightning_module.state_dict())
+    assert_same(loaded.state_dict(), trainer.lightning_module.state_dict())
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
@@ -162,18 +163,3 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_old_checkpoint(tmp_path: Pat
     monkeypatch.setattr(torch, "save", real_save)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def _assert_same(ours: Any, theirs: Any) -> None:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key in theirs:
-            _assert_same(ours[key], theirs[key])
-    elif isinstance(theirs, list | tuple):
-        for mine, other in zip(ours, theirs, strict=True):
-            _assert_same(mine, other)
-    elif isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    else:
-        assert ours == theirs
