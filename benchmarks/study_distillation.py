@@ -12,26 +12,22 @@ An interrupted command goes on where it stopped.
 """
 
 import argparse
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.harness import report
 from benchmarks.study import Row, write_half
 from benchmarks.study_page import write_page
-from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, training_options
+from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from models import SFT, Distillation, StudentModule
 from models.losses import Objective
 from models.on_policy import OnPolicy
 from models.pretrained import load_model
-from train import QUIET
 
 TIME_REFERENCE = "two_stage"
 
@@ -142,10 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the page."""
     options = parse(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    disable_progress_bar()  # of loading models, between ours
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         rows = study(options, Path(folder) / "student")
     titles = {name: ARMS[name].title for name in options.arms}

@@ -9,24 +9,20 @@ it stopped; `python -m benchmarks.pruning` writes the page.
 """
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.harness import report
 from benchmarks.study import Row, check_teacher
-from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, training_options
+from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from callbacks import GradualPruning
 from models import Distillation
 from models.on_policy import OnPolicy
-from train import QUIET
 
 OUT = Path("docs/results/pruning/recovery")
 
@@ -109,10 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_training_options(parser, options)
     check_teacher(options.teacher)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    disable_progress_bar()  # of loading models, between ours
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
+    quiet()
     rows = study(options)
     flat = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
     report(flat, {}, PACKAGES, options.json)

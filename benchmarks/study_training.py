@@ -5,6 +5,8 @@ held-out questions; a seed decides the order of the training questions and what 
 """
 
 import argparse
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +17,13 @@ import torch
 import yaml
 from lightning import Callback, Trainer
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.study import Row, Rows, fingerprint, machine
 from benchmarks.study_judge import Judge, TrainingClock
 from datamodules import ReasoningTasks
 from models import StudentModule
+from train import QUIET
 
 RECIPE = Path(__file__).parent.parent / "configs/quickstart.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
@@ -105,6 +109,14 @@ class TrainingStudy:
 
     def _judged(self, model: PreTrainedModel) -> dict[str, float]:
         return self.judge.on_validation(model) | self.judge.on_test(model)
+
+
+def quiet() -> None:
+    """Say only what a study says."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    disable_progress_bar()  # of loading models, between ours
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
