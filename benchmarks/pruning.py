@@ -43,6 +43,7 @@ from models.teacher import RememberingTeacher, Teacher
 MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES = 128
 PACKAGES = ("torch", "transformers", "onnxruntime")
+_CUTS_HELP = ", ".join(CUTS).replace("%", "%%")
 
 
 class Bench:
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark or the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="OSSCAR and the activation score at two sparsities only")
-    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=", ".join(CUTS))
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=_CUTS_HELP)
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results/pruning"), help="rows and plots; the page lies beside it"
     )
