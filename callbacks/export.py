@@ -16,6 +16,7 @@ from callbacks.quantization import QuantizationAwareTraining
 from export.baseline import export_baseline
 from export.pipeline import ExportSettings, check_settings, export_all
 from export.report import summary, write_report
+from export.to_onnx import UNQUANTIZED, Precision, format_for
 from export.verify import raise_on_failure
 from models.distillation import Distillation
 from models.offline import is_offline
@@ -29,7 +30,8 @@ class ExportOnFitEnd(Callback):
     A verification that fails ends the run with an error that names the output and the difference; the files stay for a look.
 
     Args:
-        precision: Of the ONNX graph and the engine: fp32, fp16, or fp8 (needs QuantizationAwareTraining).
+        precision: Of the ONNX graph and the engine: fp32, fp16, or the format of QuantizationAwareTraining (fp8 is short
+            for fp8_e4m3).
         formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
         output: Folder to write into; by default the run's folder.
@@ -50,7 +52,7 @@ class ExportOnFitEnd(Callback):
 
     def __init__(
         self,
-        precision: Literal["fp32", "fp16", "fp8"] = "fp32",
+        precision: Precision = "fp32",
         formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
         plain: bool = False,
         output: str | None = None,
@@ -98,11 +100,20 @@ class ExportOnFitEnd(Callback):
                 "expected GradualPruning.allocation uniform for a plain Hugging Face folder, found per_layer: config.json has one "
                 "size for all layers; change the allocation, or set ExportOnFitEnd.plain to false"
             )
-        quantized = any(isinstance(callback, QuantizationAwareTraining) for callback in callbacks)
-        if self.settings.precision == "fp8" and self.settings.graph and not quantized:
+        if self.settings.graph and self.settings.precision not in UNQUANTIZED:
+            self._check_format(next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None))
+
+    def _check_format(self, quantization: QuantizationAwareTraining | None) -> None:
+        precision = self.settings.precision
+        if quantization is None:
             raise ValueError(
-                "expected QuantizationAwareTraining among trainer.callbacks for an fp8 export, found none; add it, or export "
-                "in fp16 and calibrate later with `python -m export --calibration`"
+                f"expected QuantizationAwareTraining among trainer.callbacks for an export in {precision}, found none; add it, or "
+                "export in fp16 and calibrate later with `python -m export --calibration`"
+            )
+        if quantization.format != format_for(precision):
+            raise ValueError(
+                f"expected QuantizationAwareTraining.format {format_for(precision)} for ExportOnFitEnd.precision {precision}, found "
+                f"{quantization.format}; set both to the same format"
             )
 
     @rank_zero_only

@@ -50,7 +50,7 @@ class Preflight(Callback):
             layers = merge_adapters(_one_of_each_kind(pl_module.student))
             _rehearse_pruning(layers, pruning)
             if quantization is not None:
-                _rehearse_quantization(layers)
+                _rehearse_quantization(layers, quantization.format)
             if export is not None and "onnx" in export.settings.formats:
                 _rehearse_export(layers, export)
         if export is not None:
@@ -99,8 +99,8 @@ def _planned_edits(layer: DecoderLayer, targets: Targets) -> Iterator[Edit]:
         yield {"op": "narrow_query_heads", "layer": layer.index, "keep": heads}
 
 
-def _rehearse_quantization(model: PreTrainedModel) -> None:
-    apply_edit(model, quantize_decoder(model, "fp8_e4m3"))
+def _rehearse_quantization(model: PreTrainedModel, format: str) -> None:
+    apply_edit(model, quantize_decoder(model, format))
     _forward(model.train())
     freeze_scales(model)
     _forward(model.eval())

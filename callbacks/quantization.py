@@ -1,6 +1,6 @@
 """Quantization-aware training: observe, freeze the scales, then train with fake-quantized weights and activations."""
 
-from typing import Any, Literal
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -9,7 +9,9 @@ from callbacks.averaging import refuse_averaging
 from callbacks.distributed import check_strategy, edit_on_all_ranks
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
-from models.quantization import freeze_scales, merge_observations, quantized_linears
+from models.quantization import freeze_inputs, freeze_weights, merge_observations, quantized_linears
+from models.quantization.formats import FormatName
+from models.quantization.scales import Search
 from models.structure import quantize_decoder
 from models.student import StudentModule
 
@@ -17,13 +19,17 @@ from models.student import StudentModule
 class QuantizationAwareTraining(Callback):
     """Fake-quantize the decoder's linear layers from a given step on (embeddings, head and norms stay as they are).
 
-    After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good.  Scales
+    After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good (those of
+    inputs `inputs_after` steps later).  Scales
     are buffers of the student: a resumed run goes on with the same ones.  Several devices share what they observe.
 
     Args:
         start_step: Optimizer steps done before quantizers are inserted.
         observe_steps: Optimizer steps during which they only observe.
-        format: Number format: fp8_e4m3 with one scale per weight and one per input.
+        format: Number format, see docs/recipes.md: fp8_e4m3 (one scale per weight and one per input) is what engines fuse.
+        search: Range that scales cover: max (nothing seen is clipped), percentile (99.99 % of an input's values), or mse
+            (least squared error).
+        inputs_after: Optimizer steps with rounded weights before inputs are rounded as well; inputs are observed until then.
 
     Raises:
         ValueError: Steps out of range, quantization before the last pruning event, callbacks in the wrong order or one that
@@ -32,15 +38,24 @@ class QuantizationAwareTraining(Callback):
 
     needs_whole_student = True
 
-    def __init__(self, start_step: int, observe_steps: int = 4, format: Literal["fp8_e4m3"] = "fp8_e4m3") -> None:
-        if start_step < 1 or observe_steps < 1:
+    def __init__(
+        self,
+        start_step: int,
+        observe_steps: int = 4,
+        format: FormatName = "fp8_e4m3",
+        search: Search = "max",
+        inputs_after: int = 0,
+    ) -> None:
+        if start_step < 1 or observe_steps < 1 or inputs_after < 0:
             raise ValueError(
-                f"expected QuantizationAwareTraining.start_step and observe_steps of 1 or more, found {start_step} and "
-                f"{observe_steps}; change them in the recipe"
+                f"expected QuantizationAwareTraining.start_step and observe_steps of 1 or more and inputs_after of 0 or more, found "
+                f"{start_step}, {observe_steps} and {inputs_after}; change them in the recipe"
             )
         self.start_step = start_step
-        self.freeze_step = start_step + observe_steps
+        self.freeze_weights_step = start_step + observe_steps
+        self.freeze_step = start_step + observe_steps + inputs_after
         self.format = format
+        self.search = search
         self._boundary = StepBoundary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,10 +81,10 @@ class QuantizationAwareTraining(Callback):
     ) -> None:
         """Insert or freeze the quantizers if it is time."""
         assert isinstance(pl_module, StudentModule)
-        if trainer.world_size > 1 and self.start_step <= trainer.global_step <= self.freeze_step:
+        if self.start_step <= trainer.global_step <= self.freeze_step:
             # After every micro-batch: a DDP forward pass overwrites the other ranks' buffers with rank 0's, and a checkpoint
             # holds rank 0's alone.
-            merge_observations(pl_module.student, lambda x: trainer.strategy.reduce(x, reduce_op="max"))
+            merge_observations(pl_module.student, lambda x, operation: trainer.strategy.reduce(x, reduce_op=operation))
         if not self._boundary.passed(trainer.global_step):
             return
         if trainer.global_step == self.start_step:
@@ -77,7 +92,10 @@ class QuantizationAwareTraining(Callback):
             rank_zero_info(
                 f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on"
             )
-        if trainer.global_step == self.freeze_step:
-            rank_zero_info(
-                f"Froze {freeze_scales(pl_module.student)} {self.format} scales after step {self.freeze_step}"
-            )
+        for what, step, freeze in (
+            ("weights", self.freeze_weights_step, freeze_weights),
+            ("inputs", self.freeze_step, freeze_inputs),
+        ):
+            if trainer.global_step == step:
+                frozen = freeze(pl_module.student, self.search)
+                rank_zero_info(f"Froze {frozen} {self.format} scales of {what} after step {step}")

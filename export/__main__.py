@@ -14,7 +14,7 @@ from export.calibration import calibrate
 from export.huggingface import load_student
 from export.pipeline import ExportSettings, check_output_free, check_settings, export_all
 from export.report import write_report
-from export.to_onnx import OPSETS, PRECISIONS, check_exportable
+from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, check_exportable, format_for
 from export.verify import VerificationError, raise_on_failure
 
 PROMPTS = (
@@ -54,11 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output_free(options.output)
         print(f"Loading {options.model}", flush=True)
         model, tokenizer = load_any(options.model)
-        if options.calibration is not None and options.precision == "fp8":
+        format = format_for(options.precision)
+        if options.calibration is not None and format is not None:
             print(f"Calibrating on {options.calibration}", flush=True)
-            calibrate(model, tokenizer, options.calibration, num_conversations=options.calibration_conversations)
-        if options.precision == "fp8":
-            check_exportable(model, precision="fp8", opset=options.opset)
+            number = options.calibration_conversations
+            calibrate(model, tokenizer, options.calibration, format=format, num_conversations=number)
+        if options.precision not in UNQUANTIZED:
+            check_exportable(model, precision=options.precision, opset=options.opset)
         prompts = tokenize_prompts(tokenizer, PROMPTS[: options.prompts])
         report = export_all(model, tokenizer, options.output, settings, prompts, overwrite=options.overwrite)
         write_report(options.output, report)
@@ -141,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         type=Path,
         metavar="FILE.jsonl",
-        help="conversations to find FP8 scales on, for untrained scales",
+        help="conversations to find the scales of a quantized format on, for a model that was not trained with it",
     )
     add(
         "--calibration-conversations",

@@ -7,17 +7,18 @@ what entered it in torch, and what would have entered it is an output.  All oper
 file's own; each of their results is compared, and no difference is carried across a rounding decision.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 
-_SCALE_SUFFIX = ".scale"
-_INPUT_QUANTIZER = "input_quantizer" + _SCALE_SUFFIX
+_INPUT_QUANTIZER = "input_quantizer.scale"
+_WEIGHT_SCALE = ".weight_quantizer.scale"
 FED = ".fed"
 
 
 def cut_at_quantizers(path: Path) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The graph of an FP8 file with every activation quantizer fed from outside; its weights stay in their file.
+    """The graph of a quantized file with every activation quantizer fed from outside; its weights stay in their file.
 
     Returns:
         The graph, with an input `{quantizer}.fed` (B, T, features) for each activation quantizer by its torch name, and which
@@ -27,15 +28,36 @@ def cut_at_quantizers(path: Path) -> tuple[onnx.ModelProto, dict[str, str]]:
     half = {entry.key: entry.value for entry in model.metadata_props}["activations"] == "float16"
     element_type = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
     entering: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[1].endswith(_INPUT_QUANTIZER):
-            quantizer = node.input[1].removesuffix(_SCALE_SUFFIX)
-            entering[quantizer] = node.input[0]
-            node.input[0] = quantizer + FED
-            model.graph.input.append(_tensor(node.input[0], element_type))
-    model.graph.output.extend(_tensor(name, element_type) for name in dict.fromkeys(entering.values()))
+    for quantizer, node in _entrances(model.graph):
+        entering[quantizer] = node.input[0]
+        node.input[0] = quantizer + FED
+        fed = onnx.helper.make_tensor_value_info(node.input[0], element_type, ["batch", "sequence", None])
+        model.graph.input.append(fed)
+    for name in dict.fromkeys(entering.values()):
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, element_type, None))
     return model, entering
 
 
-def _tensor(name: str, element_type: int) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(name, element_type, ["batch", "sequence", None])
+def _entrances(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.NodeProto]]:
+    """The node that an activation enters on its way to being rounded, with the name of the (first) quantizer in torch.
+
+    With a calibrated scale, that is QuantizeLinear itself.  A scale for each token is computed from the activation as rows: the
+    node is the Reshape that makes these rows, and the name follows from a weight that the rounded rows are multiplied with.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    for node in graph.node:
+        if node.op_type != "QuantizeLinear":
+            continue
+        if node.input[1].endswith(_INPUT_QUANTIZER):
+            yield node.input[1].removesuffix(".scale"), node
+        else:
+            following = node
+            while following.op_type != "MatMul":
+                following = users[following.output[0]][0]
+            weight_scale = makers[following.input[1]].input[1]
+            assert weight_scale.endswith(_WEIGHT_SCALE), weight_scale
+            yield weight_scale.removesuffix(_WEIGHT_SCALE) + ".input_quantizer", makers[node.input[0]]

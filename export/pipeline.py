@@ -2,7 +2,7 @@
 
     OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
     OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
-    OUTPUT/onnx/engine-source.onnx     only for FP8 engines: the same graph with float16 between the matrix products
+    OUTPUT/onnx/engine-source.onnx     only for quantized engines: the same graph with float16 between the matrix products
     OUTPUT/engine/model-*.engine       compiled, one for each package and target
 
 Everything is checked before anything is written, is written under a temporary name, and is moved into place at the end.
@@ -25,7 +25,7 @@ from export.files import folder_bytes, move_into_place, staging_folder
 from export.huggingface import check_plain, save_student, without_quantizers
 from export.progress import Phases
 from export.reference import Reference, record
-from export.to_onnx import Precision, check_exportable, export_onnx
+from export.to_onnx import UNQUANTIZED, Precision, check_exportable, check_half, export_onnx
 from export.to_tensorrt import (
     Engine,
     Flavour,
@@ -38,7 +38,7 @@ from export.to_tensorrt import (
 from export.verify import verify_engine, verify_onnx
 from models.folder import why_not_plain
 from models.lora import merged
-from models.quantization.linear import quantized_linears
+from models.quantization.linear import quantized_linears, rounds_inputs
 
 Format = Literal["hf", "onnx", "engine"]
 STUDENT, GRAPH, ENGINE_SOURCE = "student", "onnx/model.onnx", "onnx/engine-source.onnx"
@@ -141,9 +141,11 @@ def export_all(
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
-    computed = model if settings.precision == "fp8" else _plain(model)
+    computed = _plain(model) if settings.precision in UNQUANTIZED else model
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
+        if "engine" in settings.formats:
+            check_half(computed)
 
     reason = why_not_plain(model)
     phases = Phases()
@@ -182,9 +184,9 @@ def _write_graphs(model: PreTrainedModel, staging: Path, settings: ExportSetting
     if "engine" not in settings.formats:
         return None
     source = staging / GRAPH
-    if precision == "fp8":
+    if precision not in UNQUANTIZED:
         source = staging / ENGINE_SOURCE
-        with phases.phase("ONNX fp8, float16 between (for the engine)"):
+        with phases.phase(f"ONNX {precision}, float16 between (for the engine)"):
             export_onnx(model, source, precision=precision, opset=settings.opset, activations="float16")
     flavour = import_tensorrt(settings.tensorrt).__name__
     target = "+".join(settings.compute_capability) or "portable"
@@ -211,8 +213,8 @@ def _verify(
         reference: Reference = record(
             model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=settings.decode_steps, on_step=on_step
         )
-    fp8 = settings.precision == "fp8"
-    with phases.phase("Verification of model.onnx", steps * (2 if fp8 else 1)) as on_step:
+    runs = 2 if rounds_inputs(model) else 1
+    with phases.phase("Verification of model.onnx", steps * runs) as on_step:
         checks = verify_onnx(model, reference, staging / GRAPH, threads=settings.threads, on_step=on_step)
     if (staging / ENGINE_SOURCE).is_file():
         with phases.phase("Verification of engine-source.onnx", steps) as on_step:
@@ -261,7 +263,9 @@ def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *,
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if (output / ENGINE_SOURCE).exists():
-        rows.append(artefact(ENGINE_SOURCE, "ONNX fp8, float16 between (what the engine was built from)"))
+        rows.append(
+            artefact(ENGINE_SOURCE, f"ONNX {settings.precision}, float16 between (what the engine was built from)")
+        )
     if engine is not None:
         rows.append(artefact(f"engine/{engine.path.name}", f"{engine.flavour} engine {settings.precision}"))
     return rows

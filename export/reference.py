@@ -18,7 +18,8 @@ from export.runtime import position_ids
 from export.trace import cache_tensors
 from models.forward import inference_copy
 from models.losses import forward_kl
-from models.quantization.linear import FakeQuantizer, quantized_linears
+from models.quantization.linear import rounds_inputs
+from models.quantization.quantizers import FakeQuantizer
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Reference:
 
     Attributes:
         steps: The prompts, then every decoded token.
-        sensitivity: Only for quantized models: mean KL in nats between the model and itself with embeddings nudged in their
+        sensitivity: Only for models that round inputs: mean KL in nats between the model and itself with embeddings nudged in their
             last float16 digit.  (Smaller nudges down to the last float32 digits end up nearly as far away.)
     """
 
@@ -92,7 +93,7 @@ def record(
             input_ids = output.logits[:, -1:].argmax(dim=-1)
             mask_BS = torch.cat([mask_BS, torch.ones_like(input_ids)], dim=1)
             on_step()
-    sensitivity = _sensitivity(model, steps) if quantized_linears(model) else None
+    sensitivity = _sensitivity(model, steps) if rounds_inputs(model) else None
     torch.set_num_threads(threads)
     return Reference(steps, sensitivity)
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
-from models.quantization.linear import FakeQuantizedLinear
 
 
 def slice_layers(model: PreTrainedModel, indices: list[int]) -> PreTrainedModel:
@@ -34,7 +33,7 @@ def layer_kinds(model: PreTrainedModel) -> list[tuple[Any, ...]]:
     types = getattr(model.config, "layer_types", None)
 
     def kind(layer: DecoderLayer) -> tuple[Any, ...]:
-        quantized = tuple(isinstance(getattr(owner, name), FakeQuantizedLinear) for owner, name in layer.linears())
+        quantized = tuple(getattr(getattr(owner, name), "format", None) for owner, name in layer.linears())
         sizes = (layer.num_neurons, layer.num_kv_groups, layer.num_query_heads)
         return (*sizes, quantized, types[layer.index] if types else None)
 

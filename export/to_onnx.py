@@ -1,10 +1,13 @@
-"""A causal language model as an ONNX file with its key/value cache in and out, in float32, float16 or FP8.
+"""A causal language model as an ONNX file with its key/value cache in and out, in floating point or quantized.
 
-| precision | weights of the decoder's linear layers | between the matrix products                         |
-|-----------|----------------------------------------|-----------------------------------------------------|
-| `fp32`    | float32                                | float32                                             |
-| `fp16`    | float16                                | float16 (norms, rotary angles inside: float32)      |
-| `fp8`     | FLOAT8E4M3FN, scales from training     | float32, or float16 for a strongly typed engine     |
+| precision           | weights of the decoder's linear layers        | between the matrix products                     |
+|---------------------|-----------------------------------------------|-------------------------------------------------|
+| `fp32`              | float32                                       | float32                                         |
+| `fp16`              | float16                                       | float16 (norms, rotary angles inside: float32)  |
+| a format, see       | FLOAT8E4M3FN, INT8 or INT4, with the scales   | float32, or float16 for a strongly typed engine |
+| `models/            | of training or calibration; `fp8` is short    |                                                 |
+| quantization/       | for `fp8_e4m3`, `mixed` stands for several    |                                                 |
+| formats.py`         | formats in one model                          |                                                 |
 
 Names follow Optimum: inputs `input_ids` (B, T), `attention_mask` (B, P + T), `position_ids` (B, T) and
 `past_key_values.{layer}.key|value` (B, groups, P, head width); outputs `logits` (B, T, vocabulary) and `present.{layer}.key|value`
@@ -12,9 +15,10 @@ Names follow Optimum: inputs `input_ids` (B, T), `attention_mask` (B, P + T), `p
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import onnx
 import onnx_ir as ir
@@ -26,10 +30,13 @@ from export.layers import repeat_layers
 from export.trace import OPSETS, Trace, trace
 from export.weights import bind_weights
 from models.architecture import decoder_layers
-from models.quantization.linear import quantized_linears
+from models.quantization.formats import FORMATS, FormatName
+from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from models.quantization.quantizers import RowQuantizer
 
-Precision = Literal["fp32", "fp16", "fp8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "fp8")
+Precision = Literal["fp32", "fp16", "fp8", "mixed", FormatName]
+UNQUANTIZED = ("fp32", "fp16")
+PRECISIONS: tuple[str, ...] = (*UNQUANTIZED, "fp8", "mixed", *FORMATS)
 
 
 @dataclass(frozen=True)
@@ -55,15 +62,17 @@ def export_onnx(
     Args:
         model: Causal language model of a supported family; it is not changed.
         path: File to write, normally `model.onnx`; an existing one is replaced at the very end.
-        precision: `fp8` needs frozen fake quantizers, `fp32` and `fp16` a model without any.
+        precision: A format needs frozen fake quantizers of that format, `fp32` and `fp16` a model without any.
         opset: ONNX operator set: 21, 22 or 23; 23 has fused attention, RMS normalization and rotary embedding.
-        activations: Type between the matrix products of an FP8 graph.
+        activations: Type between the matrix products of a quantized graph.
 
     Raises:
         ValueError: The precision does not fit the model, or the opset is none of these.
     """
     check_exportable(model, precision=precision, opset=opset)
-    half = precision == "fp16" or (precision == "fp8" and activations == "float16")
+    half = precision == "fp16" or (precision not in UNQUANTIZED and activations == "float16")
+    if half:
+        check_half(model)
     traced = trace(model, dtype=torch.float16 if half else torch.float32, opset=opset)
     onnx_model = build(traced, model)
     onnx_model.metadata_props.update(_metadata(model, precision=precision, opset=opset, half=half))
@@ -90,18 +99,54 @@ def check_exportable(model: PreTrainedModel, *, precision: Precision, opset: int
     if opset not in OPSETS:
         raise ValueError(f"expected an ONNX opset among {', '.join(map(str, OPSETS))}, found {opset}; choose 23")
     linears = quantized_linears(model)
-    if precision == "fp8":
-        observing = [name for name, linear in linears.items() if not linear.weight_quantizer.frozen]
-        if not linears or observing:
-            found = f"{len(observing)} that still observe" if linears else "none"
-            raise ValueError(
-                f"expected a model with frozen FP8 quantizers, found {found}; train with the QuantizationAwareTraining "
-                "callback, or calibrate with `--calibration FILE.jsonl`"
-            )
-    elif linears:
+    if precision in UNQUANTIZED and linears:
         raise ValueError(
             f"expected a model without quantizers for precision {precision}, found {len(linears)} quantized layers; "
-            "export with precision fp8, or pass `export.huggingface.without_quantizers(model)`"
+            f"export with precision {precision_of(model)}, or pass `export.huggingface.without_quantizers(model)`"
+        )
+    if precision not in UNQUANTIZED:
+        _check_quantizers(linears, precision)
+
+
+def precision_of(model: PreTrainedModel) -> Precision:
+    """The precision that fits the quantizers of a model: their format, `mixed` for several; `fp32` without any."""
+    formats = {linear.format for linear in quantized_linears(model).values()}
+    if len(formats) > 1:
+        return "mixed"
+    return cast(Precision, formats.pop()) if formats else "fp32"
+
+
+def format_for(precision: Precision) -> FormatName | None:
+    """The format that a precision names; None for those that name none."""
+    name = "fp8_e4m3" if precision == "fp8" else precision
+    return cast(FormatName, name) if name in FORMATS else None
+
+
+def check_half(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for quantizers that find their scales live: half precision would round the scales themselves."""
+    found = next(
+        (q.format for q in quantized_linears(model).values() if isinstance(q.input_quantizer, RowQuantizer)), None
+    )
+    if found is not None:
+        raise ValueError(
+            f"expected a format with calibrated or no input scales for a float16 graph or an engine, found {found}, which finds a "
+            "scale for each token; choose fp8_e4m3, int8_static or a weight-only format, or leave the engine out"
+        )
+
+
+def _check_quantizers(linears: Mapping[str, FakeQuantizedLinear], precision: Precision) -> None:
+    waiting = sum(not quantizer.frozen for linear in linears.values() for quantizer in linear.quantizers())
+    if not linears or waiting:
+        found = f"{waiting} that still observe" if linears else "none"
+        raise ValueError(
+            f"expected a model with frozen {precision} quantizers, found {found}; train with the QuantizationAwareTraining "
+            "callback, or calibrate with `--calibration FILE.jsonl`"
+        )
+    formats = sorted({linear.format for linear in linears.values()})
+    if precision != "mixed" and formats != [format_for(precision)]:
+        raise ValueError(
+            f"expected layers in the format {format_for(precision)} for precision {precision}, found {' and '.join(formats)}; export "
+            f"with precision {'mixed' if len(formats) > 1 else formats[0]}"
         )
 
 

@@ -31,6 +31,7 @@ from models.architecture import decoder_layers
 from models.quantization.linear import FakeQuantizer
 
 OPSETS = (21, 22, 23)
+CODES = {"fp8_e4m3": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
 _WRAPPER_PREFIX = "decoder."
 
 
@@ -140,7 +141,7 @@ def trace(model: PreTrainedModel, *, dtype: torch.dtype, opset: int) -> Trace:
             opset_version=opset,
             optimize=False,
             verbose=False,
-            custom_translation_table={torch.ops.potstill.fake_quantize_fp8.default: _fake_quantize_to_onnx},
+            custom_translation_table={torch.ops.potstill.fake_quantize.default: _fake_quantize_to_onnx},
         )
         assert exported is not None
         _name_inputs_and_outputs(exported.model.graph, len(distinct))
@@ -161,10 +162,21 @@ def _converted(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _fake_quantize_to_onnx(x: Any, scale: Any) -> Any:
-    """`potstill::fake_quantize_fp8` as the standard pair; QuantizeLinear saturates at 448 like the clamp in torch."""
-    zero: Any = opset21.Constant(value=ir.serde.to_proto(ir.tensor(0.0, dtype=ir.DataType.FLOAT8E4M3FN)))
-    return opset21.DequantizeLinear(opset21.QuantizeLinear(x, scale, zero), scale, zero)
+def _fake_quantize_to_onnx(
+    x: Any, scale: Any, zero_point: Any = None, numbers: str = "fp8_e4m3", axis: int = 0, block_size: int = 0
+) -> Any:
+    """`potstill::fake_quantize` as the standard pair, which saturates like the clamp in torch.
+
+    Zero points belong to weights only: `export/weights.py` stores them with the codes.
+    """
+    codes = CODES[numbers]
+    if len(scale.shape) == 0 and numbers == "fp8_e4m3":  # TensorRT wants to see the zero point
+        zero: Any = opset21.Constant(value=ir.serde.to_proto(ir.tensor(0.0, dtype=codes)))
+        return opset21.DequantizeLinear(opset21.QuantizeLinear(x, scale, zero), scale, zero)
+    layout = {"axis": 1 if block_size else axis, "block_size": block_size}
+    return opset21.DequantizeLinear(
+        opset21.QuantizeLinear(x, scale, output_dtype=codes.value, **layout), scale, **layout
+    )
 
 
 def _example(model: PreTrainedModel, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

@@ -3,9 +3,10 @@
 | artefact               | compared                                             | bound                                     |
 |------------------------|------------------------------------------------------|-------------------------------------------|
 | float32 / float16 ONNX | logits and new cache entries                         | 1e-4 / 1e-2 of the largest value          |
-| FP8 ONNX, fed          | the same, and what enters each activation quantizer  | 1e-4 (float32 between) / 1e-2 (float16)   |
-| FP8 ONNX, free run     | distributions                                        | KL: 2 x the model's own sensitivity       |
-| engine                 | as the ONNX file of its precision; FP8 as a free run | needs a GPU, else `not_run`               |
+| weight-only ONNX       | as float32 / float16                                 | the same                                  |
+| rounded inputs, fed    | the same, and what enters each activation quantizer  | 1e-4 (float32 between) / 1e-2 (float16)   |
+| rounded inputs, free   | distributions                                        | KL: 2 x the model's own sensitivity       |
+| engine                 | as the ONNX file; with rounded inputs as a free run  | needs a GPU, else `not_run`               |
 
 "Fed": each activation quantizer gets the value that entered it in torch, see `export/cut.py` for why; what the graph computed in
 its place is compared too, in float16 graphs by root mean square.  "Sensitivity": how far
@@ -28,8 +29,7 @@ from export.reference import Reference, Step, record
 from export.runtime import OnnxSession, Output, new_entries
 from export.to_tensorrt import Flavour
 from export.trace import cache_names
-from models.quantization.fp8 import fake_quantize_fp8
-from models.quantization.linear import quantized_linears
+from models.quantization.linear import rounds_inputs
 
 KL_PER_SENSITIVITY = 2.0
 SMALLEST_KL_BOUND = (
@@ -79,11 +79,11 @@ def verify_onnx(
     free_run: bool = True,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Check]:
-    """Compare an ONNX file with a recorded run; see `verify`.  `free_run` only matters for FP8 files."""
+    """Compare an ONNX file with a recorded run; see `verify`.  `free_run` only matters where inputs are rounded."""
     metadata = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
     bound = BOUNDS[metadata["activations"]] if bound is None else bound
     name = f"onnx {metadata['precision']}"
-    if metadata["precision"] != "fp8":
+    if not rounds_inputs(model):
         return _compare_run(name, OnnxSession(path, threads=threads), reference, bound, on_step)
     if metadata["activations"] == "float16":
         name += " (float16 between)"
@@ -96,7 +96,7 @@ def verify_onnx(
 def verify_free_run(
     name: str, session: Session, reference: Reference, on_step: Callable[[], None] = lambda: None
 ) -> Check:
-    """Compare the distributions of an FP8 artefact with torch's, each with its own rounding decisions."""
+    """Compare the distributions of an artefact with rounded inputs with torch's, each with its own rounding decisions."""
     comparison = Comparison()
     cache = None
     for number, step in enumerate(reference.steps):
@@ -123,9 +123,9 @@ def verify_engine(
     if reason is not None:
         return [Check(f"{name}, {phase}", "not_run", reason=reason) for phase in ("prefill", "decode")]
     session = EngineSession(path, flavour)
-    if precision == "fp8":
+    if reference.sensitivity is not None:
         return [verify_free_run(name, session, reference, on_step)]
-    return _compare_run(name, session, reference, BOUNDS["float16" if precision == "fp16" else "float32"], on_step)
+    return _compare_run(name, session, reference, BOUNDS["float32" if precision == "fp32" else "float16"], on_step)
 
 
 def _compare_run(
@@ -152,25 +152,24 @@ def _compare_fed(
 ) -> list[Check]:
     graph, entering = cut_at_quantizers(path)
     session = OnnxSession(path, threads=threads, graph=graph)
-    scales = {
-        f"{key}.input_quantizer": linear.input_quantizer.scale for key, linear in quantized_linears(model).items()
-    }
+    quantizers = dict(model.named_modules())
     half = session.dtype.__name__ == "float16"
     comparisons = {"prefill": Comparison(), "decode": Comparison()}
     cache = None
     for number, step in enumerate(reference.steps):
         fed = {quantizer: step.quantizer_inputs[quantizer] for quantizer in entering}
-        if half:  # values on the FP8 grid: float16 must not decide their rounding once more
-            fed = {quantizer: fake_quantize_fp8(value, scales[quantizer]).half() for quantizer, value in fed.items()}
+        if half:  # values on the grid: float16 must not decide their rounding once more
+            fed = {name: quantizers[name].quantize(value).half() for name, value in fed.items()}  # type: ignore[operator]
         others = {quantizer + FED: value for quantizer, value in fed.items()}
         output = session.run(step.input_ids, step.attention_mask, cache, others)
         cache = output.cache
         comparison = comparisons["decode" if number else "prefill"]
         _compare_step(comparison, number, step, output)
         for quantizer, tensor in entering.items():
-            theirs = step.quantizer_inputs[quantizer][step.valid]
+            theirs = step.quantizer_inputs[quantizer]
+            ours = output.others[tensor].reshape(theirs.shape)  # of attention, heads may still lie apart
             add = comparison.add_inside if half else comparison.add
-            add(f"input of {quantizer} at step {number}", output.others[tensor][step.valid], theirs)
+            add(f"input of {quantizer} at step {number}", ours[step.valid], theirs[step.valid])
         on_step()
     return [comparison.check(f"{name}, {phase}", bound, note=_FED_NOTE) for phase, comparison in comparisons.items()]
 

@@ -3,8 +3,8 @@
 | file                   | holds                                                              | read by                              |
 |------------------------|--------------------------------------------------------------------|--------------------------------------|
 | `potstill.json`        | `layers`: neurons, query heads and key/value groups of each layer  | `load_model`, everywhere             |
-|                        | `format`, `modules`: which projections are quantized, and how      | `load_student` of the export         |
-| `potstill.safetensors` | ranges and scales of these quantizers                              | `load_student` of the export         |
+|                        | `quantized`: for each format, the projections that are in it       | `load_student` of the export         |
+| `potstill.safetensors` | scales and zero points of these quantizers                         | `load_student` of the export         |
 
 transformers builds every layer from the one set of sizes in `config.json`.  Most students fit into that, and their folders are
 ordinary ones, with `layers` left out.  A student that does not fit is written under a `model_type` of our own: plain
@@ -12,7 +12,7 @@ transformers then refuses the folder instead of building another model, and `loa
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from models.architecture import decoder_layers
-from models.quantization.linear import quantized_linears
+from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.sizes import is_uniform
 from models.structure import Edit, apply_edit, replay
 
@@ -32,8 +32,6 @@ STRUCTURE_FILE = "potstill.json"
 WEIGHTS_FILE = "model.safetensors"
 SCALES_FILE = "potstill.safetensors"
 TYPE_PREFIX = "potstill-"
-FORMAT = "fp8_e4m3"
-_QUANTIZERS, _STATE = ("input_quantizer", "weight_quantizer"), ("amax", "scale")
 
 LayerSizes = dict[str, int]
 
@@ -78,18 +76,26 @@ def save_unequal_layers(model: PreTrainedModel, folder: Path) -> None:
 
 
 def save_quantizers(model: PreTrainedModel, folder: Path) -> None:
-    """Write the ranges and scales of a model's frozen quantizers, if it has any, into a folder with its rounded weights."""
+    """Write the scales of a model's frozen quantizers, if it has any, into a folder with its rounded weights."""
     frozen = {name: linear for name, linear in quantized_linears(model).items() if linear.weight_quantizer.frozen}
     if not frozen:
         return
-    scales = {
-        f"{name}.{kind}.{key}": getattr(getattr(linear, kind), key).detach().cpu().clone()
-        for name, linear in frozen.items()
-        for kind in _QUANTIZERS
-        for key in _STATE
-    }
+    scales = {key: buffer.detach().cpu().clone() for key, buffer in _scales(frozen).items()}
     save_file(scales, folder / SCALES_FILE)
-    _add_to_structure(folder, {"format": FORMAT, "modules": list(frozen)})
+    formats: dict[str, list[str]] = {}
+    for name, linear in frozen.items():
+        formats.setdefault(linear.format, []).append(name)
+    _add_to_structure(folder, {"quantized": formats})
+
+
+def _scales(linears: Mapping[str, FakeQuantizedLinear]) -> dict[str, torch.Tensor]:
+    """Scales and zero points by name; what calibration saw is not needed any more."""
+    return {
+        f"{name}.{key}": buffer
+        for name, linear in linears.items()
+        for key, buffer in linear.named_buffers()
+        if key.endswith((".scale", ".zero_point"))
+    }
 
 
 def has_unequal_layers(folder: Path) -> bool:
@@ -133,15 +139,15 @@ def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
 
 def restore_quantizers(model: PreTrainedModel, folder: Path) -> None:
     """Give a model that was loaded from a folder the quantizers that lie beside it, in place; most folders have none."""
-    structure = _read_json(folder / STRUCTURE_FILE)
-    if "modules" not in structure:
-        return
-    apply_edit(model, {"op": "fake_quantize", "format": structure["format"], "modules": structure["modules"]})
-    scales = load_file(folder / SCALES_FILE)
-    for name, linear in quantized_linears(model).items():
-        for kind in _QUANTIZERS:
-            prefix = f"{name}.{kind}."
-            getattr(linear, kind).load_state_dict({key: scales[prefix + key] for key in _STATE})
+    formats = _read_json(folder / STRUCTURE_FILE).get("quantized", {})
+    for format, modules in formats.items():
+        apply_edit(model, {"op": "fake_quantize", "format": format, "modules": modules})
+    if formats:
+        scales = load_file(folder / SCALES_FILE)
+        for name, linear in quantized_linears(model).items():
+            for quantizer_name, quantizer in linear.named_children():
+                prefix = f"{name}.{quantizer_name}."
+                quantizer.set_scales(scales[prefix + "scale"], scales.get(prefix + "zero_point"))
 
 
 def _with_room_for(sizes: Sequence[LayerSizes], config: PretrainedConfig) -> PretrainedConfig:

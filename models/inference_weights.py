@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.quantization.fp8 import fake_quantize_fp8
 from models.quantization.linear import FakeQuantizedLinear
 
 
 class Weights:
-    """One matrix for all linear layers that read the same tensor; quantized ones are called one after the other.
+    """One matrix for all linear layers that read the same tensor; those with quantized inputs are called one after the other.
 
     Args:
         linears: The layers; all with a bias, or none.
@@ -23,12 +22,12 @@ class Weights:
     """
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
-        self.quantized = any(isinstance(linear, FakeQuantizedLinear) for linear in linears)
+        self.quantized = any(getattr(linear, "input_quantizer", None) is not None for linear in linears)
         self.linears, self.sizes = linears, [len(linear.weight) for linear in linears]
         first = linears[0].weight
         self.weight = torch.empty(sum(self.sizes), first.shape[1], dtype=dtype, device=first.device)
         for part, linear in zip(self.weight.split(self.sizes), linears, strict=True):
-            part.copy_(_quantize(linear.weight.detach(), linear, "weight_quantizer"))
+            part.copy_(_rounded_weight(linear))
         has_bias = getattr(linears[0], "bias", None) is not None
         self.bias = torch.cat([linear.bias.detach().to(dtype) for linear in linears]) if has_bias else None
         self.packed = not self.quantized and _can_pack(self.weight)
@@ -47,7 +46,7 @@ class Weights:
     def _quantized(self, x_RD: Tensor) -> Tensor:
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         parts = zip(self.linears, self.weight.split(self.sizes), biases, strict=True)
-        return torch.cat([F.linear(_quantize(x_RD, linear, "input_quantizer"), w, b) for linear, w, b in parts], dim=-1)
+        return torch.cat([F.linear(_rounded_input(x_RD, linear), w, b) for linear, w, b in parts], dim=-1)
 
 
 class Norm:
@@ -83,7 +82,12 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
-def _quantize(x: Tensor, linear: Any, name: str) -> Tensor:
+def _rounded_weight(linear: Any) -> Tensor:
+    weight: Tensor = linear.weight.detach()
+    return linear.weight_quantizer(weight) if isinstance(linear, FakeQuantizedLinear) else weight
+
+
+def _rounded_input(x: Tensor, linear: Any) -> Tensor:
     """What a layer's quantizer does in evaluation mode: a rollout must not set the scales of a student in training."""
-    quantizer = getattr(linear, name, None)
-    return fake_quantize_fp8(x, quantizer.scale) if quantizer is not None and quantizer.frozen else x
+    quantizer = getattr(linear, "input_quantizer", None)
+    return x if quantizer is None else quantizer.quantize(x)

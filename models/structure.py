@@ -27,14 +27,14 @@ from transformers import PreTrainedModel
 from models.architecture import decoder_layers
 from models.hidden import narrow_hidden
 from models.lora import has_adapters, insert_adapters
+from models.quantization.formats import format_of
 from models.quantization.linear import FakeQuantizedLinear
 from models.sizes import is_uniform
 from models.surgery import drop_layers, narrow_kv_groups, narrow_mlp, narrow_query_heads
 
-__all__ = ["QUANTIZATION_FORMATS", "Edit", "apply_edit", "is_uniform", "quantize_decoder", "replay"]
+__all__ = ["Edit", "apply_edit", "is_uniform", "quantize_decoder", "replay"]
 
 Edit = dict[str, Any]
-QUANTIZATION_FORMATS = ("fp8_e4m3",)
 
 
 def apply_edit(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -79,11 +79,7 @@ def quantize_decoder(model: PreTrainedModel, format: str = "fp8_e4m3") -> Edit:
 def _fake_quantize(
     model: PreTrainedModel, optimizers: Sequence[Optimizer], *, format: str, modules: Sequence[str]
 ) -> None:
-    if format not in QUANTIZATION_FORMATS:
-        raise ValueError(
-            f"expected a quantization format among {', '.join(QUANTIZATION_FORMATS)}, found {format!r}; "
-            "choose one of these"
-        )
+    format_of(format)
     linears = dict(model.named_modules())
     for name in modules:
         if not isinstance(linears.get(name), nn.Linear):
@@ -91,9 +87,9 @@ def _fake_quantize(
                 f"expected linear layers to quantize, found {name!r}, which is {_kind(linears.get(name))} in this model; "
                 "list each linear layer once, by its name in the model"
             )
-    for name in modules:
+    quantized = {name: FakeQuantizedLinear(linears[name], format) for name in modules}  # type: ignore[arg-type]  # checked above
+    for name, linear in quantized.items():
         parent, _, child = name.rpartition(".")
-        linear = FakeQuantizedLinear(linears[name])  # type: ignore[arg-type]  # checked above
         setattr(linears[parent], child, linear.to(linear.weight.device))
 
 

@@ -1,67 +1,14 @@
-"""Linear layers whose weight and input pass through a fake quantizer.
+"""Linear layers whose weight, and input where the format says so, pass through a fake quantizer."""
 
-A quantizer first *observes* (records the largest magnitude, passes values through unchanged), then is *frozen* (one fixed
-scale).  State lives in buffers only, so it travels in `state_dict` with the weights: a resume never calibrates again.
-"""
-
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.quantization.fp8 import fake_quantize_fp8, scale_from_amax
-
-
-class FakeQuantizer(nn.Module):
-    """Per-tensor FP8 E4M3 fake quantizer: observes until `freeze`, then rounds to a fixed grid.
-
-    Attributes:
-        amax: Scalar float32 buffer, largest magnitude observed so far.
-        scale: Scalar float32 buffer, dequantization multiplier; 0 while observing.
-    """
-
-    amax: Tensor
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("amax", torch.zeros(()))
-        self.register_buffer("scale", torch.zeros(()))
-        self.frozen = False  # mirrors `scale > 0` without asking the device for it at every call
-
-    def freeze(self) -> None:
-        """Fix the scale from what was observed.
-
-        Raises:
-            ValueError: Nothing was observed.
-        """
-        if not self.amax > 0:
-            raise ValueError(
-                "expected a quantizer that has observed data, found one with a range of 0; run calibration batches first"
-            )
-        self.scale.copy_(scale_from_amax(self.amax))
-        self.frozen = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Round x to the frozen grid; before, pass it on, observed in training mode (validation must not set scales)."""
-        if self.frozen:
-            return fake_quantize_fp8(x, self.scale)
-        if self.training:
-            self.amax.copy_(torch.maximum(self.amax, x.detach().abs().amax().float()))
-        return x
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.frozen = bool(self.scale > 0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantizer":
-        """Follow the model to another device but stay in float32: `.half()` must not change the numerics."""
-        amax, scale = self.amax, self.scale
-        super()._apply(fn, recurse)
-        self.amax, self.scale = amax.to(self.amax.device), scale.to(self.scale.device)
-        return self
+from models.quantization.formats import format_of
+from models.quantization.quantizers import FakeQuantizer, InputQuantizer, WeightQuantizer, input_quantizer
+from models.quantization.scales import Search
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -69,19 +16,33 @@ class FakeQuantizedLinear(nn.Module):
 
     Args:
         linear: The layer to take over; its weight and bias keep their identity, so optimizers go on with them.
+        format: Name of a format in `models/quantization/formats.py`.
+
+    Raises:
+        ValueError: No such format.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    input_quantizer: FakeQuantizer | None
+
+    def __init__(self, linear: nn.Linear, format: str = "fp8_e4m3") -> None:
         super().__init__()
+        self.format = format
         self.weight = linear.weight
         self.bias = linear.bias
-        self.input_quantizer = FakeQuantizer()
-        self.weight_quantizer = FakeQuantizer()
+        self.input_quantizer = input_quantizer(format_of(format).input)
+        self.weight_quantizer = WeightQuantizer(format_of(format).weight, linear.weight)
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T + b with x and W on their grids."""
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+
+    def quantizers(self) -> Iterator[FakeQuantizer]:
+        """Those of the input, if any, and of the weight."""
+        if self.input_quantizer is not None:
+            yield self.input_quantizer
+        yield self.weight_quantizer
 
     @property
     def in_features(self) -> int:
@@ -95,7 +56,7 @@ class FakeQuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """As for `nn.Linear`."""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, format={self.format}"
 
 
 def quantized_linears(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
@@ -103,27 +64,54 @@ def quantized_linears(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizedLinear)}
 
 
-def freeze_scales(model: nn.Module) -> int:
-    """Freeze every quantizer that still observes; weights are measured as they are now.  Returns how many were frozen."""
-    frozen = 0
-    for linear in quantized_linears(model).values():
-        if not linear.weight_quantizer.frozen:
-            linear.weight_quantizer.amax.copy_(linear.weight.detach().abs().amax().float())
-        for quantizer in (linear.input_quantizer, linear.weight_quantizer):
-            if not quantizer.frozen:
-                quantizer.freeze()
-                frozen += 1
-    return frozen
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether some layer rounds its input, so that two correct runs of the model may decide differently."""
+    return any(linear.input_quantizer is not None for linear in quantized_linears(model).values())
 
 
-def merge_observations(model: nn.Module, maximum: Callable[[Tensor], Tensor]) -> None:
-    """Let every quantizer that still observes know what its counterparts in other processes have seen.
+@torch.no_grad()
+def freeze_weights(model: nn.Module, search: Search = "max") -> int:
+    """Freeze every weight quantizer that is not; weights are measured as they are now.  Returns how many were frozen."""
+    waiting = [linear for linear in quantized_linears(model).values() if not linear.weight_quantizer.frozen]
+    for linear in waiting:
+        linear.weight_quantizer.freeze(linear.weight, search)
+    return len(waiting)
+
+
+@torch.no_grad()
+def freeze_inputs(model: nn.Module, search: Search = "max") -> int:
+    """Freeze every input quantizer that still observes.  Returns how many were frozen.
+
+    Raises:
+        ValueError: One of them has observed nothing.
+    """
+    waiting = [q for linear in quantized_linears(model).values() if (q := linear.input_quantizer) and not q.frozen]
+    for quantizer in waiting:
+        quantizer.freeze(search)  # type: ignore[operator]  # those of inputs all have it
+    return len(waiting)
+
+
+def freeze_scales(model: nn.Module, search: Search = "max") -> int:
+    """Freeze every quantizer that is not.  Returns how many were frozen."""
+    return freeze_inputs(model, search) + freeze_weights(model, search)
+
+
+Reduce = Callable[[Tensor, str], Tensor]  # of a tensor over all processes, by "max" or "sum"
+
+
+def merge_observations(model: nn.Module, reduce: Reduce = lambda x, operation: x) -> None:
+    """Add what this process observed since the last call, and what its counterparts did, to the buffers of all.
 
     Args:
         model: Model with fake-quantized layers, the same ones in every process.
-        maximum: Elementwise maximum of a tensor over all processes.
+        reduce: Elementwise maximum or sum of a tensor over all processes.
     """
-    quantizers = [q for q in model.modules() if isinstance(q, FakeQuantizer) and not q.frozen]
-    if quantizers:
-        for quantizer, amax in zip(quantizers, maximum(torch.stack([q.amax for q in quantizers])), strict=True):
-            quantizer.amax.copy_(amax)
+    observers = [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.frozen]
+    if not observers:
+        return
+    nothing = observers[0].amax.new_zeros(()), observers[0].histogram.new_zeros(len(observers[0].histogram))
+    seen = [q.pending or nothing for q in observers]
+    amaxes = reduce(torch.stack([amax for amax, _ in seen]), "max")
+    histograms = reduce(torch.stack([histogram for _, histogram in seen]), "sum")
+    for quantizer, amax, histogram in zip(observers, amaxes, histograms, strict=True):
+        quantizer.merge((amax, histogram))

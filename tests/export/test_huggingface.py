@@ -44,7 +44,9 @@ def test_a_quantized_student_saves_the_weights_it_computes_with_and_its_scales(t
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     for name, linear in quantized_linears(model).items():
         assert torch.equal(plain.get_parameter(f"{name}.weight"), linear.weight_quantizer(linear.weight))
-    assert json.loads((tmp_path / "student" / "potstill.json").read_text())["format"] == "fp8_e4m3"
+    assert json.loads((tmp_path / "student" / "potstill.json").read_text())["quantized"] == {
+        "fp8_e4m3": list(quantized_linears(model))
+    }
     again, _ = load_student(str(tmp_path / "student"))
     assert torch.equal(logits(again), logits(model))
 

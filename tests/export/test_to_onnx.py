@@ -128,9 +128,13 @@ def test_the_graph_of_repeated_layers_equals_the_traced_module(plain_model, grap
 
 def test_precision_that_does_not_fit_the_model(plain_model, quantized_model, tmp_path):
     with pytest.raises(
-        ValueError, match=r"frozen FP8 quantizers, found none; .*QuantizationAwareTraining.*--calibration"
+        ValueError, match=r"frozen fp8 quantizers, found none; .*QuantizationAwareTraining.*--calibration"
     ):
         export_onnx(plain_model, tmp_path / "model.onnx", precision="fp8")
+    with pytest.raises(
+        ValueError, match=r"in the format int8 for precision int8, found fp8_e4m3; .*precision fp8_e4m3"
+    ):
+        export_onnx(quantized_model, tmp_path / "model.onnx", precision="int8")
     with pytest.raises(ValueError, match="without quantizers"):
         export_onnx(quantized_model, tmp_path / "model.onnx", precision="fp16")
     with pytest.raises(ValueError, match="opset among 21, 22, 23, found 9"):

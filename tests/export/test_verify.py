@@ -37,7 +37,7 @@ def test_one_changed_fp8_code_fails(quantized_model, graphs, tmp_path):
     def change(values):
         values[3, 5] = -values[3, 5] + values.dtype.type(0.5)
 
-    path = perturbed(graphs["fp8"], tmp_path, "model.layers.2.self_attn.o_proj.weight.fp8.transposed", change)
+    path = perturbed(graphs["fp8"], tmp_path, "model.layers.2.self_attn.o_proj.weight.fp8_e4m3.transposed", change)
     prefill, decode, _ = verify(quantized_model, path, IDS, MASK, decode_steps=4)
     assert (prefill.status, decode.status) == ("failed", "failed")
 

@@ -42,9 +42,9 @@ def tiny_model(family: str = "llama", layers: int = 3, seed: int = 0, **settings
     return model
 
 
-def quantized(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
+def quantized(model: PreTrainedModel, seed: int = 1, format: str = "fp8_e4m3") -> PreTrainedModel:
     """The same model with frozen quantizers in all decoder layers."""
-    apply_edit(model, quantize_decoder(model))
+    apply_edit(model, quantize_decoder(model, format))
     with torch.no_grad():
         model.train()(torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(seed)))
     freeze_scales(model)

@@ -178,7 +178,11 @@ BAD: list[tuple[Edit, str]] = [
         "expected narrow_hidden with the fields keep, found layer, keep;",
     ),
     ({"op": "narrow_mlp", "layer": 2, "keep": [0]}, "expected a layer from 0 to 1, found 2"),
-    ({**QUANTIZE, "format": "fp4"}, "expected a quantization format among fp8_e4m3, found 'fp4'"),
+    (
+        {**QUANTIZE, "format": "fp4"},
+        "expected a quantization format among fp8_e4m3, fp8_e4m3_per_channel, int8, int8_static, int8_weight_only, "
+        "int8_g32, int8_g64, int8_g128, int4_g32, int4_g64, int4_g128, int4_g32_zp, int4_g64_zp, int4_g128_zp, found 'fp4'",
+    ),
     (
         {**QUANTIZE, "modules": ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj"]},
         "'model.layers.7.mlp.up_proj'",

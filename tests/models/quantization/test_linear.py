@@ -9,9 +9,12 @@ from torch.nn import functional as F
 
 from models.quantization import (
     FakeQuantizedLinear,
-    FakeQuantizer,
-    fake_quantize_fp8,
+    Grid,
+    InputQuantizer,
+    fake_quantize,
+    freeze_inputs,
     freeze_scales,
+    freeze_weights,
     merge_observations,
     quantized_linears,
     scale_from_amax,
@@ -29,19 +32,24 @@ def x() -> torch.Tensor:
     return 3 * torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
 
 
-def frozen_quantizer(amax: float) -> FakeQuantizer:
-    quantizer = FakeQuantizer()
+FP8 = Grid("fp8_e4m3")
+
+
+def frozen_quantizer(amax: float) -> InputQuantizer:
+    quantizer = InputQuantizer(FP8)
     quantizer(torch.tensor([0.1, -amax]))
     quantizer.freeze()
     return quantizer
 
 
 def test_observing_passes_through_and_records_the_largest_magnitude() -> None:
-    quantizer = FakeQuantizer()
+    quantizer = InputQuantizer(FP8)
     for values, largest in (([1.0, -3.0], 3.0), ([2.0], 3.0), ([3.5, 0.0], 3.5)):
         x = torch.tensor(values)
         assert torch.equal(quantizer(x), x)
+        quantizer.merge()
         assert quantizer.amax.item() == largest
+    assert quantizer.histogram.sum() == 5
     assert (quantizer.scale.item(), quantizer.frozen) == (0.0, False)
 
 
@@ -50,42 +58,44 @@ def test_frozen_rounds_and_observes_no_more() -> None:
     assert quantizer.frozen
     assert torch.equal(quantizer.scale, scale_from_amax(torch.tensor(3.5)))
     x = torch.randn(100) * 10
-    assert torch.equal(quantizer(x), fake_quantize_fp8(x, quantizer.scale))
+    assert torch.equal(quantizer(x), fake_quantize(x, quantizer.scale))
     assert quantizer.amax.item() == 3.5
 
 
 def test_evaluation_observes_nothing() -> None:
     """Held-out data must not set the scales."""
-    quantizer = FakeQuantizer().eval()
+    quantizer = InputQuantizer(FP8).eval()
     x = torch.tensor([5.0])
     assert torch.equal(quantizer(x), x)
-    assert quantizer.amax == 0
+    assert quantizer.pending is None
     assert quantizer.train()(x) is x
+    quantizer.merge()
     assert quantizer.amax == 5
 
 
 def test_observing_bfloat16_stays_in_float32() -> None:
-    quantizer = FakeQuantizer()
+    quantizer = InputQuantizer(FP8)
     x = torch.tensor([1.5], dtype=torch.bfloat16)
     assert quantizer(x).dtype == torch.bfloat16
+    quantizer.merge()
     assert (quantizer.amax.dtype, quantizer.amax.item()) == (torch.float32, 1.5)
 
 
 def test_freezing_without_data_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected a quantizer that has observed data, found one with a range of 0"):
-        FakeQuantizer().freeze()
+        InputQuantizer(FP8).freeze()
 
 
 def test_state_dict_restores_what_was_frozen() -> None:
-    original, restored = frozen_quantizer(3.5), FakeQuantizer()
-    assert set(original.state_dict()) == {"amax", "scale"}
+    original, restored = frozen_quantizer(3.5), InputQuantizer(FP8)
+    assert set(original.state_dict()) == {"amax", "histogram", "scale"}
     restored.load_state_dict(original.state_dict())
     assert restored.frozen
     x = torch.randn(100)
     assert torch.equal(restored(x), original(x))
     assert not torch.equal(restored(x), x)
 
-    restored.load_state_dict(FakeQuantizer().state_dict())
+    restored.load_state_dict(InputQuantizer(FP8).state_dict())
     assert not restored.frozen
     assert torch.equal(restored(x), x)
 
@@ -95,6 +105,7 @@ def test_other_floating_types_leave_scales_alone(
     layer: FakeQuantizedLinear, x: torch.Tensor, dtype: torch.dtype
 ) -> None:
     layer(x)
+    merge_observations(layer)
     layer.input_quantizer.amax.fill_(1 / 3)  # no number of a half precision type
     freeze_scales(layer)
     before = copy.deepcopy(layer.input_quantizer)
@@ -106,7 +117,8 @@ def test_other_floating_types_leave_scales_alone(
     assert torch.equal(after.scale, before.scale)
     assert after.frozen
     assert dict(layer.named_buffers()).keys() == {
-        f"{n}_quantizer.{b}" for n in ("input", "weight") for b in ("amax", "scale")
+        *(f"input_quantizer.{name}" for name in ("amax", "histogram", "scale")),
+        "weight_quantizer.scale",
     }
 
 
@@ -128,7 +140,7 @@ def test_layer_computes_with_both_operands_on_their_grids(layer: FakeQuantizedLi
 
     assert freeze_scales(layer) == 2
     input_scale, weight_scale = scale_from_amax(x.abs().max()), scale_from_amax(layer.weight.detach().abs().max())
-    expected = F.linear(fake_quantize_fp8(x, input_scale), fake_quantize_fp8(layer.weight, weight_scale), layer.bias)
+    expected = F.linear(fake_quantize(x, input_scale), fake_quantize(layer.weight, weight_scale), layer.bias)
     assert torch.equal(layer(x), expected)
     assert not torch.equal(expected, plain)
 
@@ -168,20 +180,32 @@ def test_freezing_again_changes_nothing(layer: FakeQuantizedLinear, x: torch.Ten
 def test_observations_of_other_processes_are_merged_until_frozen(layer: FakeQuantizedLinear, x: torch.Tensor) -> None:
     model = nn.Sequential(layer, FakeQuantizedLinear(nn.Linear(3, 3)))
     layer.train()(x)
-    ours = float(layer.input_quantizer.amax)
-    seen_elsewhere = torch.tensor(
-        [ours / 2, 100.0, 3.0, 0.0]
-    )  # input and weight of the first layer, then of the second
-    merge_observations(model, lambda amax: torch.maximum(amax, seen_elsewhere))
+    ours = float(x.abs().max())
+    elsewhere = torch.tensor([ours / 2, 100.0])
+
+    def reduce(tensor: torch.Tensor, operation: str) -> torch.Tensor:
+        return torch.maximum(tensor, elsewhere) if operation == "max" else 2 * tensor
+
+    merge_observations(model, reduce)
     assert float(layer.input_quantizer.amax) == ours
-    assert float(layer.weight_quantizer.amax) == 100
-    assert float(model[1].input_quantizer.amax) == 3
+    assert int(layer.input_quantizer.histogram.sum()) == 2 * x.numel()
+    assert float(model[1].input_quantizer.amax) == 100
+    merge_observations(model)  # nothing new: nothing is counted twice
+    assert int(layer.input_quantizer.histogram.sum()) == 2 * x.numel()
     layer.input_quantizer.freeze()
-    layer.weight_quantizer.freeze()
-    merge_observations(model, lambda amax: amax + 1)
+    merge_observations(model, lambda tensor, operation: tensor + 1)
     assert float(layer.input_quantizer.amax) == ours
-    assert float(model[1].input_quantizer.amax) == 4
-    merge_observations(layer, lambda amax: pytest.fail("nobody observes"))
+    merge_observations(layer, lambda tensor, operation: pytest.fail("nobody observes"))
+
+
+def test_weights_can_be_rounded_before_inputs(layer: FakeQuantizedLinear, x: torch.Tensor) -> None:
+    layer(x)
+    assert freeze_weights(layer) == 1
+    expected = F.linear(x, fake_quantize(layer.weight, layer.weight_quantizer.scale), layer.bias)
+    assert torch.equal(layer(2 * x), F.linear(2 * x, layer.weight_quantizer(layer.weight), layer.bias))
+    assert torch.equal(layer(x), expected)
+    assert freeze_inputs(layer) == 1
+    assert torch.equal(layer.input_quantizer.scale, scale_from_amax(2 * x.abs().max()))
 
 
 def test_quantized_layers_are_found_by_name() -> None:

@@ -1,0 +1,196 @@
+"""Fake quantizers as modules: of weights, of inputs with a calibrated scale, of inputs with a scale found at every call.
+
+A quantizer passes values through until it is *frozen*; from then on it rounds.  Its state lives in buffers only, so it travels in
+`state_dict` with the weights: a resume never calibrates again.
+
+Legend: O outputs, I inputs, N rows, H histogram bins.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.quantization.fake_quantize import codes_of, fake_quantize
+from models.quantization.formats import Grid
+from models.quantization.scales import (
+    NUM_BINS,
+    Search,
+    amax_from_histogram,
+    histogram_of,
+    scale_from_amax,
+    weight_scales,
+)
+
+
+class FakeQuantizer(nn.Module):
+    """What all quantizers share.
+
+    Args:
+        grid: The grid that values are rounded to.
+        shape: Shape of the scales.
+
+    Attributes:
+        scale: Float32 buffer, dequantization multipliers; 0 until frozen.
+        zero_point: Int8 buffer of codes, only for grids with zero points.
+        frozen: Whether it rounds.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, grid: Grid, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("scale", torch.zeros(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int8) if grid.zero_point else None)
+        self.frozen = False  # mirrors `scale > 0` without asking the device for it at every call
+
+    def set_scales(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Take these scales for good."""
+        self.scale.copy_(scale)
+        if self.zero_point is not None:
+            assert zero_point is not None
+            self.zero_point.copy_(zero_point)
+        self.frozen = True
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Round x to the grid if frozen; else x itself."""
+        return fake_quantize(x, self.scale, self.zero_point, *self._layout()) if self.frozen else x
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of x: float8_e4m3fn, or int8 for all integers."""
+        return codes_of(x, self.scale, self.zero_point, *self._layout())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `quantize`."""
+        return self.quantize(x)
+
+    def _layout(self) -> tuple[str, int, int]:
+        return self.grid.numbers, 0, self.grid.group_size
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.frozen = bool((self.scale > 0).all())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantizer":
+        """Follow the model to another device but stay in float32: `.half()` must not change the numerics."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
+        return self
+
+
+class WeightQuantizer(FakeQuantizer):
+    """Quantizer of a weight.
+
+    Args:
+        grid: Its grid.
+        weight_OI: The weight; only its shape counts.
+    """
+
+    def __init__(self, grid: Grid, weight_OI: Tensor) -> None:
+        outputs, inputs = weight_OI.shape
+        groups = -(-inputs // max(grid.group_size, 1))
+        shapes = {"tensor": (), "row": (outputs,), "group": (outputs, groups)}
+        super().__init__(grid, shapes[grid.scales])
+
+    def freeze(self, weight_OI: Tensor, search: Search = "max") -> None:
+        """Fix the scales from the weight as it is now."""
+        self.set_scales(*weight_scales(weight_OI, self.grid, search))
+
+
+class InputQuantizer(FakeQuantizer):
+    """Quantizer of a layer's input with one calibrated scale: it observes in training mode until it is frozen.
+
+    What it sees waits in `pending` until `merge` adds it to the buffers, together with what the other processes saw: DDP
+    overwrites the buffers of all processes with those of the first one at every forward pass.
+
+    Args:
+        grid: Its grid.
+
+    Attributes:
+        amax: Scalar float32 buffer, the largest magnitude observed.
+        histogram: (H,) int64 buffer, see `histogram_of`.
+        pending: Both of them, for what is not merged yet.
+    """
+
+    amax: Tensor
+    histogram: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self.register_buffer("amax", torch.zeros(()))
+        self.register_buffer("histogram", torch.zeros(NUM_BINS, dtype=torch.int64))
+        self.pending: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round x; before, pass it on, observed in training mode (validation must not set scales)."""
+        if self.training and not self.frozen:
+            self._observe(x.detach())
+        return self.quantize(x)
+
+    def merge(self, seen: tuple[Tensor, Tensor] | None = None) -> None:
+        """Add observations: what all processes saw, or what this one did."""
+        seen = self.pending if seen is None else seen
+        if seen is not None:
+            self.amax.copy_(torch.maximum(self.amax, seen[0]))
+            self.histogram.add_(seen[1])
+        self.pending = None
+
+    def freeze(self, search: Search = "max") -> None:
+        """Fix the scale from what was observed.
+
+        Raises:
+            ValueError: Nothing was observed.
+        """
+        self.merge()
+        if not self.amax > 0:
+            raise ValueError(
+                "expected a quantizer that has observed data, found one with a range of 0; run calibration batches first"
+            )
+        amax = amax_from_histogram(self.histogram, self.amax, self.grid, search)
+        self.set_scales(scale_from_amax(amax, self.grid.high))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.merge()  # so that a checkpoint holds all that was seen
+        super()._save_to_state_dict(*args, **kwargs)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        amax, histogram = x.abs().amax().float(), histogram_of(x)
+        if self.pending is not None:
+            amax, histogram = torch.maximum(self.pending[0], amax), self.pending[1] + histogram
+        self.pending = amax, histogram
+
+
+class RowQuantizer(FakeQuantizer):
+    """Quantizer of a layer's input with a scale for each token, found anew at every call.
+
+    Its buffer `scale` holds a 1 once it is frozen, and nothing else.
+    """
+
+    def freeze(self, search: Search = "max") -> None:
+        """Round from now on."""
+        self.set_scales(torch.ones(()))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Round each row of the last dimension to its own grid."""
+        if not self.frozen:
+            return x
+        rows_NI = x.flatten(0, -2)
+        return fake_quantize(rows_NI, row_scales(rows_NI.detach(), self.grid), None, self.grid.numbers).view(x.shape)
+
+
+def row_scales(rows_NI: Tensor, grid: Grid) -> Tensor:
+    """The scale (N,) that maps each row's largest magnitude onto the largest code, in operators that ONNX has too."""
+    return rows_NI.float().abs().amax(dim=-1).div(grid.high).clamp(min=2.0**-24)
+
+
+def input_quantizer(grid: Grid | None) -> FakeQuantizer | None:
+    """The quantizer for an input with this grid."""
+    if grid is None:
+        return None
+    return InputQuantizer(grid) if grid.scales == "tensor" else RowQuantizer(grid)

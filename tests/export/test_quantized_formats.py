@@ -1,0 +1,32 @@
+"""Every quantization format: frozen, exported, and the same numbers in torch and ONNX Runtime."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from tiny_models import left_padded_prompts, quantized, tiny_model
+
+from export.to_onnx import export_onnx, precision_of
+from export.verify import verify
+from models.quantization import FORMATS
+
+PROMPTS = left_padded_prompts()
+TYPES = {"fp8_e4m3": onnx.TensorProto.FLOAT8E4M3FN, "int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_graph_computes_what_torch_computes(format: str, tmp_path: Path) -> None:
+    model = quantized(tiny_model(layers=2, intermediate_size=160), format=format)
+    assert precision_of(model) == format
+    export_onnx(model, tmp_path / "model.onnx", precision=format)
+    checks = verify(model, tmp_path / "model.onnx", PROMPTS["prompt_ids"], PROMPTS["prompt_mask"], decode_steps=4)
+    assert [check.status for check in checks] == ["passed"] * (2 if FORMATS[format].input is None else 3), checks
+
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    stored = [tensor for tensor in graph.initializer if tensor.data_type == TYPES[FORMATS[format].weight.numbers]]
+    assert len([tensor for tensor in stored if len(tensor.dims) == 2 and ".weight." in tensor.name]) >= 14
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
