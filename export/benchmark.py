@@ -1,19 +1,34 @@
-"""Speed of exported graphs in ONNX Runtime on the CPU: time to first token and tokens per second, one conversation.
+"""Speed, memory and size of exports: one graph after another in this process, or whole export folders side by side.
 
-The graphs take turns in every repetition, so that a change of the machine's load meets all of them; medians are reported with
-the smallest and largest value.
+    python -m export.benchmark DIR... [--prompts 128 512] [--batches 1 4 16] [--new-tokens 32] [--repetitions 5]
+                               [--threads N] [--runtimes torch onnx engine] [--json FILE] [--plot FILE.png]
+
+The command measures the student's folder in torch, the graph in ONNX Runtime and the engine, each in a process of its own:
+time to first token over prompt lengths, time per output token and tokens per second over batch sizes, peak memory, size on
+disk, and energy where the machine has a counter.  `benchmark_onnx` is the short form at the end of an export.
+
+Artefacts take turns in every repetition, so that a change of the machine's load meets all of them; medians are reported with the
+smallest and largest value.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
-from export.files import folder_bytes
+from export.benchmark_artefacts import RUNTIMES, find_artefacts
+from export.benchmark_energy import find_counters
+from export.benchmark_measure import Cell, measure, spread
+from export.benchmark_report import machine, plot, text, versions
+from export.benchmark_turns import cells, compare
+from export.files import folder_bytes, move_into_place, staging_folder
 from export.runtime import OnnxSession
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def benchmark_onnx(
@@ -25,7 +40,7 @@ def benchmark_onnx(
     threads: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Measure graphs in turns, after one repetition that is not counted.
+    """Measure graphs in turns with one conversation on the CPU, after one repetition that is not counted.
 
     Args:
         paths: Graphs written by `export_onnx`, by the name that a row shall carry.
@@ -38,15 +53,16 @@ def benchmark_onnx(
     Returns:
         One row a graph: sizes in bytes, times in milliseconds, speeds in tokens/s.
     """
+    cell = Cell(1, prompt_tokens, new_tokens)
     sessions = {name: OnnxSession(path, threads=threads) for name, path in paths.items()}
     first: dict[str, list[float]] = {name: [] for name in paths}
     speed: dict[str, list[float]] = {name: [] for name in paths}
     for repetition in range(repetitions + 1):
         for name, session in sessions.items():
-            seconds, tokens_per_second = _measure(session, prompt_tokens, new_tokens)
+            prompt_seconds, decode_seconds = measure(session, cell)
             if repetition:
-                first[name].append(1000 * seconds)
-                speed[name].append(tokens_per_second)
+                first[name].append(1000 * prompt_seconds)
+                speed[name].append(new_tokens / decode_seconds)
             on_step()
     return [
         {
@@ -57,24 +73,98 @@ def benchmark_onnx(
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
             "repetitions": repetitions,
-            **_spread("time_to_first_token_ms", first[name]),
-            **_spread("tokens_per_second", speed[name]),
+            **spread("time_to_first_token_ms", first[name]),
+            **spread("tokens_per_second", speed[name]),
         }
         for name, path in paths.items()
     ]
 
 
-def _measure(session: OnnxSession, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt up to its next token, and tokens/s after it."""
-    start = time.perf_counter()
-    output = session.run(torch.ones(1, prompt_tokens, dtype=torch.long), torch.ones(1, prompt_tokens, dtype=torch.long))
-    token = output.logits[:, -1:].argmax(dim=-1)
-    prompt_done = time.perf_counter()
-    for step in range(1, new_tokens + 1):
-        output = session.run(token, torch.ones(1, prompt_tokens + step, dtype=torch.long), output.cache)
-        token = output.logits[:, -1:].argmax(dim=-1)
-    return prompt_done - start, new_tokens / (time.perf_counter() - prompt_done)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if everything went well."""
+    options = _parser().parse_args(arguments)
+    try:
+        for path in (options.json, options.plot):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise FileNotFoundError(
+                    f"expected a folder to write {path.name} into, found none at {str(path.parent)!r}; create it"
+                )
+        if options.plot is not None and options.plot.suffix not in PICTURES:
+            raise ValueError(
+                f"expected a picture's name with {' or '.join(PICTURES)}, found {options.plot.name!r}; rename it"
+            )
+        result = _benchmark(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text(result))
+    if options.json is not None:
+        _write(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+    measured = any("reason" not in row for row in result["rows"])
+    if options.plot is not None and measured:
+        _write(options.plot, lambda path: plot(result, path))
+    return 0 if measured else 2
 
 
-def _spread(name: str, values: list[float]) -> dict[str, float]:
-    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+def _benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """`settings`, `artefacts`, `skipped`, `rows`, `energy`, `machine` and `versions`."""
+    artefacts, skipped = find_artefacts(options.folders, options.runtimes)
+    grid = cells(options.prompts, options.batches, options.new_tokens)
+    counters, reason = find_counters()
+    layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}, about {remaining} left"
+    interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
+    total = len(artefacts) * len(grid) * (options.repetitions + 1)
+    with tqdm(total=total, desc="Benchmark", bar_format=layout, mininterval=interval) as bar:
+
+        def step() -> None:
+            bar.update()
+
+        rows = compare(artefacts, grid, repetitions=options.repetitions, threads=options.threads, on_step=step)
+    return {
+        "settings": {
+            name: getattr(options, name) for name in ("prompts", "batches", "new_tokens", "repetitions", "threads")
+        },
+        "artefacts": [artefact.as_dict() for artefact in artefacts],
+        "skipped": skipped,
+        "rows": rows,
+        "energy": {"reason": reason} if reason else {"counters": [counter.name for counter in counters]},
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    with staging_folder(path.absolute().parent) as folder:
+        write(folder / path.name)
+        move_into_place(folder / path.name, path)
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {value}")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.benchmark",
+        description="Measure export folders side by side: torch, ONNX Runtime and TensorRT; speed, memory, size and energy.",
+    )
+    add = parser.add_argument
+    add(
+        "folders", metavar="DIR", nargs="+", type=Path, help="what `python -m export --output DIR` or a run has written"
+    )
+    add("--prompts", type=_positive, nargs="+", default=[128, 512], metavar="N", help="prompt lengths, tokens")
+    add("--batches", type=_positive, nargs="+", default=[1, 4, 16], metavar="N", help="conversations at a time")
+    add("--new-tokens", type=_positive, default=32, metavar="N", help="tokens after the first (default: %(default)s)")
+    add("--repetitions", type=_positive, default=5, metavar="N", help="counted ones (default: %(default)s)")
+    add("--threads", type=_positive, metavar="N", help="threads on the CPU (default: each runtime's choice)")
+    add("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="what to measure (default: all)")
+    add("--json", type=Path, metavar="FILE", help="write all figures, the machine and versions to this file")
+    add("--plot", type=Path, metavar="FILE.png", help="write a picture to this file (or .pdf, .svg)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,13 +19,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from export.audit import audit
 from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.huggingface import check_plain, save_student, without_quantizers
 from export.progress import Phases
 from export.reference import Reference, record
-from export.to_onnx import UNQUANTIZED, Precision, check_exportable, check_half, export_onnx
+from export.to_onnx import UNQUANTIZED, Precision, check_engine_format, check_exportable, export_onnx
 from export.to_tensorrt import (
     Engine,
     Flavour,
@@ -38,7 +39,7 @@ from export.to_tensorrt import (
 from export.verify import verify_engine, verify_onnx
 from models.folder import why_not_plain
 from models.lora import merged
-from models.quantization.linear import quantized_linears, rounds_inputs
+from models.quantization.linear import quantized_linears
 
 Format = Literal["hf", "onnx", "engine"]
 STUDENT, GRAPH, ENGINE_SOURCE = "student", "onnx/model.onnx", "onnx/engine-source.onnx"
@@ -145,7 +146,7 @@ def export_all(
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
-            check_half(computed)
+            check_engine_format(computed)
 
     reason = why_not_plain(model)
     phases = Phases()
@@ -213,7 +214,7 @@ def _verify(
         reference: Reference = record(
             model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=settings.decode_steps, on_step=on_step
         )
-    runs = 2 if rounds_inputs(model) else 1
+    runs = 2 if quantized_linears(model) else 1
     with phases.phase("Verification of model.onnx", steps * runs) as on_step:
         checks = verify_onnx(model, reference, staging / GRAPH, threads=settings.threads, on_step=on_step)
     if (staging / ENGINE_SOURCE).is_file():
@@ -221,6 +222,8 @@ def _verify(
             source = staging / ENGINE_SOURCE
             checks += verify_onnx(model, reference, source, threads=settings.threads, free_run=False, on_step=on_step)
     if engine is not None:
+        if settings.precision not in UNQUANTIZED:
+            checks.append(audit(model, engine.products, settings.precision))
         with phases.phase("Verification of the engine", steps) as on_step:
             checks += verify_engine(reference, engine.path, settings.precision, settings.tensorrt, on_step)
     return checks

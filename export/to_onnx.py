@@ -134,6 +134,19 @@ def check_half(model: PreTrainedModel) -> None:
         )
 
 
+def check_engine_format(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for quantizers that no TensorRT engine has."""
+    check_half(model)
+    found = next(
+        (q.format for q in quantized_linears(model).values() if q.weight_quantizer.zero_point is not None), None
+    )
+    if found is not None:
+        raise ValueError(
+            f"expected a symmetric format for an engine, found {found}, and TensorRT reads no zero points; choose "
+            f"{found.removesuffix('_zp')}, or leave the engine out"
+        )
+
+
 def _check_quantizers(linears: Mapping[str, FakeQuantizedLinear], precision: Precision) -> None:
     waiting = sum(not quantizer.frozen for linear in linears.values() for quantizer in linear.quantizers())
     if not linears or waiting:

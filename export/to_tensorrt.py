@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import onnx
 
+from export.audit import inspect
 from export.files import move_into_place, staging_folder
 
 Flavour = Literal["auto", "tensorrt", "tensorrt_rtx"]
@@ -58,7 +59,7 @@ class Engine:
         compute_capability: Target such as "8.9", or "portable" (tensorrt_rtx) or "this machine" (tensorrt).
         layers: Number of layers of the parsed network by type.
         matrix_multiplies: Number of matrix products with a weight.
-        fp8_matrix_multiplies: Number of those with FP8 on both sides.
+        products: How many of those by the types on both sides, such as "FP8 x FP8" or "HALF x INT4".
     """
 
     path: Path
@@ -69,7 +70,7 @@ class Engine:
     compute_capability: str
     layers: dict[str, int] = field(default_factory=dict)
     matrix_multiplies: int = 0
-    fp8_matrix_multiplies: int = 0
+    products: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -160,7 +161,7 @@ def build_engine(
         flavour=trt.__name__,
         version=trt.__version__,
         compute_capability=target,
-        **_inspect(trt, network),
+        **inspect(trt, network),
     )
 
 
@@ -218,40 +219,3 @@ def _set_target(trt: ModuleType, config: Any, capabilities: Sequence[str]) -> st
 
 def _layers(network: Any) -> Iterable[Any]:
     return (network.get_layer(index) for index in range(network.num_layers))
-
-
-def _inspect(trt: ModuleType, network: Any) -> dict[str, Any]:
-    """Count layers by type, the matrix products with a weight, and those of them whose operands both come from FP8."""
-    producers: dict[str, Any] = {}
-    counts: dict[str, int] = {}
-    for layer in _layers(network):
-        counts[layer.type.name] = counts.get(layer.type.name, 0) + 1
-        producers.update({layer.get_output(index).name: layer for index in range(layer.num_outputs)})
-
-    def origin(tensor: Any) -> Any:
-        """The layer that made a tensor, behind changes of its shape."""
-        layer = producers.get(tensor.name)
-        while layer is not None and layer.type == trt.LayerType.SHUFFLE:
-            layer = producers.get(layer.get_input(0).name)
-        return layer
-
-    def is_weight(layer: Any) -> bool:
-        if layer is not None and layer.type == trt.LayerType.DEQUANTIZE:
-            layer = origin(layer.get_input(0))
-        return layer is not None and layer.type == trt.LayerType.CONSTANT
-
-    def is_fp8(layer: Any) -> bool:
-        dequantized = layer is not None and layer.type == trt.LayerType.DEQUANTIZE
-        return dequantized and layer.get_input(0).dtype == trt.DataType.FP8
-
-    operands = [
-        (origin(layer.get_input(0)), origin(layer.get_input(1)))
-        for layer in _layers(network)
-        if layer.type == trt.LayerType.MATRIX_MULTIPLY
-    ]
-    weighted = [pair for pair in operands if is_weight(pair[1])]
-    return {
-        "layers": counts,
-        "matrix_multiplies": len(weighted),
-        "fp8_matrix_multiplies": sum(is_fp8(left) and is_fp8(right) for left, right in weighted),
-    }

@@ -5,8 +5,9 @@ import pytest
 import torch
 from tiny_models import left_padded_prompts, quantized, tiny_model
 
+from export.audit import audit
 from export.reference import record
-from export.to_onnx import export_onnx
+from export.to_onnx import check_engine_format, export_onnx
 from export.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
 from export.verify import verify_engine
 from models.structure import apply_edit
@@ -27,7 +28,7 @@ def test_engines_build_without_a_gpu(name, fp8_products, graphs, tmp_path):
     )
     assert engine.path.stat().st_size == engine.bytes > 0
     assert (engine.flavour, engine.compute_capability) == ("tensorrt_rtx", "8.9")
-    assert (engine.matrix_multiplies, engine.fp8_matrix_multiplies) == (22, fp8_products)
+    assert (engine.matrix_multiplies, engine.products.get("FP8 x FP8", 0)) == (22, fp8_products)
     assert [path.name for path in tmp_path.iterdir()] == ["model.engine"]
 
 
@@ -44,7 +45,33 @@ def test_layers_of_different_sizes(tmp_path):
         compute_capabilities=["8.9"],
         flavour="tensorrt_rtx",
     )
-    assert (engine.matrix_multiplies, engine.fp8_matrix_multiplies) == (15, 14)
+    assert (engine.matrix_multiplies, engine.products["FP8 x FP8"]) == (15, 14)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("format", "product"),
+    [("int8_static", "INT8 x INT8"), ("int8_weight_only", "HALF x INT8"), ("int4_g64", "HALF x INT4")],
+)
+def test_other_formats_build_and_the_audit_counts_their_products(format, product, tmp_path):
+    model = quantized(tiny_model(layers=1, hidden_size=128, intermediate_size=256), format=format)
+    export_onnx(model, tmp_path / "model.onnx", precision=format, activations="float16")
+    engine = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", profiles=PROFILES, flavour="tensorrt_rtx")
+    assert engine.products[product] == 7
+    assert audit(model, engine.products, format).status == "passed"
+
+
+def test_a_product_that_is_not_quantized_fails_the_audit(quantized_model):
+    assert audit(quantized_model, {"FP8 x FP8": 21, "HALF x HALF": 1}, "fp8").status == "passed"
+    check = audit(quantized_model, {"FP8 x FP8": 20, "HALF x HALF": 2}, "fp8")
+    assert (check.status, check.reason) == ("failed", "expected 21 FP8 x FP8, found 20")
+
+
+def test_formats_that_no_engine_has():
+    with pytest.raises(ValueError, match=r"calibrated or no input scales .* found int8, which finds a scale for each"):
+        check_engine_format(quantized(tiny_model(layers=1), format="int8"))
+    with pytest.raises(ValueError, match=r"symmetric format for an engine, found int4_g32_zp, .* choose int4_g32,"):
+        check_engine_format(quantized(tiny_model(layers=1), format="int4_g32_zp"))
 
 
 @needs_rtx

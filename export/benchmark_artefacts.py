@@ -1,0 +1,143 @@
+"""Which artefacts of export folders can be measured on this machine, and how each is opened."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from export.benchmark_measure import Session, TorchSession
+from export.engine_runtime import EngineSession, why_not_runnable
+from export.files import folder_bytes
+from export.runtime import OnnxSession
+from export.to_tensorrt import Flavour
+from models.pretrained import load_model
+
+Runtime = Literal["torch", "onnx", "engine"]
+RUNTIMES: tuple[Runtime, ...] = ("torch", "onnx", "engine")
+_MISSING: dict[Runtime, str] = {
+    "torch": "there is no student/ (the export left `hf` out)",
+    "onnx": "there is no onnx/model.onnx (the export left `onnx` out)",
+    "engine": "there is no engine/model-*.engine (the export left `engine` out)",
+}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Something that runs.
+
+    Attributes:
+        name: For tables: folder, runtime and what tells it from others.
+        runtime: What runs it.
+        device: `cpu` or `cuda`.
+        path: The student's folder, the graph or the engine; absolute.
+    """
+
+    name: str
+    runtime: Runtime
+    device: Literal["cpu", "cuda"]
+    path: str
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk, weights included."""
+        path = Path(self.path)
+        data = path.with_name(path.name + ".data")
+        return folder_bytes(path) + (folder_bytes(data) if data.exists() else 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, with the size and without the path, which means nothing on another machine."""
+        return {"name": self.name, "runtime": self.runtime, "device": self.device, "bytes": self.bytes}
+
+
+def find_artefacts(
+    folders: Sequence[Path], runtimes: Sequence[Runtime] = RUNTIMES
+) -> tuple[list[Artefact], list[dict[str, str]]]:
+    """What can be measured, and what can not: `name` and `reason` of each.
+
+    Raises:
+        FileNotFoundError: A folder holds no export.
+        ValueError: A folder is named twice, or nothing can be measured.
+    """
+    artefacts: list[Artefact] = []
+    skipped: list[dict[str, str]] = []
+    for folder, label in _labels(folders).items():
+        there = [runtime for runtime in RUNTIMES if _paths(folder, runtime)]
+        if not there:
+            raise FileNotFoundError(
+                f"expected an export folder (with student/, onnx/model.onnx or engine/) at {str(folder)!r}, found none; "
+                "check the path, or write one with `python -m export`"
+            )
+        for runtime in runtimes:
+            found = [artefact for path in _paths(folder, runtime) for artefact in _artefacts(label, runtime, path)]
+            reasons = {artefact.name: _why_not(artefact) for artefact in found}
+            artefacts += [artefact for artefact in found if reasons[artefact.name] is None]
+            reasons |= {} if found else {f"{label} {runtime}": _MISSING[runtime]}
+            skipped += [{"name": name, "reason": reason} for name, reason in reasons.items() if reason]
+    if not artefacts:
+        reason = "; ".join(f"{row['name']}: {row['reason']}" for row in skipped)
+        raise ValueError(
+            f"expected at least one artefact that runs here, found none ({reason}); choose other --runtimes"
+        )
+    return artefacts, skipped
+
+
+def open_session(artefact: Artefact, threads: int | None) -> Session:
+    """Load an artefact.
+
+    Args:
+        artefact: One of `find_artefacts`.
+        threads: Threads on the CPU; None: the runtime's choice.
+    """
+    path = Path(artefact.path)
+    if artefact.runtime == "onnx":
+        return OnnxSession(path, threads=threads)
+    if artefact.runtime == "engine":
+        return EngineSession(path, _flavour(path))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dtype = torch.float32 if artefact.device == "cpu" else torch.float16
+    return TorchSession(load_model(artefact.path, dtype=dtype).to(artefact.device))  # type: ignore[arg-type]
+
+
+def _labels(folders: Sequence[Path]) -> dict[Path, str]:
+    """A short name for each folder: its own, or, where two have the same, its path from their common parent."""
+    absolute = [folder.expanduser().resolve() for folder in folders]
+    if len(set(absolute)) < len(absolute):
+        twice = next(folder for folder in absolute if absolute.count(folder) > 1)
+        raise ValueError(f"expected every folder once, found {twice.name!r} twice; leave one out")
+    if len({folder.name for folder in absolute}) == len(absolute):
+        return {folder: folder.name for folder in absolute}
+    common = Path(os.path.commonpath(absolute))
+    return {folder: folder.relative_to(common).as_posix() for folder in absolute}
+
+
+def _paths(folder: Path, runtime: Runtime) -> list[Path]:
+    if runtime == "engine":
+        return sorted(folder.glob("engine/model-*.engine"))
+    path, proof = {
+        "torch": (folder / "student", folder / "student/config.json"),
+        "onnx": (folder / "onnx/model.onnx", folder / "onnx/model.onnx"),
+    }[runtime]
+    return [path] if proof.is_file() else []
+
+
+def _why_not(artefact: Artefact) -> str | None:
+    return why_not_runnable(_flavour(Path(artefact.path))) if artefact.runtime == "engine" else None
+
+
+def _artefacts(label: str, runtime: Runtime, path: Path) -> list[Artefact]:
+    if runtime == "engine":
+        return [Artefact(f"{label} {path.stem.removeprefix('model-')}", runtime, "cuda", str(path))]
+    cpu = Artefact(f"{label} {runtime}", runtime, "cpu", str(path))
+    if runtime == "torch" and torch.cuda.is_available():
+        return [cpu, Artefact(f"{label} torch float16 on the GPU", runtime, "cuda", str(path))]
+    return [cpu]
+
+
+def _flavour(path: Path) -> Flavour:
+    """The package that built an engine, from its name: `model-PACKAGE-TARGET.engine`, or without PACKAGE in `baseline/`."""
+    flavours: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
+    return next((flavour for flavour in flavours if path.name.startswith(f"model-{flavour}-")), "auto")

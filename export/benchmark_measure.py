@@ -1,0 +1,76 @@
+"""One measurement of one artefact: a prompt up to its first token, then tokens one by one; any session with a `run` will do.
+
+Letters as in `export/runtime.py`.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from export.runtime import Output, position_ids
+
+
+class Session(Protocol):
+    """What `OnnxSession`, `EngineSession` and `TorchSession` have in common."""
+
+    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: Any = None) -> Output:
+        """Process T new tokens; the cache is what the previous call returned, None at first."""
+
+
+class TorchSession:
+    """A model in torch, run as `generate` runs it: the head sees the last token only.
+
+    Args:
+        model: In evaluation mode, on the device that is measured.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    @torch.inference_mode()
+    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: Any = None) -> Output:
+        """Process T new tokens; logits are (B, 1, V), on the CPU."""
+        device = self._model.device
+        output = self._model(
+            input_ids_BT.to(device),
+            attention_mask=attention_mask_BS.to(device),
+            position_ids=position_ids(attention_mask_BS, input_ids_BT.shape[1]).to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return Output(output.logits.cpu(), output.past_key_values, {})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured at a time: `batch` conversations with a prompt of `prompt_tokens` each, `new_tokens` after the first."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+def measure(session: Session, cell: Cell) -> tuple[float, float]:
+    """Seconds from the prompt to its first token, and seconds for the tokens after it."""
+    ids_BT = torch.ones(cell.batch, cell.prompt_tokens, dtype=torch.long)
+    start = time.perf_counter()
+    output = session.run(ids_BT, ids_BT)
+    token_B1 = output.logits[:, -1:].argmax(dim=-1)
+    prompt_done = time.perf_counter()
+    for step in range(1, cell.new_tokens + 1):
+        mask_BS = torch.ones(cell.batch, cell.prompt_tokens + step, dtype=torch.long)
+        output = session.run(token_B1, mask_BS, output.cache)
+        token_B1 = output.logits[:, -1:].argmax(dim=-1)
+    return prompt_done - start, time.perf_counter() - prompt_done
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest as `name`, `name_min`, `name_max`."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}

@@ -1,0 +1,200 @@
+"""A Triton Inference Server model repository made from an export folder.
+
+    python -m export.serving EXPORT_DIR [--output DIR] [--name NAME] [--max-batch-size N] [--threads N] [--overwrite]
+
+    DIR/<name>_onnx/config.pbtxt               for the onnxruntime backend, on the CPU
+    DIR/<name>_onnx/tokenizer.json, ...        for clients; the server does not look at them
+    DIR/<name>_onnx/1/model.onnx, model.onnx.data
+    DIR/<name>_engine/config.pbtxt             for the tensorrt backend
+    DIR/<name>_engine/1/model.plan
+
+Names, types and sizes of all inputs and outputs are those of the graph.  The first dimension of each is the batch, which Triton
+adds itself (`max_batch_size`) so that it may put requests of equal shapes together; -1 stands for every other dynamic one.
+
+The cache stays a plain input and output, and the client hands it back.  Triton could keep it between calls (implicit state of
+its sequence batcher), but such a state starts with one entry where ours starts with none, each request of a sequence then is one
+conversation instead of a batch, and a conversation is bound to one instance.  Rankers and classifiers need no cache at all:
+they ask for `logits` only.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf import text_format
+
+from export.files import move_into_place, staging_folder
+from export.serving_config import ServedModel, model_config
+from models.pretrained import load_tokenizer
+
+MAX_BATCH_SIZE = 16  # the largest batch of engines built with the settings that `python -m export` starts from
+_GRAPH, _ENGINE_SOURCE = "onnx/model.onnx", "onnx/engine-source.onnx"
+
+
+def write_triton(
+    export_dir: Path,
+    *,
+    name: str = "student",
+    output: Path | None = None,
+    max_batch_size: int = MAX_BATCH_SIZE,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model repository; graph, weights and engine are hard links where the file system allows it, else copies.
+
+    Args:
+        export_dir: Folder written by `python -m export`.
+        name: Models are called `<name>_onnx` and `<name>_engine`.
+        output: The repository, which may hold other models; None: `triton/` in the export folder.
+        max_batch_size: Conversations that Triton may put together; an engine must have been built for as many.
+        threads: Threads of one operator in ONNX Runtime; None: its choice.
+        overwrite: Replace models of these names.
+
+    Returns:
+        The repository.
+
+    Raises:
+        FileNotFoundError: There is nothing to serve.
+        ModuleNotFoundError: Triton's schema is not installed.
+        ValueError: Triton would not take the name or the size, a model of this name is there, or several engines are.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError(f"expected a name of letters, digits, '_', '.' and '-', found {name!r}; choose such a --name")
+    if max_batch_size < 1:
+        raise ValueError(
+            f"expected --max-batch-size of at least 1, found {max_batch_size}; the graph's first dimension is the batch"
+        )
+    models = served_models(export_dir)
+    output = output or export_dir / "triton"
+    taken = [target for model in models if (target := output / f"{name}_{model.suffix}").exists()]
+    if taken and not overwrite:
+        raise ValueError(
+            f"expected no model {taken[0].name!r} in {str(output)!r} yet, found one; choose another --name, or replace it with "
+            "--overwrite"
+        )
+    configs = [model_config(model, name, max_batch_size=max_batch_size, threads=threads) for model in models]
+    student = export_dir / "student"
+    tokenizer = load_tokenizer(str(student)) if (student / "config.json").is_file() else None
+    with staging_folder(output) as staging:
+        for model, config in zip(models, configs, strict=True):
+            folder = staging / config.name
+            (folder / "1").mkdir(parents=True)
+            (folder / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+            for file, source in model.files.items():
+                _link(source, folder / "1" / file)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        for config in configs:
+            move_into_place(staging / config.name, output / config.name)
+    return output
+
+
+def served_models(export_dir: Path) -> list[ServedModel]:
+    """What of an export Triton can serve.
+
+    Raises:
+        FileNotFoundError: Nothing.
+        ValueError: Several engines.
+    """
+    models = []
+    graph = export_dir / _GRAPH
+    if graph.is_file():
+        data = graph.with_name(graph.name + ".data")
+        models.append(ServedModel("onnx", {path.name: path for path in (graph, data) if path.is_file()}, graph))
+    engines = _engines(export_dir)
+    if len(engines) > 1:
+        raise ValueError(
+            f"expected one engine of tensorrt, found {engines[0].name} and {engines[1].name}; remove all but one"
+        )
+    if engines:
+        source = export_dir / _ENGINE_SOURCE
+        source = source if source.is_file() else graph
+        if not source.is_file():
+            raise FileNotFoundError(
+                f"expected {_GRAPH} beside the engine to read its inputs from, found none in {str(export_dir)!r}; export both"
+            )
+        models.append(ServedModel("engine", {"model.plan": engines[0]}, source))
+    if not models:
+        reasons = "".join(f"; {sentence}" for sentence in left_out(export_dir))
+        raise FileNotFoundError(
+            f"expected an export with {_GRAPH} or an engine of tensorrt at {str(export_dir)!r}, found none{reasons}; check the "
+            "path, or write one with `python -m export`"
+        )
+    return models
+
+
+def left_out(export_dir: Path) -> list[str]:
+    """What of an export Triton can not serve: one sentence each."""
+    return [
+        f"{path.relative_to(export_dir).as_posix()} is left out: Triton's TensorRT backend loads engines of the package tensorrt "
+        "only (model-tensorrt-*.engine); build one with --engine tensorrt on the machine that serves"
+        for path in sorted(export_dir.glob("engine/*.engine"))
+        if path not in _engines(export_dir)
+    ]
+
+
+def _engines(export_dir: Path) -> list[Path]:
+    return sorted(export_dir.glob("engine/model-tensorrt-*.engine"))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if everything went well."""
+    options = _parser().parse_args(arguments)
+    try:
+        written = write_triton(
+            options.export_dir,
+            name=options.name,
+            output=options.output,
+            max_batch_size=options.max_batch_size,
+            threads=options.threads,
+            overwrite=options.overwrite,
+        )
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for model in served_models(options.export_dir):
+        print(written / f"{options.name}_{model.suffix}")
+    for sentence in left_out(options.export_dir):
+        print(sentence)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.serving",
+        description="Make a model repository for Triton Inference Server from an export folder.",
+    )
+    add = parser.add_argument
+    add(
+        "export_dir",
+        metavar="EXPORT_DIR",
+        type=Path,
+        help="what `python -m export --output EXPORT_DIR` or a run has written",
+    )
+    add("--output", type=Path, metavar="DIR", help="the model repository (default: EXPORT_DIR/triton)")
+    add("--name", default="student", help="models are called NAME_onnx and NAME_engine (default: %(default)s)")
+    add(
+        "--max-batch-size",
+        type=int,
+        default=MAX_BATCH_SIZE,
+        metavar="N",
+        help="conversations that Triton may put together; at most what --batch of the export allowed an engine (default: %(default)s)",
+    )
+    add("--threads", type=int, metavar="N", help="threads in ONNX Runtime (default: its choice)")
+    add("--overwrite", action="store_true", help="replace models of these names")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
