@@ -110,10 +110,11 @@ class ExportOnFitEnd(Callback):
                 f"expected QuantizationAwareTraining among trainer.callbacks for an export in {precision}, found none; add it, or "
                 "export in fp16 and calibrate later with `python -m export --calibration`"
             )
-        if quantization.format != format_for(precision):
+        trained = "mixed" if quantization.exceptions else quantization.format
+        if trained != (format_for(precision) or precision):
             raise ValueError(
-                f"expected QuantizationAwareTraining.format {format_for(precision)} for ExportOnFitEnd.precision {precision}, found "
-                f"{quantization.format}; set both to the same format"
+                f"expected ExportOnFitEnd.precision {trained} as in QuantizationAwareTraining (mixed, where it has exceptions), found "
+                f"{precision}; set both to the same format"
             )
 
     @rank_zero_only

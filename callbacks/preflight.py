@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,8 @@ from models.architecture import DecoderLayer, count_parameters, decoder_layers
 from models.lora import merge_adapters
 from models.pruning.cut import Targets
 from models.quantization import freeze_scales
-from models.structure import Edit, apply_edit, quantize_decoder
+from models.quantization.choice import formats_by_pattern, quantization_edits
+from models.structure import Edit, apply_edit, quantize_decoder, replay
 from models.student import StudentModule
 
 GIB = 2**30
@@ -50,7 +52,8 @@ class Preflight(Callback):
             layers = merge_adapters(_one_of_each_kind(pl_module.student))
             _rehearse_pruning(layers, pruning)
             if quantization is not None:
-                _rehearse_quantization(layers, quantization.format)
+                formats = formats_by_pattern(pl_module.student, quantization.format, quantization.exceptions)
+                _rehearse_quantization(layers, set(formats.values()))
             if export is not None and "onnx" in export.settings.formats:
                 _rehearse_export(layers, export)
         if export is not None:
@@ -99,8 +102,10 @@ def _planned_edits(layer: DecoderLayer, targets: Targets) -> Iterator[Edit]:
         yield {"op": "narrow_query_heads", "layer": layer.index, "keep": heads}
 
 
-def _rehearse_quantization(model: PreTrainedModel, format: str) -> None:
-    apply_edit(model, quantize_decoder(model, format))
+def _rehearse_quantization(model: PreTrainedModel, formats: set[str]) -> None:
+    """Every format in some projection: which one has which makes no difference to what can go wrong."""
+    names = quantize_decoder(model)["modules"]
+    replay(model, quantization_edits(dict(zip(names, cycle(sorted(formats)), strict=False))))
     _forward(model.train())
     freeze_scales(model)
     _forward(model.eval())

@@ -1,5 +1,6 @@
 """Quantization-aware training: observe, freeze the scales, then train with fake-quantized weights and activations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -10,9 +11,9 @@ from callbacks.distributed import check_strategy, edit_on_all_ranks
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
 from models.quantization import freeze_inputs, freeze_weights, merge_observations, quantized_linears
+from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import FormatName
 from models.quantization.scales import Search
-from models.structure import quantize_decoder
 from models.student import StudentModule
 
 
@@ -30,6 +31,8 @@ class QuantizationAwareTraining(Callback):
         search: Range that scales cover: max (nothing seen is clipped), percentile (99.99 % of an input's values), or mse
             (least squared error).
         inputs_after: Optimizer steps with rounded weights before inputs are rounded as well; inputs are observed until then.
+        exceptions: Formats of some layers by a pattern of their names, such as {"*.down_proj": int8_g64, "model.layers.0.*": none}; none
+            leaves a layer as it is, and the last pattern that fits decides.
 
     Raises:
         ValueError: Steps out of range, quantization before the last pruning event, callbacks in the wrong order or one that
@@ -45,6 +48,7 @@ class QuantizationAwareTraining(Callback):
         format: FormatName = "fp8_e4m3",
         search: Search = "max",
         inputs_after: int = 0,
+        exceptions: Mapping[str, str] | None = None,
     ) -> None:
         if start_step < 1 or observe_steps < 1 or inputs_after < 0:
             raise ValueError(
@@ -56,6 +60,7 @@ class QuantizationAwareTraining(Callback):
         self.freeze_step = start_step + observe_steps + inputs_after
         self.format = format
         self.search = search
+        self.exceptions = dict(exceptions or {})
         self._boundary = StepBoundary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -88,7 +93,8 @@ class QuantizationAwareTraining(Callback):
         if not self._boundary.passed(trainer.global_step):
             return
         if trainer.global_step == self.start_step:
-            edit_on_all_ranks(trainer, pl_module, [quantize_decoder(pl_module.student, self.format)])
+            formats = formats_by_pattern(pl_module.student, self.format, self.exceptions)
+            edit_on_all_ranks(trainer, pl_module, quantization_edits(formats))
             rank_zero_info(
                 f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on"
             )
