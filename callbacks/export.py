@@ -18,7 +18,6 @@ from export.pipeline import ExportSettings, check_settings, export_all
 from export.report import summary, write_report
 from export.to_onnx import UNQUANTIZED, Precision, format_for
 from export.verify import raise_on_failure
-from models.distillation import Distillation
 from models.offline import is_offline
 from models.student import StudentModule
 from models.teacher import Teacher
@@ -129,9 +128,9 @@ class ExportOnFitEnd(Callback):
         batch = next(iter(datamodule.val_dataloader() if held_out else datamodule.calibration_batches(1, seed=0)))
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
         baseline, compare = [], {}
-        if isinstance(pl_module, Distillation) and self.compare_with_teacher:
-            assert isinstance(pl_module.teacher, Teacher)
-            baseline = export_baseline(pl_module.teacher.model.cpu().float(), output, self.settings)
+        teacher = getattr(pl_module, "teacher", None)
+        if isinstance(teacher, Teacher) and self.compare_with_teacher:
+            baseline = export_baseline(teacher.model.cpu().float(), output, self.settings)
             compare = {"teacher": output / baseline[0]["path"]}
         student = pl_module.student.cpu().float().eval()
         report = export_all(student, pl_module.tokenizer, output, self.settings, prompts, compare=compare)

@@ -13,7 +13,6 @@ from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
 from callbacks.quantization import QuantizationAwareTraining
 from models.architecture import count_parameters
-from models.distillation import Distillation
 from models.evaluation import evaluate
 from models.offline import is_offline
 from models.student import StudentModule
@@ -138,9 +137,9 @@ class PhaseEvaluation(Callback):
             leave=False,
             disable=not trainer.is_global_zero,
         )
-        if self._teacher is None and isinstance(module, Distillation):
-            assert isinstance(module.teacher, Teacher)
-            self._teacher = RememberingTeacher(module.teacher)
+        teacher = getattr(module, "teacher", None)
+        if self._teacher is None and isinstance(teacher, Teacher):
+            self._teacher = RememberingTeacher(teacher)
         with torch.autocast(module.device.type, enabled=False):
             return evaluate(
                 model,

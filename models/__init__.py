@@ -1,7 +1,8 @@
 """LightningModules and everything that concerns the networks."""
 
 from models.distillation import Distillation
+from models.ranking import RankingDistillation
 from models.sft import SFT
 from models.student import StudentModule
 
-__all__ = ["SFT", "Distillation", "StudentModule"]
+__all__ = ["SFT", "Distillation", "RankingDistillation", "StudentModule"]

@@ -180,6 +180,8 @@ def test_every_file_in_configs_is_tested_somewhere() -> None:
         "lora",
         "teacher_int8",
         "fsdp",
+        "ranking",  # in test_ranking_recipes.py
+        "ranking_teacher",
     }
     quickstart = (ROOT / "tests/test_train.py").read_text()
     assert "configs/quickstart.yaml" in quickstart and "configs/quickstart_teacher.yaml" in quickstart
