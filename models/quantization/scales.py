@@ -17,8 +17,8 @@ Search = Literal["max", "percentile", "mse"]
 NUM_BINS = 2048  # of `histogram_of`: 8 bits of exponent and 3 of mantissa
 PERCENTILE = 0.9999
 _SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
-_CANDIDATES = 41
-_LEAST_SHARE = 0.4  # of the largest magnitude, in a search
+_WEIGHT_SHARES = torch.linspace(1, 0.4, 13).tolist()  # of the largest magnitude, in a search
+_INPUT_SHARES = torch.linspace(1, 0.05, 96).tolist()
 
 
 def scale_from_amax(amax: Tensor, high: float = 448.0) -> Tensor:
@@ -47,10 +47,9 @@ def weight_scales(weight_OI: Tensor, grid: Grid, search: Search = "max") -> tupl
     """
     values = _sharing(weight_OI.detach().float(), grid)  # (..., S)
     rows, low, high = values.reshape(-1, values.shape[-1]), values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-    share_C = torch.linspace(1, _LEAST_SHARE, _CANDIDATES) if search == "mse" else torch.ones(1)
     best = torch.full_like(low, torch.inf)
     scale, zero_point = torch.ones_like(low), torch.zeros_like(low)
-    for share in share_C.tolist():
+    for share in _WEIGHT_SHARES if search == "mse" else [1.0]:
         if grid.zero_point:
             trial = scale_from_amax(share * (high - low), grid.high - grid.low)
             trial_zero = (grid.low - share * low / trial).round().clamp(grid.low, grid.high)
@@ -89,7 +88,7 @@ def amax_from_histogram(counts_H: Tensor, amax: Tensor, grid: Grid, search: Sear
         return middles_H[reached.nonzero()[0, 0]].clamp(min=torch.finfo(torch.float32).tiny)
     counted_H = counts_H > 0
     values, weights = middles_H[counted_H], counts_H[counted_H].double()
-    trials_C = amax * torch.linspace(1, _LEAST_SHARE / 4, 2 * _CANDIDATES, device=amax.device)
+    trials_C = amax * torch.tensor(_INPUT_SHARES, device=amax.device)
     errors_C = [
         (
             weights * (fake_quantize(values, scale_from_amax(trial, grid.high), None, grid.numbers) - values).square()
