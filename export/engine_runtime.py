@@ -84,6 +84,10 @@ class EngineSession:
         present = [results.pop(name.replace("past_key_values", "present")) for name in self._cache_inputs]
         return Output(results["logits"].cpu(), present, {})
 
+    def repeat(self, cache: list[Tensor], batch: int) -> list[Tensor]:
+        """The cache of one conversation, for B conversations that begin alike."""
+        return [tensor.expand(batch, -1, -1, -1) for tensor in cache]
+
     def _empty_cache(self, batch: int) -> list[Tensor]:
         shapes = [self._engine.get_tensor_shape(name) for name in self._cache_inputs]
         dtype = self._dtype(self._cache_inputs[0])

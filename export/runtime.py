@@ -73,6 +73,10 @@ class OnnxSession:
         shapes = [(batch, item.shape[1], 0, item.shape[3]) for item in self._cache_inputs]
         return [OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype)) for shape in shapes]
 
+    def repeat(self, cache: list[OrtValue], batch: int) -> list[OrtValue]:
+        """The cache of one conversation, for B conversations that begin alike."""
+        return [OrtValue.ortvalue_from_numpy(np.repeat(value.numpy(), batch, axis=0)) for value in cache]
+
     def run(
         self,
         input_ids_BT: Tensor,
