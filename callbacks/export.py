@@ -33,6 +33,7 @@ class ExportOnFitEnd(Callback):
             for fp8_e4m3).
         formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
+        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
         output: Folder to write into; by default the run's folder.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
         compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
@@ -54,6 +55,7 @@ class ExportOnFitEnd(Callback):
         precision: Precision = "fp32",
         formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
         plain: bool = False,
+        compressed: bool = False,
         output: str | None = None,
         tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
         compute_capability: Sequence[str | float] = (),
@@ -68,6 +70,7 @@ class ExportOnFitEnd(Callback):
             precision=precision,
             formats=tuple(formats),
             plain=plain,
+            compressed=compressed,
             tensorrt=tensorrt,
             compute_capability=tuple(map(str, compute_capability)),
             batch=batch,

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         precision=options.precision,
         formats=("hf", "onnx") if options.engine == "none" else ("hf", "onnx", "engine"),
         plain=options.plain,
+        compressed=options.compressed,
         tensorrt="auto" if options.engine == "none" else options.engine,
         compute_capability=tuple(options.compute_capability),
         batch=tuple(options.batch),
@@ -165,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--benchmark-repetitions", type=int, default=5, metavar="N", help="0: no benchmark (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads in ONNX Runtime (default: its choice)")
     add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
+    add("--compressed", action="store_true", help="write a quantized student as codes, for vLLM and SGLang, as well")
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")
     return parser
 

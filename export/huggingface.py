@@ -41,7 +41,7 @@ def save_student(
         plain = copy.deepcopy(plain)
         for parameter in plain.parameters():  # buffers (rotary frequencies) must keep their digits
             parameter.data = parameter.data.to(dtype)
-    _make_generation_config_valid(plain)
+    make_generation_config_valid(plain)
     with staging_folder(folder.parent) as staging:
         target = staging / folder.name
         if why_not_plain(plain) is None:
@@ -94,7 +94,7 @@ def without_quantizers(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _make_generation_config_valid(model: PreTrainedModel) -> None:
+def make_generation_config_valid(model: PreTrainedModel) -> None:
     """Set `do_sample`: transformers refuses to save sampling settings without it, and many models have them."""
     model.generation_config = copy.deepcopy(model.generation_config)
     if any(getattr(model.generation_config, name, None) is not None for name in _SAMPLING):

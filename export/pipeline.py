@@ -1,6 +1,7 @@
 """The whole export as one function: Hugging Face folder, ONNX, engine, verification, benchmark.
 
     OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
+    OUTPUT/compressed/                 only if asked for: the same student as codes and scales, see `export/compressed.py`
     OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
     OUTPUT/onnx/engine-source.onnx     only for quantized engines: the same graph with float16 between the matrix products
     OUTPUT/engine/model-*.engine       compiled, one for each package and target
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from export.audit import audit
 from export.benchmark import benchmark_onnx
 from export.checks import Check
+from export.compressed import check_compressible, save_compressed
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.huggingface import check_plain, save_student, without_quantizers
 from export.progress import Phases
@@ -42,8 +44,9 @@ from models.lora import merged
 from models.quantization.linear import quantized_linears
 
 Format = Literal["hf", "onnx", "engine"]
-STUDENT, GRAPH, ENGINE_SOURCE = "student", "onnx/model.onnx", "onnx/engine-source.onnx"
-_OURS = (STUDENT, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
+STUDENT, COMPRESSED = "student", "compressed"
+GRAPH, ENGINE_SOURCE = "onnx/model.onnx", "onnx/engine-source.onnx"
+_OURS = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ExportSettings:
         precision: Of graph and engine.
         formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
         plain: Refuse to write a folder that plain transformers would not load.
+        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
         tensorrt: Which package compiles the engine.
         compute_capability: Target GPUs such as "8.9"; none: portable.
         batch: Conversations at a time that the engine takes: smallest, usual, largest.
@@ -69,6 +73,7 @@ class ExportSettings:
     precision: Precision = "fp32"
     formats: tuple[Format, ...] = ("hf", "onnx", "engine")
     plain: bool = False
+    compressed: bool = False
     tensorrt: Flavour = "auto"
     compute_capability: tuple[str, ...] = ()
     batch: Range = (1, 1, 16)
@@ -142,6 +147,8 @@ def export_all(
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
+    if settings.compressed:
+        check_compressible(model)
     computed = _plain(model) if settings.precision in UNQUANTIZED else model
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
@@ -156,6 +163,9 @@ def export_all(
                 save_student(model, tokenizer, staging / STUDENT)
             if reason is not None:
                 rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
+        if settings.compressed:
+            with phases.phase("Compressed folder"):
+                save_compressed(model, tokenizer, staging / COMPRESSED)
         engine = _write_graphs(computed, staging, settings, phases) if settings.graph else None
         checks: list[Check] = []
         benchmark: list[dict[str, Any]] = []
@@ -249,7 +259,12 @@ def _move(staging: Path, output: Path) -> None:
     old = [path for pattern in _OURS for path in output.glob(pattern)]
     for path in old:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for source in [staging / STUDENT, *(staging / "onnx").glob("*"), *(staging / "engine").glob("*")]:
+    for source in [
+        staging / STUDENT,
+        staging / COMPRESSED,
+        *(staging / "onnx").glob("*"),
+        *(staging / "engine").glob("*"),
+    ]:
         if source.exists():
             target = output / source.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
@@ -263,6 +278,8 @@ def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *,
 
     folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
     rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
+    if settings.compressed:
+        rows.append(artefact(COMPRESSED, "compressed-tensors folder"))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if (output / ENGINE_SOURCE).exists():

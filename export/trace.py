@@ -173,7 +173,7 @@ def _fake_quantize_to_onnx(
     if len(scale.shape) == 0 and numbers == "fp8_e4m3":  # TensorRT wants to see the zero point
         zero: Any = opset21.Constant(value=ir.serde.to_proto(ir.tensor(0.0, dtype=codes)))
         return opset21.DequantizeLinear(opset21.QuantizeLinear(x, scale, zero), scale, zero)
-    layout = {"axis": 1 if block_size else axis, "block_size": block_size}
+    layout: dict[str, Any] = {"axis": 1 if block_size else axis, "block_size": block_size}
     return opset21.DequantizeLinear(
         opset21.QuantizeLinear(x, scale, output_dtype=codes.value, **layout), scale, **layout
     )

@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 
 from models.architecture import decoder_layers
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from models.quantization.quantizers import FakeQuantizer
 from models.sizes import is_uniform
 from models.structure import Edit, apply_edit, replay
 
@@ -147,6 +148,7 @@ def restore_quantizers(model: PreTrainedModel, folder: Path) -> None:
         for name, linear in quantized_linears(model).items():
             for quantizer_name, quantizer in linear.named_children():
                 prefix = f"{name}.{quantizer_name}."
+                assert isinstance(quantizer, FakeQuantizer)
                 quantizer.set_scales(scales[prefix + "scale"], scales.get(prefix + "zero_point"))
 
 

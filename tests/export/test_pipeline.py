@@ -46,7 +46,7 @@ def test_the_whole_chain_and_a_second_export(folders, tmp_path, capsys):
     statuses = {check["name"]: check["status"] for check in report["verification"]}
     assert statuses.pop("engine fp8, prefill") == statuses.pop("engine fp8, decode") == "not_run"
     assert set(statuses.values()) == {"passed"}
-    assert len(statuses) == 5
+    assert len(statuses) == 6
     assert report["benchmark"][0]["tokens_per_second"] > 0
     assert {"torch", "onnxruntime", "tensorrt_rtx"} <= report["versions"].keys()
     AutoModelForCausalLM.from_pretrained(output / "student")

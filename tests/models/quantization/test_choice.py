@@ -26,7 +26,9 @@ def test_the_last_pattern_that_fits_decides(model: PreTrainedModel) -> None:
     assert formats["model.layers.1.self_attn.q_proj"] == "int4_g32"
     replay(model, quantization_edits(formats))
     linears = quantized_linears(model)
-    assert {name: linear.format for name, linear in linears.items()} == {n: f for n, f in formats.items() if f != "none"}
+    assert {name: linear.format for name, linear in linears.items()} == {
+        n: f for n, f in formats.items() if f != "none"
+    }
 
 
 def test_patterns_and_formats_that_do_not_exist(model: PreTrainedModel) -> None:

@@ -1,0 +1,179 @@
+"""A quantized student as a Hugging Face folder of codes and scales, in the form of the package compressed-tensors.
+
+`save_student` writes rounded weights as ordinary floats; this folder holds what they are made of, so its decoder has the size of
+its format, and programs with kernels for it (vLLM, SGLang) multiply the codes themselves.  `config.json` says how to read them:
+
+| our grid         | of a weight                                  | of an input                              |
+|------------------|----------------------------------------------|------------------------------------------|
+| one scale        | strategy `tensor`, `weight_scale` (1,)       | strategy `tensor`, `input_scale` (1,)    |
+| one scale a row  | strategy `channel`, `weight_scale` (O, 1)    | strategy `token`, `dynamic`              |
+| groups           | strategy `group`, `weight_scale` (O, G)      |                                          |
+
+Weights whose inputs are left alone are packed into int32 words (`weight_packed`), the others are stored as FP8 or INT8.
+
+Plain transformers turns the codes back into weights and rounds the inputs by the package's rules.  In float32 both give the bits of
+our own operator, with one exception: a live INT8 scale of a token is |x|max / 127.5 there, |x|max / 127 here (and in vLLM).
+
+With zero points, transformers has to turn codes into weights while it loads them (`"dequantize": true`): the other way, at the first
+call, expects zero points that are not packed (compressed-tensors 0.20).  That way knows one format for all layers.
+
+Legend: O outputs, I inputs, G groups of inputs.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from export.files import move_into_place, staging_folder
+from export.huggingface import make_generation_config_valid, without_quantizers
+from models.folder import CONFIG_FILE, why_not_plain
+from models.lora import merged
+from models.quantization.formats import BITS, Grid, format_of
+from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+
+
+def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Write a folder that transformers, vLLM and SGLang load where compressed-tensors is installed; it replaces an existing one.
+
+    Args:
+        model: The student with frozen quantizers; it is not changed.
+        tokenizer: Saved with its chat template.
+        folder: Where to write.
+
+    Raises:
+        ModuleNotFoundError, ValueError: See `check_compressible`; nothing is written.
+    """
+    model = merged(model)
+    check_compressible(model)
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import apply_quantization_config
+
+    linears = quantized_linears(model)
+    plain = without_quantizers(model)
+    apply_quantization_config(plain, _config(plain, linears), show_progress=False)
+    for name, linear in linears.items():
+        _set_scales(plain.get_submodule(name), linear)
+    # The package rounds the weights again: they lie on the grid already, so every code comes out as it was.
+    compressor = ModelCompressor.from_pretrained_model(plain)
+    compressor.compress_model(plain)
+    make_generation_config_valid(plain)
+    with staging_folder(folder.parent) as staging:
+        target = staging / folder.name
+        plain.save_pretrained(target)
+        compressor.update_config(str(target))
+        if _zero_points(linears):
+            _dequantize_at_load(target / CONFIG_FILE)
+        tokenizer.save_pretrained(target)
+        move_into_place(target, folder)
+    return folder
+
+
+def check_compressible(model: PreTrainedModel) -> None:
+    """Raise for a student that has no such folder.
+
+    Raises:
+        ModuleNotFoundError: compressed-tensors is not installed.
+        ValueError: A student without frozen quantizers, one that plain transformers could not build, rows that are not whole groups,
+            or zero points beside another format.
+    """
+    try:
+        import compressed_tensors  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "expected the package compressed-tensors, which packs quantized weights for vLLM and SGLang, found no module "
+            f"{error.name!r}; run `pip install -e .[serving]`"
+        ) from error
+    linears = quantized_linears(model)
+    frozen = [name for name, linear in linears.items() if all(quantizer.frozen for quantizer in linear.quantizers())]
+    if not linears or len(frozen) < len(linears):
+        raise ValueError(
+            f"expected a student whose quantizers all have scales, found {len(frozen)} of {len(linears)} quantized layers with them; "
+            "train with QuantizationAwareTraining, or quantize the trained model, before a compressed folder is written"
+        )
+    reason = why_not_plain(model)
+    if reason is not None:
+        raise ValueError(
+            f"expected a student that one Hugging Face config.json describes, found {reason}; leave the compressed folder out, or "
+            "prune all layers alike"
+        )
+    for name, linear in linears.items():
+        size = format_of(linear.format).weight.group_size
+        if size and linear.in_features % size:
+            raise ValueError(
+                f"expected rows of whole groups of {size} weights for compressed-tensors, found {linear.in_features} inputs in {name}; "
+                "choose a format with smaller groups or one scale a row, or another number of neurons"
+            )
+    formats = sorted({linear.format for linear in linears.values()})
+    if len(formats) > 1 and _zero_points(linears):
+        raise ValueError(
+            f"expected zero points in all quantized layers or in none, as transformers reads them in one format only, found "
+            f"{', '.join(formats)}; choose formats without zero points, or one for all layers"
+        )
+
+
+def _zero_points(linears: dict[str, FakeQuantizedLinear]) -> bool:
+    return any(format_of(linear.format).weight.zero_point for linear in linears.values())
+
+
+def _dequantize_at_load(config_file: Path) -> None:
+    """Tell transformers to make weights of codes while it loads; other programs do not look at this."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["quantization_config"]["dequantize"] = True
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _config(plain: nn.Module, linears: dict[str, FakeQuantizedLinear]) -> "QuantizationConfig":
+    """A group of targets for each format; one format for all is said in the short way that every program reads."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+    targets: dict[str, list[str]] = {}
+    for name, linear in linears.items():
+        targets.setdefault(linear.format, []).append(name)
+    if len(targets) == 1:
+        targets = {format: ["Linear"] for format in targets}
+    schemes = {
+        name: QuantizationScheme(
+            targets=modules,
+            weights=_arguments(format_of(name).weight, "channel"),
+            input_activations=_arguments(format_of(name).input, "token"),
+        )
+        for name, modules in targets.items()
+    }
+    others = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear) and name not in linears]
+    return QuantizationConfig(config_groups=schemes, ignore=others)
+
+
+def _arguments(grid: Grid | None, row: str) -> "QuantizationArgs | None":
+    """A grid in the package's words; `row` is its word for one scale a row."""
+    if grid is None:
+        return None
+    from compressed_tensors.quantization import QuantizationArgs
+
+    settings: dict[str, Any] = {"strategy": row if grid.scales == "row" else grid.scales}
+    if grid.scales == "group":
+        settings["group_size"] = grid.group_size
+    return QuantizationArgs(
+        num_bits=BITS[grid.numbers],
+        type="float" if grid.numbers == "fp8_e4m3" else "int",
+        symmetric=not grid.zero_point,
+        dynamic=settings["strategy"] == "token",
+        **settings,
+    )
+
+
+def _set_scales(module: nn.Module, linear: FakeQuantizedLinear) -> None:
+    """Copy our scales and zero points into the parameters that the package has made for them."""
+    weight, input = linear.weight_quantizer, linear.input_quantizer
+    values = {"weight_scale": weight.scale, "weight_zero_point": weight.zero_point}
+    if input is not None and input.grid.scales == "tensor":
+        values["input_scale"] = input.scale
+    for name, value in values.items():
+        if value is not None:
+            parameter = module.get_parameter(name)
+            parameter.data = value.detach().clone().view(parameter.shape)
