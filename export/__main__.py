@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="verified prompts, 1 to 8",
     )
-    add("--decode-steps", type=int, default=32, metavar="N", help="verified tokens after each (default: %(default)s)")
+    add("--decode-steps", type=int, default=64, metavar="N", help="verified tokens after each (default: %(default)s)")
     add("--benchmark-prompt", type=int, default=128, metavar="N", help="prompt of the benchmark, tokens")
     add("--benchmark-repetitions", type=int, default=5, metavar="N", help="0: no benchmark (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads in ONNX Runtime (default: its choice)")

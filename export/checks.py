@@ -24,6 +24,7 @@ class Check:
         bound: Largest accepted value of `bounded`.
         bounded: Which of the figures below the bound is for.
         max_abs_difference: Largest |a - b| over all compared tensors at tokens (padding is left out).
+        mean_abs_difference: Mean |a - b| over all of them.
         max_relative_difference: Largest max|a - b| / max|b| of one tensor at one step, b from torch.
         greedy_agreement: Share of tokens for which both choose the same next token.
         kl: Mean KL(torch || artefact) in nats per token.
@@ -37,6 +38,7 @@ class Check:
     bound: float | None = None
     bounded: Literal["max_relative_difference", "kl"] = "max_relative_difference"
     max_abs_difference: float | None = None
+    mean_abs_difference: float | None = None
     max_relative_difference: float | None = None
     greedy_agreement: float | None = None
     kl: float | None = None
@@ -55,14 +57,27 @@ class Comparison:
         self.max_abs = 0.0
         self.max_relative = 0.0
         self.worst = ""
+        self._sum_abs, self._count = 0.0, 0
+        self._layers: list[
+            tuple[str, float]
+        ] = []  # cache entries in the order of the layers, and their relative differences
         self._kl: list[Tensor] = []
         self._agreement: list[Tensor] = []
 
-    def add(self, name: str, ours: Tensor, theirs: Tensor) -> None:
+    def add(self, name: str, ours: Tensor, theirs: Tensor) -> float:
         """Compare one tensor with torch's; both hold valid positions only.  NaN counts as an infinite difference."""
-        difference = (ours.float() - theirs.float()).abs().nan_to_num(nan=torch.inf).amax().item()
-        self.max_abs = max(self.max_abs, difference)
-        self._note(name, difference, theirs.float().abs().amax().item())
+        differences = (ours.float() - theirs.float()).abs().nan_to_num(nan=torch.inf)
+        largest = differences.amax().item()
+        self.max_abs = max(self.max_abs, largest)
+        self._sum_abs, self._count = (
+            self._sum_abs + differences.double().sum().item(),
+            self._count + differences.numel(),
+        )
+        return self._note(name, largest, theirs.float().abs().amax().item())
+
+    def add_layer(self, name: str, ours: Tensor, theirs: Tensor) -> None:
+        """Compare what a decoder layer puts into the cache; of these, the first one beyond the bound is named."""
+        self._layers.append((name, self.add(name, ours, theirs)))
 
     def add_inside(self, name: str, ours: Tensor, theirs: Tensor) -> None:
         """Compare a tensor inside a float16 graph by root mean square.
@@ -73,10 +88,11 @@ class Comparison:
         difference = (ours.float() - theirs.float()).nan_to_num(nan=torch.inf).square().mean().sqrt().item()
         self._note(name, difference, theirs.float().square().mean().sqrt().item())
 
-    def _note(self, name: str, difference: float, size: float) -> None:
+    def _note(self, name: str, difference: float, size: float) -> float:
         relative = difference / max(size, torch.finfo(torch.float32).tiny)
         if relative >= self.max_relative:
             self.max_relative, self.worst = relative, f"{name} (by {difference:.3g} absolute, {relative:.3g} relative)"
+        return relative
 
     def add_logits(self, step: int, ours_NV: Tensor, theirs_NV: Tensor) -> None:
         """Compare logits, the greedy tokens and the distributions; N valid positions."""
@@ -92,13 +108,18 @@ class Comparison:
         found = kl if bounded == "kl" else self.max_relative
         passed = found <= bound
         what = f"KL {kl:.3g} nats" if bounded == "kl" else f"relative difference {found:.3g}"
+        first = next((layer for layer, relative in self._layers if relative > bound), None)
         return Check(
             name=name,
             status="passed" if passed else "failed",
-            reason=None if passed else f"{what} above the bound {bound:.3g}; largest difference: {self.worst}",
+            reason=None
+            if passed
+            else f"{what} above the bound {bound:.3g}; largest difference: {self.worst}"
+            + (f"; first layer beyond it: {first}" if first and bounded != "kl" else ""),
             bound=bound,
             bounded="kl" if bounded == "kl" else "max_relative_difference",
             max_abs_difference=self.max_abs,
+            mean_abs_difference=self._sum_abs / max(self._count, 1),
             max_relative_difference=self.max_relative,
             greedy_agreement=torch.cat(self._agreement).float().mean().item(),
             kl=kl,

@@ -38,7 +38,7 @@ from export.to_tensorrt import (
     default_profiles,
     import_tensorrt,
 )
-from export.verify import verify_engine, verify_onnx
+from export.verify import longest_prompt, verify_engine, verify_longest, verify_onnx
 from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.linear import quantized_linears
@@ -80,7 +80,7 @@ class ExportSettings:
     sequence: Range = (1, 128, 1024)
     past: Range = (0, 256, 2048)
     opset: int = 23
-    decode_steps: int = 32
+    decode_steps: int = 64
     prompt_tokens: int = 128
     repetitions: int = 5
     threads: int | None = None
@@ -227,6 +227,10 @@ def _verify(
     runs = 2 if quantized_linears(model) else 1
     with phases.phase("Verification of model.onnx", steps * runs) as on_step:
         checks = verify_onnx(model, reference, staging / GRAPH, threads=settings.threads, on_step=on_step)
+    longest = longest_prompt(prompts["prompt_ids"], prompts["prompt_mask"], _longest(model, settings))
+    with phases.phase("Verification of the longest prompt"):
+        alone = record(model, longest["prompt_ids"], longest["prompt_mask"], decode_steps=0)
+        checks.append(verify_longest(alone, staging / GRAPH, threads=settings.threads))
     if (staging / ENGINE_SOURCE).is_file():
         with phases.phase("Verification of engine-source.onnx", steps) as on_step:
             source = staging / ENGINE_SOURCE
@@ -237,6 +241,11 @@ def _verify(
         with phases.phase("Verification of the engine", steps) as on_step:
             checks += verify_engine(reference, engine.path, settings.precision, settings.tensorrt, on_step)
     return checks
+
+
+def _longest(model: PreTrainedModel, settings: ExportSettings) -> int:
+    """Tokens of the longest prompt that graph and engine have to take."""
+    return min(settings.sequence[2], getattr(model.config, "max_position_embeddings", None) or settings.sequence[2])
 
 
 def _benchmark(

@@ -7,6 +7,8 @@
 | the same, as served    | distributions                                        | KL: 0.01 nats a token                     |
 | rounded inputs, fed    | the same, and what enters each activation quantizer  | 1e-4 (float32 between) / 1e-2 (float16)   |
 | rounded inputs, free   | distributions                                        | KL: 2 x the model's own sensitivity       |
+| one prompt at a time   | logits without padding with the run of the batch     | as for the file, free                     |
+| longest prompt         | one prompt of the largest length that is allowed     | as for the file, free                     |
 | engine                 | as the ONNX file; with rounded inputs as a free run  | needs a GPU, else `not_run`               |
 
 "Fed": each activation quantizer gets the value that entered it in torch, see `export/cut.py` for why; what the graph computed in
@@ -16,10 +18,12 @@ be expected to come closer.  Rows at padding positions are left out.  A check th
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import onnx
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -53,7 +57,7 @@ def verify(
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor,
     *,
-    decode_steps: int = 32,
+    decode_steps: int = 64,
     bound: float | None = None,
 ) -> list[Check]:
     """Compare an ONNX file with its model on a batch of left-padded prompts and `decode_steps` greedy tokens.
@@ -81,20 +85,30 @@ def verify_onnx(
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Check]:
     """Compare an ONNX file with a recorded run; see `verify`.  `free_run` only matters where inputs are rounded."""
-    metadata = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    metadata = _metadata(path)
     bound = BOUNDS[metadata["activations"]] if bound is None else bound
     name = f"onnx {metadata['precision']}"
-    if not rounds_inputs(model):
-        checks = _compare_run(name, OnnxSession(path, threads=threads, exact=True), reference, bound, on_step)
-        if quantized_linears(model) and free_run:
-            checks.append(verify_free_run(f"{name}, as served", OnnxSession(path, threads=threads), reference, on_step))
-        return checks
-    if metadata["activations"] == "float16":
+    if quantized_linears(model) and metadata["activations"] == "float16":
         name += " (float16 between)"
-    checks = _compare_fed(name, model, reference, path, threads, bound, on_step)
-    if free_run:
-        checks.append(verify_free_run(name, OnnxSession(path, threads=threads), reference, on_step))
+    exact = OnnxSession(path, threads=threads, exact=True)
+    if rounds_inputs(model):
+        checks = _compare_fed(name, model, reference, path, threads, bound, on_step)
+    else:
+        checks = _compare_run(name, exact, reference, bound, on_step)
+    if quantized_linears(model) and free_run:
+        served = OnnxSession(path, threads=threads)
+        checks.append(verify_free_run(f"{name}, as served", served, reference, on_step))
+    if len(reference.steps[0].input_ids) > 1:
+        checks.append(verify_alone(name, exact, reference, bound))
     return checks
+
+
+def verify_longest(reference: Reference, path: Path, *, threads: int | None = None) -> Check:
+    """Compare an ONNX file with the recorded run of `longest_prompt`."""
+    metadata, session = _metadata(path), OnnxSession(path, threads=threads, exact=True)
+    name = f"onnx {metadata['precision']}"
+    check = verify_alone(name, session, reference, BOUNDS[metadata["activations"]])
+    return replace(check, name=f"{name}, longest prompt ({reference.steps[0].input_ids.shape[1]} tokens)")
 
 
 def verify_free_run(
@@ -108,12 +122,40 @@ def verify_free_run(
         cache = output.cache
         comparison.add_logits(number, output.logits[step.valid], step.logits[step.valid])
         on_step()
-    sensitivity = reference.sensitivity or 0.0
-    note = f"the torch model's own sensitivity to its last digits is {sensitivity:.3g} nats"
+    note = f"the torch model's own sensitivity to its last digits is {reference.sensitivity or 0.0:.3g} nats"
     if reference.sensitivity is None:
         note = "fast kernels round inputs to 8 bits; the exact run is checked by its largest difference"
-    bound = max(KL_PER_SENSITIVITY * sensitivity, SMALLEST_KL_BOUND)
-    return comparison.check(f"{name}, free run", bound, bounded="kl", note=note)
+    return comparison.check(f"{name}, free run", _kl_bound(reference), bounded="kl", note=note)
+
+
+def _kl_bound(reference: Reference) -> float:
+    return max(KL_PER_SENSITIVITY * (reference.sensitivity or 0.0), SMALLEST_KL_BOUND)
+
+
+def verify_alone(name: str, session: Session, reference: Reference, bound: float) -> Check:
+    """Compare each prompt alone, without padding, with torch's run of all of them together.
+
+    Args:
+        name: Of the artefact.
+        session: Runs it.
+        reference: Its first step is used.
+        bound: Of the relative difference; where inputs are rounded, distributions are compared as in a free run.
+    """
+    step, comparison = reference.steps[0], Comparison()
+    for row, valid in enumerate(step.valid):
+        ids_1T = step.input_ids[row, valid][None]
+        output = session.run(ids_1T, torch.ones_like(ids_1T))
+        comparison.add_logits(0, output.logits[0], step.logits[row, valid])
+    if reference.sensitivity is not None:
+        return comparison.check(f"{name}, one prompt at a time", _kl_bound(reference), bounded="kl")
+    return comparison.check(f"{name}, one prompt at a time", bound)
+
+
+def longest_prompt(input_ids_BT: Tensor, attention_mask_BT: Tensor, length: int) -> dict[str, Tensor]:
+    """One prompt of so many tokens, from those of all prompts over and over: the longest that an artefact has to take."""
+    tokens = input_ids_BT[attention_mask_BT.bool()]
+    ids_1T = tokens.repeat(-(-length // len(tokens)))[None, :length]
+    return {"prompt_ids": ids_1T, "prompt_mask": torch.ones_like(ids_1T)}
 
 
 def verify_engine(
@@ -185,7 +227,13 @@ def _compare_step(comparison: Comparison, number: int, step: Step, output: Outpu
     entries = new_entries(output.cache, step.input_ids.shape[1])
     names = cache_names("present", len(entries) // 2)
     for name, ours, theirs in zip(names, entries, step.cache, strict=True):
-        comparison.add(f"{name} at step {number}", ours.transpose(1, 2)[step.valid], theirs.transpose(1, 2)[step.valid])
+        comparison.add_layer(
+            f"{name} at step {number}", ours.transpose(1, 2)[step.valid], theirs.transpose(1, 2)[step.valid]
+        )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
 
 
 def raise_on_failure(verification: Sequence[dict[str, Any]]) -> None:

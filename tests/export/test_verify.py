@@ -26,7 +26,9 @@ def test_a_changed_weight_fails_and_is_named(plain_model, graphs, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight.transposed"
     path = perturbed(graphs["fp32"], tmp_path, name, lambda values: values.__imul__(1.01))
     checks = [check.as_dict() for check in verify(plain_model, path, IDS, MASK, decode_steps=4)]
-    assert [check["status"] for check in checks] == ["failed", "failed"]
+    assert [check["status"] for check in checks] == ["failed"] * 3
+    assert "first layer beyond it: present.2.key at step 0" in checks[0]["reason"]
+    assert 0 < checks[0]["mean_abs_difference"] < checks[0]["max_abs_difference"]
     with pytest.raises(
         VerificationError, match=r"onnx fp32, prefill: relative difference .* above the bound 0.0001.*step 0"
     ):
@@ -38,7 +40,7 @@ def test_one_changed_fp8_code_fails(quantized_model, graphs, tmp_path):
         values[3, 5] = -values[3, 5] + values.dtype.type(0.5)
 
     path = perturbed(graphs["fp8"], tmp_path, "model.layers.2.self_attn.o_proj.weight.fp8_e4m3.transposed", change)
-    prefill, decode, _ = verify(quantized_model, path, IDS, MASK, decode_steps=4)
+    prefill, decode, *_ = verify(quantized_model, path, IDS, MASK, decode_steps=4)
     assert (prefill.status, decode.status) == ("failed", "failed")
 
 
