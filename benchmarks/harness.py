@@ -40,7 +40,7 @@ def report(results: list[dict[str, Any]], ratios: dict[str, float], packages: Se
     for row in results:
         print(
             "  ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
         )
     for name, ratio in ratios.items():
