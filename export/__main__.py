@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from transformers.utils import logging as transformers_logging
 from export.calibration import calibrate
 from export.huggingface import load_student
 from export.pipeline import ExportSettings, check_output_free, check_settings, export_all
+from export.progress import Phases
 from export.report import write_report
 from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, check_exportable, format_for
 from export.verify import VerificationError, raise_on_failure
+from models.architecture import decoder_layers
+from models.quantization.post_training import Method, PostTrainingQuantization
 
 PROMPTS = (
     "What is 7 plus 5?",
@@ -57,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, tokenizer = load_any(options.model)
         format = format_for(options.precision)
         if options.calibration is not None and format is not None:
-            print(f"Calibrating on {options.calibration}", flush=True)
-            number = options.calibration_conversations
-            calibrate(model, tokenizer, options.calibration, format=format, num_conversations=number)
+            quantization = PostTrainingQuantization(format=format, method=options.method)
+            with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
+                number = options.calibration_conversations
+                calibrate(
+                    model, tokenizer, options.calibration, quantization, num_conversations=number, on_layer=on_layer
+                )
         if options.precision not in UNQUANTIZED:
             check_exportable(model, precision=options.precision, opset=options.opset)
         prompts = tokenize_prompts(tokenizer, PROMPTS[: options.prompts])
@@ -145,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE.jsonl",
         help="conversations to find the scales of a quantized format on, for a model that was not trained with it",
+    )
+    add(
+        "--method",
+        choices=get_args(Method),
+        default=PostTrainingQuantization.method,
+        help="how weights are rounded in calibration: to nearest, or so that what follows is disturbed least (default: %(default)s)",
     )
     add(
         "--calibration-conversations",

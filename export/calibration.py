@@ -1,6 +1,6 @@
-"""Scales for a model that was not trained with quantizers: observe conversations, then freeze.
+"""Quantization of a model that was not trained with quantizers: from conversations, in minutes.
 
-Training with the quantizers in place (`QuantizationAwareTraining`) costs less accuracy; this takes a minute.
+Training with the quantizers in place (`QuantizationAwareTraining`) costs less accuracy.
 """
 
 from collections.abc import Callable
@@ -12,56 +12,61 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.chat import encode, truncate
 from datamodules.collate import collate, pad_id_of
 from datamodules.files import read_conversations
-from models.quantization.formats import FormatName
-from models.quantization.linear import freeze_scales, merge_observations, quantized_linears
-from models.quantization.scales import Search
-from models.structure import apply_edit, quantize_decoder
+from models.forward import Batch
+from models.quantization.linear import freeze_scales, quantized_linears
+from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
 
 BATCH_SIZE = 8
 
 
-@torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Path,
+    settings: PostTrainingQuantization,
     *,
-    format: FormatName = "fp8_e4m3",
-    search: Search = "max",
     num_conversations: int = 128,
     max_length: int = 512,
-    on_step: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> None:
-    """Insert quantizers into a model, in place, and fix their scales from the first conversations of a file.
+    """Quantize a model, in place, after the first conversations of a file.
 
     Args:
-        model: Without quantizers, or with quantizers that still observe.
+        model: Without quantizers; with some that still observe, they see the conversations and are frozen, and `settings` do not matter.
         tokenizer: With a chat template.
         conversations: JSONL or Parquet file with `messages`, or `prompt` and `response`.
-        format: Format of quantizers that are inserted.
-        search: How ranges are found, see `models/quantization/scales.py`.
-        num_conversations: How many to observe.
+        settings: Format and method.
+        num_conversations: How many to read.
         max_length: Tokens kept of each.
-        on_step: Called after each batch of eight.
+        on_layer: Called after each decoder layer.
 
     Raises:
         FileNotFoundError, ValueError: The file is missing, broken or empty.
     """
-    records = read_conversations(str(conversations), default_split="train")[:num_conversations]
+    batches = _batches(tokenizer, conversations, num_conversations, max_length)
+    if quantized_linears(model):
+        _observe(model, batches)
+    else:
+        quantize_after_training(model, batches, settings, on_layer=lambda _: on_layer())
+    model.eval()
+
+
+def _batches(tokenizer: PreTrainedTokenizerBase, conversations: Path, number: int, max_length: int) -> list[Batch]:
+    records = read_conversations(str(conversations), default_split="train")[:number]
     examples = [truncate(example, max_length=max_length) for example in encode(tokenizer, records)]
-    kept = [example for example in examples if example is not None]
+    kept = sorted((example for example in examples if example is not None), key=len)
     if not kept:
         raise ValueError(
             f"expected conversations of at most {max_length} tokens before their answer in {str(conversations)!r}, found none; "
             "choose others"
         )
-    if not quantized_linears(model):
-        apply_edit(model, quantize_decoder(model, format))
+    pad_id = pad_id_of(tokenizer)
+    return [{**collate(kept[start : start + BATCH_SIZE], pad_id=pad_id)} for start in range(0, len(kept), BATCH_SIZE)]
+
+
+@torch.no_grad()
+def _observe(model: PreTrainedModel, batches: list[Batch]) -> None:
     model.train()  # quantizers observe in training mode only
-    for start in range(0, len(kept), BATCH_SIZE):
-        batch = collate(kept[start : start + BATCH_SIZE], pad_id=pad_id_of(tokenizer))
+    for batch in batches:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        merge_observations(model)
-        on_step()
-    freeze_scales(model, search)
-    model.eval()
+    freeze_scales(model)

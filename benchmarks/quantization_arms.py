@@ -1,0 +1,106 @@
+"""What the quantization study compares: our ways to quantize after training, and for each format what others make of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from benchmarks.quantization_peers import Peer
+from models.forward import Batch
+from models.quantization.formats import FORMATS
+from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.smoothing import STRENGTHS
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of our ways.
+
+    Args:
+        format: Name of a format in `models/quantization/formats.py`.
+        method: See `models.quantization.post_training`.
+        search: How scales of weights and of inputs are found, see the same.
+        smoothing: Whether channels are smoothed first, see the same; None: where it helps.
+        sensitive: The same.
+    """
+
+    format: str
+    method: str = "nearest"
+    search: str = "max"
+    smoothing: bool | None = False
+    sensitive: bool = False
+
+    @property
+    def name(self) -> str:
+        """For files and tables."""
+        smoothed = {True: ", smoothed", False: "", None: ", smoothed where it helps"}[self.smoothing]
+        return f"{self.method}, {self.search}{smoothed}" + ", sensitive" * self.sensitive
+
+    def quantize(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        """Quantize a model in place."""
+        settings = PostTrainingQuantization(
+            format=self.format,
+            smoothing={True: STRENGTHS, False: (), None: None}[self.smoothing],
+            method=self.method,  # type: ignore[arg-type]
+            weight_search=self.search,  # type: ignore[arg-type]
+            input_search=self.search,  # type: ignore[arg-type]
+            sensitive=self.sensitive,
+        )
+        quantize_after_training(model, batches, settings)
+
+
+INT4 = "int4_g128"  # of SmolLM2-135M's 576 channels, the last group has 64, ours as ModelOpt's
+
+_MODELOPT = "nvidia-modelopt"
+_FP8 = Peer("fp8_e4m3", _MODELOPT, "FP8_DEFAULT_CFG")
+_FP8_PER_CHANNEL = Peer("fp8_e4m3_per_channel", _MODELOPT, "FP8_PER_CHANNEL_PER_TOKEN_CFG")
+_INT8 = Peer("int8", "torchao", "Int8DynamicActivationInt8WeightConfig")
+_AWQ = Peer(INT4, _MODELOPT, "INT4_AWQ_CFG")
+
+
+def _best(format: str) -> Arm:
+    """The defaults of `PostTrainingQuantization`."""
+    return Arm(format, "quantease", "mse", smoothing=None, sensitive=True)
+
+
+# Name of a ratio of KLs -> what is above and below the line.
+COMPARISONS: dict[str, tuple[Arm | Peer, Arm | Peer]] = {
+    "fp8_kl": (_best(_FP8.format), _FP8),
+    "fp8_per_channel_kl": (_best(_FP8_PER_CHANNEL.format), _FP8_PER_CHANNEL),
+    "int8_kl": (_best(_INT8.format), _INT8),
+    "int4_kl": (_best(INT4), _AWQ),
+    "int4_kl_over_nearest": (_best(INT4), Arm(INT4)),
+}
+
+PEERS = (
+    _FP8,
+    _FP8_PER_CHANNEL,
+    _INT8,
+    Peer("int8_static", _MODELOPT, "INT8_DEFAULT_CFG"),
+    Peer("int8_static", _MODELOPT, "INT8_SMOOTHQUANT_CFG"),
+    Peer("int8_weight_only", "torchao", "Int8WeightOnlyConfig"),
+    *(
+        peer
+        for format in ("int4_g32", "int4_g64", "int4_g128")
+        for peer in (
+            Peer(format, _MODELOPT, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
+            Peer(format, _MODELOPT, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "gptq"),
+            Peer(format, _MODELOPT, "INT4_AWQ_CFG"),
+            *(
+                [Peer(format, "torchao", "IntxWeightOnlyConfig")] if format != INT4 else []
+            ),  # it needs a multiple of groups
+        )
+    ),
+)
+_WAYS = (("nearest", "max"), ("nearest", "mse"), ("gptq", "max"), ("quantease", "max"))
+_STATIC = ("fp8_e4m3", "int8_static")  # inputs with a calibrated scale
+ARMS: dict[str, tuple[Arm | Peer, ...]] = {
+    format: (
+        *(Arm(format, method, search, smoothing) for smoothing in (False, True) for method, search in _WAYS),
+        Arm(format, "gptq", "mse", sensitive=True),
+        _best(format),
+        *([Arm(format, "nearest", "percentile")] if format in _STATIC else []),
+        *(peer for peer in PEERS if peer.format == format),
+    )
+    for format in FORMATS
+}

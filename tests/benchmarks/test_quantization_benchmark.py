@@ -1,0 +1,154 @@
+"""The quantization benchmark on a tiny model: what it prints, what it writes, and that it goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_folder
+
+from benchmarks import chats, quantization, quantization_arms, quantization_training
+from benchmarks.quantization_arms import Arm
+from benchmarks.quantization_peers import Peer
+from models.quantization.formats import FORMATS, format_of
+from models.quantization.post_training import PostTrainingQuantization
+from models.quantization.smoothing import STRENGTHS
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model in the place of SmolLM2, and few conversations."""
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        quantization, "MODEL", tiny_folder(tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=16)
+    )
+    monkeypatch.setattr(quantization, "CALIBRATION_SAMPLES", 4)
+    monkeypatch.setattr(quantization, "QUICK_EVERY", 1)
+    monkeypatch.setattr(quantization, "calibration_prompts", lambda count: [f"say {n}" for n in range(count)])
+    monkeypatch.setattr(quantization, "held_out_prompts", lambda: [f"what is {n}?" for n in range(3)])
+    monkeypatch.setattr(quantization, "PACKAGES", ("torch",))
+    sampled = chats.answered
+    monkeypatch.setattr(quantization, "answered", lambda *a, **k: sampled(*a, **k, max_new_tokens=8))
+    return tmp_path
+
+
+def test_every_format_and_peer_has_its_place() -> None:
+    for format, arms in quantization_arms.ARMS.items():
+        assert {arm.format for arm in arms} == {format} and len({arm.name for arm in arms}) == len(arms)
+    assert set(FORMATS) == set(quantization_arms.ARMS)
+    studied = [arm for arms in quantization_arms.ARMS.values() for arm in arms]
+    assert set(quantization_arms.PEERS) <= set(studied)
+    for ours, theirs in quantization_arms.COMPARISONS.values():
+        assert ours in studied and theirs in studied and ours.format == theirs.format and isinstance(ours, Arm)
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        (Arm("int8"), {"method": "nearest", "weight_search": "max", "input_search": "max", "smoothing": ()}),
+        (Arm("int8", "gptq", "mse"), {"method": "gptq", "weight_search": "mse", "input_search": "mse"}),
+        (
+            Arm("int8", "quantease", smoothing=True),
+            {"method": "quantease", "smoothing": STRENGTHS},
+        ),
+        (Arm("int8", sensitive=True), {"sensitive": True}),
+        (quantization_arms.COMPARISONS["int8_kl"][0], vars(PostTrainingQuantization("int8"))),
+    ],
+)
+def test_an_arm_is_what_its_name_says(arm: Arm, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[PostTrainingQuantization] = []
+    monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, settings: asked.append(settings))
+    arm.quantize(None, [])
+    assert asked[0].format == "int8" and {**vars(asked[0]), **expected} == vars(asked[0])
+    assert asked[0].sensitive == arm.sensitive
+
+
+@pytest.fixture
+def comparisons(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Arm, Arm | Peer]]:
+    found: dict[str, tuple[Arm, Arm | Peer]] = {
+        "int8_kl": (Arm("int8", "gptq", "mse"), Arm("int8")),
+        "int4_kl": (Arm("int4_g32", "quantease", "mse", True), Arm("int4_g32")),
+        "int4_kl_over_mse": (Arm("int4_g32", "quantease", "mse", True), Arm("int4_g32", "nearest", "mse")),
+    }
+    monkeypatch.setattr(quantization, "COMPARISONS", found)
+    return found
+
+
+def check_quick(bench: Path, comparisons: dict[str, tuple[Arm, Arm | Peer]], printed: str) -> None:
+    found = json.loads((bench / "quick.json").read_text())
+    kl = {(row["format"], row["arm"]): row["kl"] for row in found["results"]}
+    arms = {arm for pair in comparisons.values() for arm in pair}
+    assert set(kl) == {(arm.format, arm.name) for arm in arms} and len(found["results"]) == len(arms)
+    assert set(found["ratios"]) == set(comparisons)
+    for name, (ours, theirs) in comparisons.items():
+        assert found["ratios"][name] == pytest.approx(kl[ours.format, ours.name] / kl[theirs.format, theirs.name])
+        assert name in printed
+    for row in found["results"]:
+        assert row["kl"] > 0 and row["seconds"] > 0 and row["bits"] == format_of(row["format"]).weight.bits()
+
+
+def test_quick_prints_ratios_and_writes_json(
+    bench: Path, comparisons: dict[str, tuple[Arm, Arm | Peer]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantization.main(["--quick", "--json", str(bench / "quick.json")])
+    check_quick(bench, comparisons, capsys.readouterr().out)
+
+
+def test_quick_with_peers(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("modelopt.torch.quantization")
+    pytest.importorskip("torchao")
+    comparisons = {**quantization_arms.COMPARISONS}
+    monkeypatch.setattr(quantization, "COMPARISONS", comparisons)
+    quantization.main(["--quick", "--json", str(bench / "quick.json")])
+    check_quick(bench, comparisons, capsys.readouterr().out)
+
+
+def test_a_missing_peer_is_named_before_any_work(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.quantization_peers.find_spec", lambda _: None)
+    monkeypatch.setattr(quantization, "Bench", lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(ModuleNotFoundError, match="expected the package `nvidia-modelopt`"):
+        quantization.main(["--quick"])
+    with pytest.raises(ModuleNotFoundError, match="expected the package `torchao`"):
+        quantization.main(["--formats", "int8", "--out", str(bench / "study")])
+
+
+@pytest.fixture
+def study(bench: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two arms for each of two formats."""
+    formats = ("int8", "int4_g32")
+    arms = {format: (Arm(format), Arm(format, "gptq", "mse", True)) for format in formats}
+    monkeypatch.setattr(quantization, "ARMS", arms)
+    return ["--out", str(bench / "study"), "--formats", *formats]
+
+
+def test_the_study_writes_a_page(bench: Path, study: list[str]) -> None:
+    notes = bench / "study/notes.md"
+    notes.parent.mkdir()
+    notes.write_text("Words of ours.\n")
+    quantization.main(study)
+    rows = [json.loads(path.read_text()) for path in (bench / "study/rows").glob("*.json")]
+    assert len(rows) == 4 and all(row["kl"] > 0 and row["settings"] and row["machine"] for row in rows)
+    page = (bench / "study.md").read_text()
+    assert all(f"| {row['arm']} | {row['kl']:.4f} |" in page for row in rows)
+    assert "### `int4_g32`: 4.5 bits a weight" in page and "### `int8`: 8 bits a weight" in page
+    assert "Words of ours." in page and " ".join(study) in page and "](study/bits.png)" in page
+    assert (bench / "study/bits.png").is_file()
+
+
+def test_the_study_goes_on_where_it_stopped(bench: Path, study: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    quantization.main(study)
+    page = (bench / "study.md").read_text()
+    monkeypatch.setattr(quantization, "Bench", lambda *_: pytest.fail("made again"))
+    quantization.main(study)
+    assert (bench / "study.md").read_text() == page
+
+
+def test_training_moves_the_calibrated_student(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization_training, "calibration_prompts", lambda count: [f"say {n}" for n in range(count)])
+    monkeypatch.setattr(quantization_training, "answered", quantization.answered)
+    monkeypatch.setattr(quantization_training, "TRAINING_SAMPLES", 8)
+    rows, ratios = quantization.trained(steps=2)
+    assert [row["format"] for row in rows] == ["fp8_e4m3"] * 2 + ["int4_g128"] * 2
+    assert set(ratios) == {"fp8_qat_kl", "int4_qat_kl"}
+    for before, after in (rows[:2], rows[2:]):
+        assert before["kl"] > 0
+        assert after["kl"] != before["kl"]

@@ -1,0 +1,178 @@
+"""A quantized model: everything frozen, weights on their grids, statistics of the inputs that the layers really have."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.architecture import FAMILIES, decoder_layers
+from models.forward import answer_logits
+from models.losses import forward_kl
+from models.pruning.observe import hooked
+from models.quantization import FORMATS, FakeQuantizedLinear, InputQuantizer, quantized_linears
+from models.quantization import post_training as module
+from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.structure import replay
+
+BATCHES = [tiny_batch(), tiny_batch([("one two three four", "five six"), ("?", "!")])]
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 32}
+FAR = {"int8": 0.02, "fp8_e4m3": 0.2, "int4": 2.0}  # nats; random weights are sharp
+DIVISIBLE = [name for name in FORMATS if not name.startswith(("int8_g128", "int4_g128", "int8_g64", "int4_g64"))]
+
+
+def quantized(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
+    quantize_after_training(model, BATCHES, PostTrainingQuantization(**settings))
+    return model
+
+
+@torch.no_grad()
+def kl(model: PreTrainedModel, dense: PreTrainedModel) -> float:
+    values = [forward_kl(answer_logits(model, batch), answer_logits(dense, batch)) for batch in BATCHES]
+    return float(torch.cat(values).mean())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("method", ["nearest", "gptq", "quantease"])
+def test_every_format_ends_frozen_and_on_its_grid(format: str, method: str) -> None:
+    dense = tiny_model(**SIZES | ({} if format in DIVISIBLE else {"hidden_size": 128}))
+    model = quantized(copy.deepcopy(dense), format=format, method=method)
+    linears = quantized_linears(model)
+    assert len(linears) == 14
+    for linear in linears.values():
+        assert linear.format == format
+        assert all(quantizer.frozen for quantizer in linear.quantizers())
+        assert torch.equal(linear.weight_quantizer(linear.weight), linear.weight)
+    assert not model.training
+    assert 0 < kl(model, dense) < FAR[FORMATS[format].weight.numbers]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("format", ["int8", "int8_static"])
+def test_every_family_stays_near_the_dense_model(family: str, format: str) -> None:
+    dense = tiny_model(family)
+    model = quantized(copy.deepcopy(dense), format=format)
+    assert all(quantizer.frozen for linear in quantized_linears(model).values() for quantizer in linear.quantizers())
+    assert 0 < kl(model, dense) < 0.02
+
+
+@pytest.mark.parametrize("method", ["gptq", "quantease"])
+def test_solvers_beat_rounding_to_nearest(method: str) -> None:
+    dense = tiny_model(**SIZES)
+    plain = quantized(copy.deepcopy(dense), format="int4_g32", method="nearest", smoothing=())
+    solved = quantized(copy.deepcopy(dense), format="int4_g32", method=method, smoothing=())
+    assert kl(solved, dense) < 0.8 * kl(plain, dense)
+
+
+def inputs_of(model: PreTrainedModel) -> dict[FakeQuantizedLinear, Tensor]:
+    """What each quantized layer of a finished model is given at valid tokens, before its quantizer."""
+    seen: dict[FakeQuantizedLinear, list[Tensor]] = {linear: [] for linear in quantized_linears(model).values()}
+    masks = [batch["attention_mask"].bool() for batch in BATCHES]
+
+    def note(linear: FakeQuantizedLinear, inputs: tuple[Tensor, ...]) -> None:
+        seen[linear].append(inputs[0][masks[len(seen[linear])]])
+
+    with torch.no_grad(), hooked(linear.register_forward_pre_hook(note) for linear in seen):
+        for batch in BATCHES:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return {linear: torch.cat(inputs) for linear, inputs in seen.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantizers_have_observed_what_the_layers_are_given(family: str) -> None:
+    """Of the quantized layers before them, valid tokens only."""
+    model = quantized(tiny_model(family), format="int8_static", method="nearest")
+    for linear, input_SI in inputs_of(model).items():
+        assert isinstance(linear.input_quantizer, InputQuantizer)
+        torch.testing.assert_close(linear.input_quantizer.amax, input_SI.abs().amax())
+        assert linear.input_quantizer.histogram.sum() == input_SI.numel()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3", "int8_weight_only"])
+def test_solvers_are_given_the_gram_matrix_of_the_rounded_inputs(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grams: list[Tensor] = []
+
+    def spy(weight_OI: Tensor, gram_II: Tensor, *args: Any, **kwargs: Any) -> Any:
+        grams.append(gram_II.clone())
+        return original(weight_OI, gram_II, *args, **kwargs)
+
+    original = module.gptq
+    monkeypatch.setattr(module, "gptq", spy)
+    model = quantized(tiny_model(), format=format, sensitive=False)
+    for gram_II, (linear, input_SI) in zip(grams, inputs_of(model).items(), strict=True):
+        rounded_SI = input_SI if linear.input_quantizer is None else linear.input_quantizer(input_SI)
+        torch.testing.assert_close(gram_II, (rounded_SI.T @ rounded_SI).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_count_by_what_the_predictions_owe_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of 0 for all tokens but those of one sample leaves the statistics of that sample."""
+    alone = tiny_model()
+    settings = PostTrainingQuantization(format="int8_weight_only", smoothing=())
+    quantize_after_training(
+        alone,
+        [{name: BATCHES[1][name][:1] for name in ("input_ids", "attention_mask")}],
+        replace(settings, sensitive=False),
+    )
+
+    def only_the_first(model: PreTrainedModel, batch: dict[str, Tensor], *, seed: int) -> list[list[Tensor]]:
+        model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        weight_BT = batch["attention_mask"] * torch.tensor([[1.0], [0.0]])
+        return [[weight_BT] * 4, [weight_BT] * 4]
+
+    monkeypatch.setattr(module, "token_weights", only_the_first)
+    both = tiny_model()
+    quantize_after_training(both, BATCHES[1:], settings)
+    for one, other in zip(quantized_linears(alone).values(), quantized_linears(both).values(), strict=True):
+        assert (one.weight != other.weight).float().mean() < 0.01  # sums of other lengths are rounded otherwise
+
+
+@pytest.mark.parametrize(
+    ("format", "method", "smooths"),
+    [
+        ("int8", "gptq", True),
+        ("int8_static", "nearest", True),
+        ("fp8_e4m3", "gptq", False),
+        ("fp8_e4m3_per_channel", "nearest", False),
+        ("int8_weight_only", "nearest", True),
+        ("int8_weight_only", "quantease", False),
+    ],
+)
+def test_smoothing_is_done_where_it_helps(format: str, method: Any, smooths: bool) -> None:
+    dense, model = tiny_model(), quantized(tiny_model(), format=format, method=method)
+    norms = [[norm for layer in decoder_layers(m) for norm in layer.stream_norms] for m in (dense, model)]
+    changed = [not torch.equal(one.weight, other.weight) for one, other in zip(*norms, strict=True)]
+    assert any(changed) == smooths
+    never = quantized(tiny_model(), format=format, method=method, smoothing=())
+    for layer, other in zip(decoder_layers(dense), decoder_layers(never), strict=True):
+        assert torch.equal(layer.stream_norms[0].weight, other.stream_norms[0].weight)
+
+
+def test_a_replayed_edit_takes_the_state() -> None:
+    model = tiny_model()
+    edit = quantize_after_training(model, BATCHES, PostTrainingQuantization())
+    fresh = tiny_model(seed=1)
+    replay(fresh, [edit])
+    fresh.load_state_dict(model.state_dict())
+    for batch in BATCHES:
+        assert torch.equal(answer_logits(fresh.eval(), batch), answer_logits(model, batch))
+
+
+def test_progress_is_told() -> None:
+    told: list[int] = []
+    quantize_after_training(tiny_model(), BATCHES, PostTrainingQuantization(method="nearest"), on_layer=told.append)
+    assert told == [layer.index for layer in decoder_layers(tiny_model())]
+
+
+def test_no_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one calibration batch"):
+        quantize_after_training(tiny_model(), [], PostTrainingQuantization())
+
+
+def test_a_quantized_model_is_refused() -> None:
+    model = quantized(tiny_model(), method="nearest")
+    with pytest.raises(ValueError, match="expected linear layers to quantize"):
+        quantized(model)
