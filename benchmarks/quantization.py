@@ -46,14 +46,15 @@ class Bench:
     """The model, its conversations, and how a student is quantized and judged.
 
     Args:
+        samples: Conversations that everybody calibrates on.
         every: 1 to judge on all batches of held-out conversations, 2 on every second one, and so on.
     """
 
-    def __init__(self, every: int = 1) -> None:
+    def __init__(self, samples: int = CALIBRATION_SAMPLES, every: int = 1) -> None:
         self.reference = MODEL
         self.model = load_model(MODEL).requires_grad_(False)
         self.tokenizer = load_tokenizer(MODEL)
-        prompts = calibration_prompts(CALIBRATION_SAMPLES)
+        prompts = calibration_prompts(samples)
         self.calibration = answered(self.model, self.tokenizer, MODEL, prompts)
         self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())[::every]
         self.teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.float32))
@@ -68,11 +69,11 @@ class Bench:
         return {"format": arm.format, "arm": arm.name, **made, **figures}
 
 
-def quick() -> list[Row]:
+def quick(samples: int) -> list[Row]:
     """The students that the project promises something about."""
     arms = list(dict.fromkeys(arm for pair in COMPARISONS.values() for arm in pair))
     _check_installed(arms)
-    bench, rows = Bench(every=QUICK_EVERY), []
+    bench, rows = Bench(samples, every=QUICK_EVERY), []
     for arm in arms:
         rows.append(bench.row(arm))
         print(_line(rows[-1]), flush=True)
@@ -88,9 +89,9 @@ def quick_ratios(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def trained(steps: int) -> tuple[list[Row], dict[str, float]]:
+def trained(samples: int, steps: int) -> tuple[list[Row], dict[str, float]]:
     """Our calibrated FP8 and INT4, and what distillation with quantizers in place makes of them; KL after over KL before."""
-    bench, rows, ratios = Bench(every=QUICK_EVERY), [], {}
+    bench, rows, ratios = Bench(samples, every=QUICK_EVERY), [], {}
     for name, arm in (("fp8_qat_kl", COMPARISONS["fp8_kl"][0]), ("int4_qat_kl", COMPARISONS["int4_kl"][0])):
         assert isinstance(arm, Arm)
         before, after = training_rows(bench, arm, steps=steps)
@@ -136,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="our best against the others' presets only")
     parser.add_argument("--qat", action="store_true", help="quantization-aware training of our best FP8 and INT4")
+    text = "conversations that everybody calibrates on, with --quick and --qat (default: %(default)s)"
+    parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help=text)
     parser.add_argument("--steps", type=int, default=STEPS, help="of that training (default: %(default)s)")
     parser.add_argument(
         "--formats", nargs="+", choices=ARMS, default=list(ARMS), metavar="FORMAT", help=", ".join(ARMS)
@@ -147,11 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     disable_progress_bar()
     if options.qat:
-        rows, ratios = trained(options.steps)
+        rows, ratios = trained(options.samples, options.steps)
         report(rows, ratios, PACKAGES, options.json)
         return
     if options.quick:
-        rows = quick()
+        rows = quick(options.samples)
         report(rows, quick_ratios(rows), PACKAGES, options.json)
         return
     rows = study(options.formats, options.out)

@@ -146,7 +146,7 @@ def test_training_moves_the_calibrated_student(bench: Path, monkeypatch: pytest.
     monkeypatch.setattr(quantization_training, "calibration_prompts", lambda count: [f"say {n}" for n in range(count)])
     monkeypatch.setattr(quantization_training, "answered", quantization.answered)
     monkeypatch.setattr(quantization_training, "TRAINING_SAMPLES", 8)
-    rows, ratios = quantization.trained(steps=2)
+    rows, ratios = quantization.trained(4, steps=2)
     assert [row["format"] for row in rows] == ["fp8_e4m3"] * 2 + ["int4_g128"] * 2
     assert set(ratios) == {"fp8_qat_kl", "int4_qat_kl"}
     for before, after in (rows[:2], rows[2:]):

@@ -1,0 +1,133 @@
+"""Attention with its cache inside: ONNX Runtime's GroupQueryAttention in place of the operators that surround Attention in a trace.
+
+An exported layer splits heads off, turns axes around, appends to the cache by Concat, and puts the heads together again: seventeen
+operators that compute nothing and copy the whole cache for every token.  GroupQueryAttention takes queries, keys and values as the
+projections leave them and appends in place, if the session binds one buffer as past and as present (see
+`export/shared_cache.py`); with different tensors it copies, as before.
+
+Only ONNX Runtime knows the operator (domain com.microsoft), so this is for graphs that run there.  The mask, with padding and windows,
+and the rotary angles stay the graph's own.
+
+Letters: B batch, T new tokens, P past, S = P + T, H query heads, G key/value groups, E head width.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from export.graph_edits import Inserter, take_place
+
+DOMAIN = "com.microsoft"
+_TURN_HEADS = (0, 2, 1, 3)
+_LOWEST = np.float32(-1e30)  # what a masked score gets; the exponent of nothing else comes near
+
+
+def cache_in_attention(model: ir.Model) -> int:
+    """Replace, in place, every fused attention over a cache.
+
+    Others stay: below opset 23, with soft caps (Gemma 2), without rotary angles (which name the number of heads).
+
+    Args:
+        model: float32 graph from `export.to_onnx`.
+
+    Returns:
+        The number of attentions that were replaced.
+    """
+    graph = model.graph
+    lengths: tuple[ir.Value, ir.Value] | None = None
+    biases: dict[ir.Value, ir.Value] = {}
+    replaced = 0
+    for node in list(graph):
+        if node.op_type != "Attention" or node.domain or len(node.inputs) < 4:
+            continue
+        query, keys, values, mask = node.inputs[:4]
+        append = [value.producer() for value in (keys, values) if value is not None]
+        appends = len(append) == 2 and all(part is not None and part.op_type == "Concat" for part in append)
+        joined, num_heads = _joined_heads(node), _num_heads(query)
+        if mask is None or not appends or joined is None or num_heads is None:
+            continue
+        make = Inserter(graph, node)
+        lengths = lengths or _lengths(make)
+        if mask not in biases:
+            biases[mask] = make.node(
+                "Where", [mask, make.constant("unmasked", np.float32(0)), make.constant("masked", _LOWEST)]
+            )
+        past = [part.inputs[0] for part in append if part is not None]
+        new = [_flat(make, part.inputs[1]) for part in append if part is not None]
+        attention = ir.Node(
+            DOMAIN,
+            "GroupQueryAttention",
+            [_flat(make, query), *new, *past, *lengths, None, None, None, biases[mask]],
+            _attributes(node, num_heads, past[0]),
+            num_outputs=3,
+            name=node.name,
+        )
+        graph.insert_before(node, attention)
+        for old, by in zip((joined, keys, values), attention.outputs, strict=True):
+            assert old is not None
+            take_place(old, by)
+        replaced += 1
+    if replaced:
+        graph.opset_imports[DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+    return replaced
+
+
+def _flat(make: Inserter, heads: ir.Value | None) -> ir.Value:
+    """(B, T, heads * E) from (B, heads, T, E): the tensor that the heads were split from, or the way back to one."""
+    assert heads is not None
+    maker = heads.producer()
+    if maker is not None and maker.op_type == "RotaryEmbedding" and len(maker.inputs) == 3:
+        x, *angles = maker.inputs
+        return make.node("RotaryEmbedding", [_flat(make, x), *angles], *maker.attributes.values())
+    if maker is not None and _turns_heads(maker):
+        split = maker.inputs[0].producer() if maker.inputs[0] is not None else None
+        if split is not None and split.op_type == "Reshape" and split.inputs[0] is not None:
+            return split.inputs[0]
+    turned = make.node("Transpose", [heads], ir.AttrInt64s("perm", _TURN_HEADS))
+    return make.node("Reshape", [turned, make.constant("heads_together", np.array([0, 0, -1], np.int64))])
+
+
+def _lengths(make: Inserter) -> tuple[ir.Value, ir.Value]:
+    """S - 1 for every row (B,), and S, both int32: left padding counts as tokens here, the mask takes them out."""
+    mask_BS = next(value for value in make.graph.inputs if value.name == "attention_mask")
+    total_1 = make.node("Shape", [mask_BS], ir.AttrInt64("start", 1), ir.AttrInt64("end", 2))
+    batch_1 = make.node("Shape", [mask_BS], ir.AttrInt64("start", 0), ir.AttrInt64("end", 1))
+    to_int32 = ir.AttrInt64("to", ir.DataType.INT32)
+    last_1 = make.node("Sub", [total_1, make.constant("one", np.array([1], np.int64))])
+    last_B = make.node("Expand", [make.node("Cast", [last_1], to_int32), batch_1])
+    return last_B, make.node("Cast", [make.node("Squeeze", [total_1])], to_int32)
+
+
+def _attributes(attention: ir.Node, num_heads: int, past_key: ir.Value | None) -> list[ir.Attr]:
+    assert past_key is not None
+    assert past_key.shape is not None
+    groups = past_key.shape[1]
+    assert isinstance(groups, int)
+    kept = [attention.attributes[name] for name in ("scale", "softcap") if name in attention.attributes]
+    return [ir.AttrInt64("num_heads", num_heads), ir.AttrInt64("kv_num_heads", groups), *kept]
+
+
+def _num_heads(rotated: ir.Value | None) -> int | None:
+    """Heads of a tensor behind rotary angles; None behind anything else."""
+    maker = None if rotated is None else rotated.producer()
+    attribute = None if maker is None else maker.attributes.get("num_heads")
+    return None if attribute is None else attribute.as_int()
+
+
+def _turns_heads(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _TURN_HEADS
+
+
+def _joined_heads(attention: ir.Node) -> ir.Value | None:
+    """The result of attention with its heads together again, (B, T, H * E), as traces compute it; None: not so."""
+    value, turned = attention.outputs[0], False
+    while len(value.uses()) == 1:
+        (node,) = value.consumers()
+        if node.op_type == "Reshape" and turned:
+            return node.outputs[0]
+        if not (node.op_type == "Reshape" or _turns_heads(node)):
+            return None
+        turned |= _turns_heads(node)
+        value = node.outputs[0]
+    return None

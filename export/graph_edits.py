@@ -1,0 +1,46 @@
+"""Edits of ONNX graphs that several passes make."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+
+def constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
+    """An initializer; one that is there already under this name is taken for the same."""
+    if name not in graph.initializers:
+        tensor = ir.Tensor(np.asarray(array), name=name)
+        graph.register_initializer(
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def take_place(old: ir.Value, by: ir.Value) -> None:
+    """Let one value stand, under the same name, wherever another one stood; the other one goes unused."""
+    by.name, by.type, by.shape = old.name, old.type, old.shape
+    old.name = f"{old.name}.replaced"
+    ir.convenience.replace_all_uses_with(old, by, replace_graph_outputs=True)
+
+
+class Inserter:
+    """Puts new nodes in front of one node of a graph.
+
+    Args:
+        graph: The graph.
+        before: The node.
+    """
+
+    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
+        self.graph = graph
+        self._before = before
+
+    def node(self, op: str, inputs: Sequence[ir.Value | None], *attributes: ir.Attr) -> ir.Value:
+        """The result of a new standard operator with one output."""
+        new = ir.Node("", op, inputs, attributes)
+        self.graph.insert_before(self._before, new)
+        return new.outputs[0]
+
+    def constant(self, name: str, array: np.ndarray | np.generic) -> ir.Value:
+        """See the function of this name."""
+        return constant(self.graph, name, array)

@@ -1,0 +1,112 @@
+"""Running a graph whose attention appends to its cache in place (`export/cached_attention.py`): nothing is copied from token to token.
+
+Letters: B batch, T new tokens, P past tokens, S = P + T, V vocabulary.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from onnxruntime import OrtValue
+from torch import Tensor
+
+from export.runtime import position_ids
+
+_CACHE = "past_key_values."
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class SharedCacheSession:
+    """A conversation (or B of them) in a cache of fixed length, on the CPU.
+
+    The prompt of a single conversation goes in pieces: the scores of a piece cover what it may see, those of a whole prompt also what
+    is masked, and smaller tensors stay in the processor's cache.  The results are the same.  Several prompts go at once, and into an
+    empty cache only: the operator appends several tokens to one conversation, or one token to several.
+
+    Args:
+        path: Graph from `export.to_onnx` after `cache_in_attention`, or one of onnxruntime-genai's model builder.
+        length: Tokens that fit into the cache.
+        batch: Conversations B.
+        threads: Threads of one operator; None: ONNX Runtime's choice.
+        piece: Most tokens of a single prompt that are run at once.
+        head_dim: Width of a head, for a graph that leaves it open, as genai's do.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        length: int,
+        batch: int = 1,
+        threads: int | None = None,
+        piece: int = 128,
+        head_dim: int | None = None,
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._binding = self._session.io_binding()
+        self._length, self._piece = length, piece
+        self._mask_BS = torch.ones(batch, 0, dtype=torch.long)
+        self._inputs = {item.name for item in self._session.get_inputs()}
+        for item in self._session.get_inputs():
+            if item.name.startswith(_CACHE):
+                empty = np.zeros((batch, item.shape[1], length, head_dim or item.shape[3]), _NUMPY[item.type])
+                buffer = OrtValue.ortvalue_from_numpy(empty)
+                self._binding.bind_ortvalue_input(item.name, buffer)
+                self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
+
+    @property
+    def num_past(self) -> int:
+        """Tokens in the cache."""
+        return self._mask_BS.shape[1]
+
+    def reset(self, num_past: int = 0) -> None:
+        """Forget all tokens but the first ones."""
+        self._mask_BS = self._mask_BS[:, :num_past]
+
+    def run(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """Append T tokens.
+
+        Args:
+            input_ids_BT: New tokens, int64; prompts of different lengths are padded on the left.
+            attention_mask_BT: 1 for tokens, 0 for padding, int64; None: no padding.
+
+        Returns:
+            Logits of the last piece's tokens, (B, T, V) if there is only one; (B, 1, V) after `keep_last_logits`.
+
+        Raises:
+            ValueError: The tokens do not fit into the cache, or are several for each of several conversations under way.
+        """
+        batch, num_new = input_ids_BT.shape
+        if self.num_past + num_new > self._length:
+            raise ValueError(
+                f"expected at most {self._length} tokens, the length of the cache, found {self.num_past + num_new}; give "
+                "the session a greater `length`"
+            )
+        if batch > 1 and num_new > 1 and self.num_past:
+            raise ValueError(
+                f"expected an empty cache for {batch} prompts, found {self.num_past} tokens in it; call `reset()` first, or give "
+                "one token for each conversation"
+            )
+        piece = self._piece if batch == 1 else num_new
+        mask_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
+        pieces = zip(input_ids_BT.split(piece, dim=1), mask_BT.split(piece, dim=1), strict=True)
+        return [self._run(ids_BT, part_BT) for ids_BT, part_BT in pieces][-1]
+
+    def _run(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        self._mask_BS = torch.cat([self._mask_BS, mask_BT], dim=1)
+        feeds = {
+            "input_ids": input_ids_BT,
+            "attention_mask": self._mask_BS,
+            "position_ids": position_ids(self._mask_BS, input_ids_BT.shape[1]),
+        }
+        for name in feeds.keys() & self._inputs:  # genai's graphs count positions themselves
+            tensor = feeds[name]
+            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()))
+        self._binding.bind_output("logits")
+        self._session.run_with_iobinding(self._binding)
+        return torch.from_numpy(self._binding.get_outputs()[-1].numpy())

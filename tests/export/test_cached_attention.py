@@ -1,0 +1,93 @@
+import onnx_ir as ir
+import pytest
+import torch
+from tiny_models import left_padded_prompts, tiny_model
+
+from export.cached_attention import cache_in_attention
+from export.merge_products import merge_products
+from export.runtime import OnnxSession
+from export.shared_cache import SharedCacheSession
+from export.skip_norms import norms_with_sums
+from export.to_onnx import export_onnx
+from export.verify import verify
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},  # biases of query, key and value
+    "qwen3": {},  # norms between the projections and the rotary angles
+    "mistral": {"sliding_window": 4},
+}
+
+
+def rewritten(path, target):
+    model = ir.load(path)
+    merge_products(model)
+    counts = cache_in_attention(model), norms_with_sums(model)
+    ir.save(model, target, external_data=f"{target.name}.data")
+    return counts, [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_with_its_cache_computes_what_torch_does(family, tmp_path):
+    model = tiny_model(family, **FAMILIES[family])
+    export_onnx(model, tmp_path / "plain.onnx", precision="fp32")
+    counts, operators = rewritten(tmp_path / "plain.onnx", tmp_path / "model.onnx")
+    assert counts == (3, 6)
+    assert "Attention" not in operators
+    assert "Concat" not in operators or operators.count("Concat") < 6  # none of a cache
+    prompts = left_padded_prompts()
+    checks = verify(model, tmp_path / "model.onnx", prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=8)
+    assert [check.status for check in checks] == ["passed"] * len(checks), [check.reason for check in checks]
+
+
+def test_a_graph_without_fused_attention_stays_as_it_is(plain_model, tmp_path):
+    export_onnx(plain_model, tmp_path / "model.onnx", precision="fp32", opset=21)
+    assert cache_in_attention(ir.load(tmp_path / "model.onnx")) == 0
+
+
+@pytest.fixture(scope="module")
+def paths(graphs, tmp_path_factory):
+    target = tmp_path_factory.mktemp("shared") / "model.onnx"
+    rewritten(graphs["fp32"], target)
+    return graphs["fp32"], target
+
+
+def test_a_shared_cache_takes_padded_prompts_and_then_token_by_token(paths):
+    prompts, tokens = left_padded_prompts(), torch.tensor([[5], [6], [7]])
+    plain, shared = OnnxSession(paths[0], threads=1), SharedCacheSession(paths[1], length=12, batch=3, threads=1)
+    output = plain.run(prompts["prompt_ids"], prompts["prompt_mask"])
+    valid = prompts["prompt_mask"].bool()
+    close(shared.run(prompts["prompt_ids"], prompts["prompt_mask"])[valid], output.logits[valid])
+    mask = prompts["prompt_mask"]
+    for _ in range(3):
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+        output = plain.run(tokens, mask, output.cache)
+        close(shared.run(tokens), output.logits)
+    assert shared.num_past == 12
+    with pytest.raises(ValueError, match="expected at most 12 tokens, the length of the cache, found 13"):
+        shared.run(tokens)
+    shared.reset(9)
+    with pytest.raises(ValueError, match="expected an empty cache for 3 prompts, found 9 tokens"):
+        shared.run(torch.cat([tokens, tokens], dim=1))
+
+
+def test_a_prompt_in_pieces_gives_the_same_logits(paths):
+    prompt = torch.arange(3, 14)[None]
+    expected = OnnxSession(paths[0], threads=1).run(prompt, torch.ones_like(prompt)).logits
+    logits = SharedCacheSession(paths[1], length=12, threads=1, piece=4).run(prompt)
+    assert logits.shape[1] == 3  # those of the last piece
+    close(logits, expected[:, -3:])
+
+
+def test_forgotten_tokens_leave_no_trace(paths):
+    shared = SharedCacheSession(paths[1], length=8, threads=1)
+    first = shared.run(torch.tensor([[3, 4, 5]])).clone()
+    shared.run(torch.tensor([[9, 9, 9]]))
+    shared.reset(2)
+    close(shared.run(torch.tensor([[5]]))[:, -1], first[:, -1])
+    shared.reset()
+    close(shared.run(torch.tensor([[3, 4, 5]])), first)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
