@@ -14,8 +14,9 @@ from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
 from export.baseline import export_baseline
-from export.pipeline import ExportSettings, check_settings, export_all
+from export.pipeline import export_all
 from export.report import summary, write_report
+from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, Precision, format_for
 from export.verify import raise_on_failure
 from models.offline import is_offline
@@ -34,6 +35,7 @@ class ExportOnFitEnd(Callback):
         formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
         compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
+        prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
         output: Folder to write into; by default the run's folder.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
         compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
@@ -56,6 +58,7 @@ class ExportOnFitEnd(Callback):
         formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
         plain: bool = False,
         compressed: bool = False,
+        prefill: bool = False,
         output: str | None = None,
         tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
         compute_capability: Sequence[str | float] = (),
@@ -71,6 +74,7 @@ class ExportOnFitEnd(Callback):
             formats=tuple(formats),
             plain=plain,
             compressed=compressed,
+            prefill=prefill,
             tensorrt=tensorrt,
             compute_capability=tuple(map(str, compute_capability)),
             batch=batch,

@@ -13,9 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from export.calibration import calibrate
 from export.huggingface import load_student
-from export.pipeline import ExportSettings, check_output_free, check_settings, export_all
+from export.pipeline import check_output_free, export_all
 from export.progress import Phases
 from export.report import write_report
+from export.settings import ExportSettings, check_settings
 from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, check_exportable, format_for
 from export.verify import VerificationError, raise_on_failure
 from models.architecture import decoder_layers
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         precision=options.precision,
         formats=("hf", "onnx") if options.engine == "none" else ("hf", "onnx", "engine"),
         plain=options.plain,
+        prefill=options.prefill,
         compressed=options.compressed,
         tensorrt="auto" if options.engine == "none" else options.engine,
         compute_capability=tuple(options.compute_capability),
@@ -178,6 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--benchmark-prompt", type=int, default=128, metavar="N", help="prompt of the benchmark, tokens")
     add("--benchmark-repetitions", type=int, default=5, metavar="N", help="0: no benchmark (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads in ONNX Runtime (default: its choice)")
+    text = (
+        "write also onnx/prefill.onnx: the same weights, and logits of the last position only (ranking, first tokens)"
+    )
+    add("--prefill", action="store_true", help=text)
     add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
     add("--compressed", action="store_true", help="write a quantized student as codes, for vLLM and SGLang, as well")
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")

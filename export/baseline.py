@@ -6,8 +6,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from export.files import folder_bytes, staging_folder
-from export.pipeline import ExportSettings
 from export.progress import Phases
+from export.settings import ExportSettings
 from export.to_onnx import export_onnx
 from export.to_tensorrt import build_engine, default_profiles
 

@@ -3,6 +3,7 @@
     OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
     OUTPUT/compressed/                 only if asked for: the same student as codes and scales, see `export/compressed.py`
     OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
+    OUTPUT/onnx/prefill.onnx           only if asked for: the same weights, logits of the last position
     OUTPUT/onnx/engine-source.onnx     only for quantized engines: the same graph with float16 between the matrix products
     OUTPUT/engine/model-*.engine       compiled, one for each package and target
 
@@ -11,10 +12,10 @@ Everything is checked before anything is written, is written under a temporary n
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -26,82 +27,20 @@ from export.checks import Check
 from export.compressed import check_compressible, save_compressed
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.huggingface import check_plain, save_student, without_quantizers
+from export.prefill import PREFILL, write_prefill
 from export.progress import Phases
 from export.reference import Reference, record
-from export.to_onnx import UNQUANTIZED, Precision, check_engine_format, check_exportable, export_onnx
-from export.to_tensorrt import (
-    Engine,
-    Flavour,
-    Range,
-    build_engine,
-    check_target,
-    default_profiles,
-    import_tensorrt,
-)
-from export.verify import longest_prompt, verify_engine, verify_longest, verify_onnx
+from export.settings import ExportSettings, check_settings
+from export.to_onnx import UNQUANTIZED, check_engine_format, check_exportable, export_onnx
+from export.to_tensorrt import Engine, build_engine, default_profiles, import_tensorrt
+from export.verify import longest_prompt, verify_engine, verify_longest, verify_onnx, verify_prefill
 from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.linear import quantized_linears
 
-Format = Literal["hf", "onnx", "engine"]
 STUDENT, COMPRESSED = "student", "compressed"
-GRAPH, ENGINE_SOURCE = "onnx/model.onnx", "onnx/engine-source.onnx"
+GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
 _OURS = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """What to export and how.
-
-    Attributes:
-        precision: Of graph and engine.
-        formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
-        plain: Refuse to write a folder that plain transformers would not load.
-        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
-        tensorrt: Which package compiles the engine.
-        compute_capability: Target GPUs such as "8.9"; none: portable.
-        batch: Conversations at a time that the engine takes: smallest, usual, largest.
-        sequence: New tokens a call: smallest, usual, largest.
-        past: Tokens in the cache: smallest, usual, largest.
-        opset: ONNX operator set.
-        decode_steps: Tokens after the prompts in the verification.
-        prompt_tokens: Prompt length in the benchmark, tokens.
-        repetitions: Counted repetitions of the benchmark; 0 leaves it out.
-        threads: Threads in ONNX Runtime; None: its choice.
-    """
-
-    precision: Precision = "fp32"
-    formats: tuple[Format, ...] = ("hf", "onnx", "engine")
-    plain: bool = False
-    compressed: bool = False
-    tensorrt: Flavour = "auto"
-    compute_capability: tuple[str, ...] = ()
-    batch: Range = (1, 1, 16)
-    sequence: Range = (1, 128, 1024)
-    past: Range = (0, 256, 2048)
-    opset: int = 23
-    decode_steps: int = 64
-    prompt_tokens: int = 128
-    repetitions: int = 5
-    threads: int | None = None
-
-    @property
-    def graph(self) -> bool:
-        """Whether an ONNX graph is written."""
-        return "onnx" in self.formats or "engine" in self.formats
-
-
-def check_settings(settings: ExportSettings) -> None:
-    """Raise for settings that can't work with any model: ranges, target, TensorRT not installed."""
-    for name in ("batch", "sequence", "past"):
-        low, usual, high = getattr(settings, name)
-        if not (0 if name == "past" else 1) <= low <= usual <= high:
-            raise ValueError(
-                f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
-            )
-    if "engine" in settings.formats:
-        check_target(settings.precision, settings.compute_capability)
-        import_tensorrt(settings.tensorrt)
 
 
 def check_output_free(output: Path) -> None:
@@ -192,6 +131,8 @@ def _write_graphs(model: PreTrainedModel, staging: Path, settings: ExportSetting
     precision = settings.precision
     with phases.phase(f"ONNX {precision}"):
         export_onnx(model, staging / GRAPH, precision=precision, opset=settings.opset)
+        if settings.prefill:
+            write_prefill(staging / GRAPH)
     if "engine" not in settings.formats:
         return None
     source = staging / GRAPH
@@ -230,6 +171,8 @@ def _verify(
     longest = longest_prompt(prompts["prompt_ids"], prompts["prompt_mask"], _longest(model, settings))
     with phases.phase("Verification of the longest prompt"):
         alone = record(model, longest["prompt_ids"], longest["prompt_mask"], decode_steps=0)
+        if settings.prefill:
+            checks.append(verify_prefill(reference, staging / PREFILL_GRAPH, threads=settings.threads))
         checks.append(verify_longest(alone, staging / GRAPH, threads=settings.threads))
     if (staging / ENGINE_SOURCE).is_file():
         with phases.phase("Verification of engine-source.onnx", steps) as on_step:
@@ -291,6 +234,8 @@ def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *,
         rows.append(artefact(COMPRESSED, "compressed-tensors folder"))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
+    if settings.prefill:
+        rows.append(artefact(PREFILL_GRAPH, "ONNX, last position only, on the weights of model.onnx"))
     if (output / ENGINE_SOURCE).exists():
         rows.append(
             artefact(ENGINE_SOURCE, f"ONNX {settings.precision}, float16 between (what the engine was built from)")

@@ -111,6 +111,17 @@ def verify_longest(reference: Reference, path: Path, *, threads: int | None = No
     return replace(check, name=f"{name}, longest prompt ({reference.steps[0].input_ids.shape[1]} tokens)")
 
 
+def verify_prefill(reference: Reference, path: Path, *, threads: int | None = None) -> Check:
+    """Compare a graph of `export.prefill` with the recorded prompts; see `verify_alone` for the bound."""
+    metadata, step, comparison = _metadata(path), reference.steps[0], Comparison()
+    output = OnnxSession(path, threads=threads, exact=True).run(step.input_ids, step.attention_mask)
+    comparison.add_logits(0, output.logits[:, -1], step.logits[:, -1])
+    name = f"onnx {metadata['precision']}, prefill graph"
+    if reference.sensitivity is not None:
+        return comparison.check(name, _kl_bound(reference), bounded="kl")
+    return comparison.check(name, BOUNDS[metadata["activations"]])
+
+
 def verify_free_run(
     name: str, session: Session, reference: Reference, on_step: Callable[[], None] = lambda: None
 ) -> Check:

@@ -33,12 +33,13 @@ def test_the_whole_chain_and_a_second_export(folders, tmp_path, capsys):
     (output / "engine").mkdir(parents=True)
     (output / "engine" / "mine.txt").write_text("keep")
     arguments = [str(folders / "quantized"), "--output", str(output), "--precision", "fp8"]
-    arguments += ["--engine", "tensorrt_rtx", "--compute-capability", "8.9", *QUICK]
+    arguments += ["--engine", "tensorrt_rtx", "--compute-capability", "8.9", "--prefill", *QUICK]
     assert main(arguments) == 0
     report = json.loads((output / "report.json").read_text())
     assert {row["path"] for row in report["artefacts"]} == {
         "student",
         "onnx/model.onnx",
+        "onnx/prefill.onnx",
         "onnx/engine-source.onnx",
         "engine/model-tensorrt_rtx-8.9.engine",
     }
@@ -50,6 +51,7 @@ def test_the_whole_chain_and_a_second_export(folders, tmp_path, capsys):
         *(f"onnx fp8, {part}" for part in ("prefill", "decode", "as served, free run", "one prompt at a time")),
         *(f"onnx fp8 (float16 between), {part}" for part in ("prefill", "decode", "one prompt at a time")),
         "onnx fp8, longest prompt (1024 tokens)",
+        "onnx fp8, prefill graph",
         "engine fp8, quantized products in the parsed network",
     }
     assert report["benchmark"][0]["tokens_per_second"] > 0

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
-from export import triton
+from export import serving
 from export.huggingface import save_student
 from export.runtime import OnnxSession
 from export.serving import main, write_triton
@@ -125,7 +125,7 @@ def test_files_are_linked_or_copied(exported, monkeypatch):
     def refuse(*_):
         raise OSError("another file system")
 
-    monkeypatch.setattr(triton.os, "link", refuse)
+    monkeypatch.setattr(serving.os, "link", refuse)
     copied = write_triton(exported, name="copied") / "copied_onnx/1/model.onnx.data"
     assert copied.stat().st_ino != source.stat().st_ino
     assert copied.read_bytes() == source.read_bytes()
@@ -200,7 +200,7 @@ def test_the_client_of_the_howto_gets_the_models_own_answer(exported, monkeypatc
     student, tokenizer = tiny_model(), tiny_tokenizer()
     save_student(student, tokenizer, exported / "student")
     monkeypatch.chdir(exported.parent)
-    [command] = re.findall(r"^python -m export\.triton (.+)$", HOWTO, re.MULTILINE)
+    [command] = re.findall(r"^python -m export\.serving (.+)$", HOWTO, re.MULTILINE)
     assert main(command.split()) == 0
     monkeypatch.setattr(tritonclient.grpc, "InferenceServerClient", FakeServer)
     [client] = re.findall(r"```python\n(.*?)```", HOWTO, re.DOTALL)

@@ -1,0 +1,34 @@
+"""A second graph beside an exported one that returns the logits of the last position only; both share one file of weights.
+
+For ranking and for the first token of an answer: see `export/last_logits.py` for what it saves, and `export/scorer.py` for its use.
+"""
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from export.files import move_into_place, staging_folder
+from export.last_logits import keep_last_logits
+
+PREFILL = "prefill.onnx"
+
+
+def write_prefill(graph: Path) -> Path:
+    """Write `prefill.onnx` beside a graph of `export_onnx`; it reads the weights of that graph, which must stay where they are.
+
+    Args:
+        graph: The file, its weights beside it.
+
+    Returns:
+        The new file, of a few hundred kilobytes.
+    """
+    model = ir.load(graph)  # weights stay where they are, and are referred to
+    keep_last_logits(model)
+    model.metadata_props["logits"] = "last position"
+    target = graph.with_name(PREFILL)
+    with staging_folder(graph.parent) as folder:
+        ir.save(model, folder / PREFILL)
+        move_into_place(folder / PREFILL, target)
+    onnx.checker.check_model(str(target))
+    return target

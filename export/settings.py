@@ -1,0 +1,66 @@
+"""What to export and how, checked as far as no model is needed for it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from export.to_onnx import Precision
+from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
+
+Format = Literal["hf", "onnx", "engine"]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export and how.
+
+    Attributes:
+        precision: Of graph and engine.
+        formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
+        plain: Refuse to write a folder that plain transformers would not load.
+        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
+        prefill: Write a second graph on the same weights that returns the logits of the last position only.
+        tensorrt: Which package compiles the engine.
+        compute_capability: Target GPUs such as "8.9"; none: portable.
+        batch: Conversations at a time that the engine takes: smallest, usual, largest.
+        sequence: New tokens a call: smallest, usual, largest.
+        past: Tokens in the cache: smallest, usual, largest.
+        opset: ONNX operator set.
+        decode_steps: Tokens after the prompts in the verification.
+        prompt_tokens: Prompt length in the benchmark, tokens.
+        repetitions: Counted repetitions of the benchmark; 0 leaves it out.
+        threads: Threads in ONNX Runtime; None: its choice.
+    """
+
+    precision: Precision = "fp32"
+    formats: tuple[Format, ...] = ("hf", "onnx", "engine")
+    plain: bool = False
+    compressed: bool = False
+    prefill: bool = False
+    tensorrt: Flavour = "auto"
+    compute_capability: tuple[str, ...] = ()
+    batch: Range = (1, 1, 16)
+    sequence: Range = (1, 128, 1024)
+    past: Range = (0, 256, 2048)
+    opset: int = 23
+    decode_steps: int = 64
+    prompt_tokens: int = 128
+    repetitions: int = 5
+    threads: int | None = None
+
+    @property
+    def graph(self) -> bool:
+        """Whether an ONNX graph is written."""
+        return "onnx" in self.formats or "engine" in self.formats
+
+
+def check_settings(settings: ExportSettings) -> None:
+    """Raise for settings that can't work with any model: ranges, target, TensorRT not installed."""
+    for name in ("batch", "sequence", "past"):
+        low, usual, high = getattr(settings, name)
+        if not (0 if name == "past" else 1) <= low <= usual <= high:
+            raise ValueError(
+                f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
+            )
+    if "engine" in settings.formats:
+        check_target(settings.precision, settings.compute_capability)
+        import_tensorrt(settings.tensorrt)
