@@ -21,15 +21,15 @@ class QuantizationAwareTraining(Callback):
     """Fake-quantize the decoder's linear layers from a given step on (embeddings, head and norms stay as they are).
 
     After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good (those of
-    inputs `inputs_after` steps later).  Scales
-    are buffers of the student: a resumed run goes on with the same ones.  Several devices share what they observe.
+    inputs `inputs_after` steps later).  Scales are buffers of the student: a resumed run goes on with the same ones.  Several
+    devices share what they observe.
 
     Args:
         start_step: Optimizer steps done before quantizers are inserted.
         observe_steps: Optimizer steps during which they only observe.
         format: Number format, see docs/recipes.md: fp8_e4m3 (one scale per weight and one per input) is what engines fuse.
-        search: Range that scales cover: max (nothing seen is clipped), percentile (99.99 % of an input's values), or mse
-            (least squared error).
+        search: Range that scales cover: max (nothing seen is clipped), percentile (99.99 % of an input's values; it clips
+            the few huge activations that decoders live on, so measure it), or mse (least squared error).
         inputs_after: Optimizer steps with rounded weights before inputs are rounded as well; inputs are observed until then.
         exceptions: Formats of some layers by a pattern of their names, such as {"*.down_proj": int8_g64, "model.layers.0.*": none}; none
             leaves a layer as it is, and the last pattern that fits decides.

@@ -14,9 +14,9 @@ PROMPTS = left_padded_prompts()
 TYPES = {"fp8_e4m3": onnx.TensorProto.FLOAT8E4M3FN, "int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [name for name in FORMATS if "g32" not in name])  # other groups differ in nothing
 def test_the_graph_computes_what_torch_computes(format: str, tmp_path: Path) -> None:
-    model = quantized(tiny_model(layers=2, intermediate_size=160), format=format)
+    model = quantized(tiny_model(layers=1, intermediate_size=160), format=format)
     assert precision_of(model) == format
     export_onnx(model, tmp_path / "model.onnx", precision=format)
     checks = verify(model, tmp_path / "model.onnx", PROMPTS["prompt_ids"], PROMPTS["prompt_mask"], decode_steps=4)
@@ -24,7 +24,7 @@ def test_the_graph_computes_what_torch_computes(format: str, tmp_path: Path) -> 
 
     graph = onnx.load(tmp_path / "model.onnx").graph
     stored = [tensor for tensor in graph.initializer if tensor.data_type == TYPES[FORMATS[format].weight.numbers]]
-    assert len([tensor for tensor in stored if len(tensor.dims) == 2 and ".weight." in tensor.name]) >= 14
+    assert len([tensor for tensor in stored if len(tensor.dims) == 2 and ".weight." in tensor.name]) >= 7
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     used = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= used
