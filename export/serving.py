@@ -18,7 +18,6 @@ they ask for `logits` only.
 """
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -44,7 +43,7 @@ def write_triton(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model repository; graph, weights and engine are hard links where the file system allows it, else copies.
+    """Write a model repository; graph, weights and engine are copied.
 
     Args:
         export_dir: Folder written by `python -m export`.
@@ -85,7 +84,7 @@ def write_triton(
             (folder / "1").mkdir(parents=True)
             (folder / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
             for file, source in model.files.items():
-                _link(source, folder / "1" / file)
+                shutil.copyfile(source, folder / "1" / file)  # onnx refuses weights with hard links
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         for config in configs:
@@ -139,13 +138,6 @@ def left_out(export_dir: Path) -> list[str]:
 
 def _engines(export_dir: Path) -> list[Path]:
     return sorted(export_dir.glob("engine/model-tensorrt-*.engine"))
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
