@@ -8,7 +8,7 @@ Legend: N answer tokens, D hidden, V vocabulary.
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,7 +21,6 @@ from models.forward import Batch, answer_hidden, answer_labels, answer_lengths, 
 from models.losses import (
     Objective,
     Targets,
-    check_head,
     check_stored_top_k,
     head_of,
     hidden_state_loss,
@@ -29,15 +28,13 @@ from models.losses import (
 )
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.on_policy import OnPolicy, OnPolicyAnswers, Source
-from models.pretrained import check_same_tokenizer, end_token_ids, load_tokenizer, vocabulary_size
+from models.pretrained import end_token_ids, vocabulary_size
 from models.rollout import Rollout, rollout_batch
 from models.sampling import Sampling
 from models.step_mean import step_of
 from models.student import StudentModule, settings_of
-from models.teacher import Teacher
+from models.teacher import Teacher, TeacherDtype, load_teacher
 
-TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
-FLOATS = ("float32", "bfloat16")
 FORWARD_KL, NEVER, PLAIN = Objective(), OnPolicy(), Sampling()  # defaults; all three are frozen
 
 
@@ -102,16 +99,13 @@ class Distillation(StudentModule):
         super().configure_model()
         if is_offline(self.teacher_reference):
             return  # `setup` opens it: it has to match the data
-        check_same_tokenizer(
-            self.tokenizer, load_tokenizer(self.teacher_reference, trust_remote_code=self.trust_remote_code)
-        )
-        self.teacher = Teacher(
+        self.teacher = load_teacher(
             self.teacher_reference,
-            dtype=getattr(torch, self.teacher_dtype) if self.teacher_dtype in FLOATS else self.inference_dtype,
-            int8=self.teacher_dtype == "int8",
+            self.tokenizer,
+            dtype=self.teacher_dtype,
+            inference_dtype=self.inference_dtype,
             trust_remote_code=self.trust_remote_code,
         )
-        check_head(self.teacher.model, head_of(self.teacher.model))
         self._agree_on_vocabulary(len(self.teacher.model.get_output_embeddings().weight))
         if self.device_mesh is not None:
             if self.teacher_dtype == "int8" or self.generate_tokens:

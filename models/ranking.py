@@ -12,16 +12,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from datamodules.ranking import RankingData, RankingExample, most_probable
-from models.distillation import FLOATS, TeacherDtype
 from models.forward import Batch, answer_hidden, answer_labels
-from models.losses import FullTargets, check_head, head_of, logits_of
+from models.losses import FullTargets, head_of, logits_of
 from models.losses.labels import LabelObjective, label_logits, label_objective
 from models.offline import is_offline
-from models.pretrained import check_same_tokenizer, load_tokenizer, vocabulary_size
+from models.pretrained import vocabulary_size
 from models.ranking_metrics import COLUMNS, RankingMetrics
 from models.step_mean import step_of
 from models.student import StudentModule, settings_of
-from models.teacher import RememberingTeacher, Teacher
+from models.teacher import RememberingTeacher, Teacher, TeacherDtype, load_teacher
 
 LABELS_ALONE = LabelObjective()
 
@@ -83,19 +82,17 @@ class RankingDistillation(StudentModule):
         super().configure_model()
         if not self.teacher_reference:
             return
-        check_same_tokenizer(
-            self.tokenizer, load_tokenizer(self.teacher_reference, trust_remote_code=self.trust_remote_code)
-        )
-        self.teacher = Teacher(
+        self.teacher = load_teacher(
             self.teacher_reference,
-            dtype=getattr(torch, self.teacher_dtype) if self.teacher_dtype in FLOATS else self.inference_dtype,
-            int8=self.teacher_dtype == "int8",
+            self.tokenizer,
+            dtype=self.teacher_dtype,
+            inference_dtype=self.inference_dtype,
             trust_remote_code=self.trust_remote_code,
         )
-        head = head_of(self.teacher.model)
-        check_head(self.teacher.model, head)
         # Heads may be padded beyond the tokenizer, each to another size.
-        self.vocabulary = min(vocabulary_size(self.tokenizer), self.vocabulary, len(head.weight_VD))
+        self.vocabulary = min(
+            vocabulary_size(self.tokenizer), self.vocabulary, len(head_of(self.teacher.model).weight_VD)
+        )
         if self.device_mesh is not None:
             if self.teacher_dtype == "int8":
                 raise ValueError(

@@ -7,17 +7,20 @@ Legend: N answer tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.forward import Batch, answer_hidden, answer_states
-from models.losses import FullTargets, Targets, head_of, logits_of
+from models.losses import FullTargets, Targets, check_head, head_of, logits_of
 from models.low_precision import quantize_weights
-from models.pretrained import load_model
+from models.pretrained import check_same_tokenizer, load_model, load_tokenizer
 from models.sharding import shard
+
+TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
 
 class Teacher:
@@ -86,3 +89,35 @@ class RememberingTeacher(Teacher):
         if key not in self._hidden:
             self._hidden[key] = super().answer_hidden(batch)
         return self._hidden[key]
+
+
+def load_teacher(
+    reference: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: TeacherDtype,
+    inference_dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> Teacher:
+    """A teacher that a student with this tokenizer can learn from.
+
+    Args:
+        reference: Model reference, see `models/pretrained.py`.
+        tokenizer: The student's.
+        dtype: Of the teacher's weights; auto is `inference_dtype`, int8 keeps its decoder layers in 8 bits.
+        inference_dtype: Of the computation where `dtype` names none.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ValueError: The tokenizers differ, or the losses cannot compute with the teacher's head.
+    """
+    check_same_tokenizer(tokenizer, load_tokenizer(reference, trust_remote_code=trust_remote_code))
+    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    teacher = Teacher(
+        reference,
+        dtype=floats.get(dtype, inference_dtype),
+        int8=dtype == "int8",
+        trust_remote_code=trust_remote_code,
+    )
+    check_head(teacher.model, head_of(teacher.model))
+    return teacher
