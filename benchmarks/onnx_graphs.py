@@ -4,7 +4,7 @@
 |-----------|---------------------------------------------------------------------|---------------------------------|
 | `fp32`    | float32                                                             | float32                         |
 | `int8`    | 8-bit blocks of 64, smoothed (SmoothQuant), rounded to nearest       | float32, 8 bits in the products |
-| `int4`    | 4-bit blocks of 64, GPTQ; the head rounded to nearest                 | as in `int8`                    |
+| `int4`    | 4-bit blocks of 64, QuantEase; the head rounded to nearest            | as in `int8`                    |
 | `prefill` | 8 bits by column, smoothed                                          | 8 bits by token in the products |
 
 All have merged products and the cache inside attention; `prefill` computes the logits of the last position only (a second graph
@@ -35,7 +35,7 @@ from models.architecture import decoder_layers
 from models.forward import Batch
 from models.pretrained import load_model, load_tokenizer
 from models.pruning.observe import evaluating, hooked
-from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import quantize_after_training
 from models.quantization.smoothing import fold, pairs_of, smoothing_factors
 
 MODEL = "package:smollm2-135m-instruct"
@@ -55,8 +55,7 @@ def our_graph(name: Graph, folder: Path) -> Path:
     if name in ("int8", "prefill"):
         smooth(model, _calibration(model, 2))
     if name == "int4":
-        settings = PostTrainingQuantization(format="int4_g64", smoothing=(SMOOTHING_STRENGTH,))
-        quantize_after_training(model, _calibration(model, 4), settings)
+        quantize_after_training(model, _calibration(model, 4), "int4_g64")
     plain = export_onnx(model, folder / "plain.onnx", precision="int4_g64" if name == "int4" else "fp32")
     graph = ir.load(plain.path)
     if name in ("int8", "int4"):

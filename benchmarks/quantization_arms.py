@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from benchmarks.quantization_peers import Peer
 from models.forward import Batch
 from models.quantization.formats import FORMATS
-from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import Method, PostTrainingQuantization, quantize_after_training
+from models.quantization.scales import Search
 from models.quantization.smoothing import STRENGTHS
 
 
@@ -25,8 +26,8 @@ class Arm:
     """
 
     format: str
-    method: str = "nearest"
-    search: str = "max"
+    method: Method = "nearest"
+    search: Search = "max"
     smoothing: bool | None = False
     sensitive: bool = False
 
@@ -39,14 +40,13 @@ class Arm:
     def quantize(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Quantize a model in place."""
         settings = PostTrainingQuantization(
-            format=self.format,
             smoothing={True: STRENGTHS, False: (), None: None}[self.smoothing],
-            method=self.method,  # type: ignore[arg-type]
-            weight_search=self.search,  # type: ignore[arg-type]
-            input_search=self.search,  # type: ignore[arg-type]
+            method=self.method,
+            weight_search=self.search,
+            input_search=self.search,
             sensitive=self.sensitive,
         )
-        quantize_after_training(model, batches, settings)
+        quantize_after_training(model, batches, self.format, settings)
 
 
 INT4 = "int4_g128"  # of SmolLM2-135M's 576 channels, the last group has 64, ours as ModelOpt's
@@ -92,7 +92,12 @@ PEERS = (
         )
     ),
 )
-_WAYS = (("nearest", "max"), ("nearest", "mse"), ("gptq", "max"), ("quantease", "max"))
+_WAYS: tuple[tuple[Method, Search], ...] = (
+    ("nearest", "max"),
+    ("nearest", "mse"),
+    ("gptq", "max"),
+    ("quantease", "max"),
+)
 _STATIC = ("fp8_e4m3", "int8_static")  # inputs with a calibrated scale
 ARMS: dict[str, tuple[Arm | Peer, ...]] = {
     format: (

@@ -26,6 +26,7 @@ from export.benchmark_measure import Cell, measure, spread
 from export.benchmark_report import machine, plot, text, versions
 from export.benchmark_turns import cells, compare
 from export.files import folder_bytes, move_into_place, staging_folder
+from export.options import positive
 from export.runtime import OnnxSession
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -139,13 +140,6 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         move_into_place(folder / path.name, path)
 
 
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {value}")
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export.benchmark",
@@ -155,11 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "folders", metavar="DIR", nargs="+", type=Path, help="what `python -m export --output DIR` or a run has written"
     )
-    add("--prompts", type=_positive, nargs="+", default=[128, 512], metavar="N", help="prompt lengths, tokens")
-    add("--batches", type=_positive, nargs="+", default=[1, 4, 16], metavar="N", help="conversations at a time")
-    add("--new-tokens", type=_positive, default=32, metavar="N", help="tokens after the first (default: %(default)s)")
-    add("--repetitions", type=_positive, default=5, metavar="N", help="counted ones (default: %(default)s)")
-    add("--threads", type=_positive, metavar="N", help="threads on the CPU (default: each runtime's choice)")
+    add("--prompts", type=positive, nargs="+", default=[128, 512], metavar="N", help="prompt lengths, tokens")
+    add("--batches", type=positive, nargs="+", default=[1, 4, 16], metavar="N", help="conversations at a time")
+    add("--new-tokens", type=positive, default=32, metavar="N", help="tokens after the first (default: %(default)s)")
+    add("--repetitions", type=positive, default=5, metavar="N", help="counted ones (default: %(default)s)")
+    add("--threads", type=positive, metavar="N", help="threads on the CPU (default: each runtime's choice)")
     add("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="what to measure (default: all)")
     add("--json", type=Path, metavar="FILE", help="write all figures, the machine and versions to this file")
     add("--plot", type=Path, metavar="FILE.png", help="write a picture to this file (or .pdf, .svg)")

@@ -3,7 +3,8 @@
 Training with the quantizers in place (`QuantizationAwareTraining`) costs less accuracy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,51 +14,90 @@ from datamodules.chat import encode, truncate
 from datamodules.collate import collate, pad_id_of
 from datamodules.files import read_conversations
 from models.forward import Batch
+from models.quantization.choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
 from models.quantization.linear import freeze_scales, quantized_linears
 from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
 
 BATCH_SIZE = 8
+_SENSITIVITY_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """From what, and to what, a model is quantized after training.
+
+    Attributes:
+        conversations: JSONL or Parquet file with `messages`, or `prompt` and `response`.
+        formats: Number formats by patterns of names of projections, such as {"*": "int4_g64", "*.down_proj": "int8_g64"}; the last
+            pattern that fits decides, and `none`, or no pattern that fits, leaves a projection as it is.
+        average_bits: Instead of patterns: bits a weight, on average, shared out by measured sensitivity.
+        candidates: Weight-only formats that may be chosen for that.
+        settings: How weights are rounded and scales are found.
+        num_conversations: How many to read.
+        max_length: Tokens kept of each.
+    """
+
+    conversations: Path
+    formats: Mapping[str, str] = field(default_factory=dict)
+    average_bits: float | None = None
+    candidates: tuple[str, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_g64", UNQUANTIZED)
+    settings: PostTrainingQuantization = field(default_factory=PostTrainingQuantization)
+    num_conversations: int = 128
+    max_length: int = 512
 
 
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Path,
-    settings: PostTrainingQuantization,
+    calibration: Calibration,
     *,
-    num_conversations: int = 128,
-    max_length: int = 512,
+    check: Callable[[Mapping[str, str]], None] = lambda formats: None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> None:
     """Quantize a model, in place, after the first conversations of a file.
 
     Args:
-        model: Without quantizers; with some that still observe, they see the conversations and are frozen, and `settings` do not matter.
+        model: Without quantizers; with some that still observe, they see the conversations and are frozen, and formats and settings do
+            not matter.
         tokenizer: With a chat template.
-        conversations: JSONL or Parquet file with `messages`, or `prompt` and `response`.
-        settings: Format and method.
-        num_conversations: How many to read.
-        max_length: Tokens kept of each.
+        calibration: What to do.
+        check: Called with the format of each projection before anything is changed; it raises for those that it refuses.
         on_layer: Called after each decoder layer.
 
     Raises:
-        FileNotFoundError, ValueError: The file is missing, broken or empty.
+        FileNotFoundError, ValueError: The file is missing, broken or empty; no such format; or all scales are found already.
     """
-    batches = _batches(tokenizer, conversations, num_conversations, max_length)
-    if quantized_linears(model):
+    linears = quantized_linears(model)
+    if linears and all(quantizer.frozen for linear in linears.values() for quantizer in linear.quantizers()):
+        raise ValueError(
+            f"expected a model without scales to calibrate, found {len(linears)} quantized layers that have theirs from training or an "
+            "earlier calibration; leave --calibration out, or name the student before it was quantized"
+        )
+    batches = _batches(tokenizer, calibration)
+    if linears:
         _observe(model, batches)
     else:
-        quantize_after_training(model, batches, settings, on_layer=lambda _: on_layer())
+        formats = _choose(model, batches, calibration)
+        check(formats)
+        quantize_after_training(model, batches, formats, calibration.settings, on_layer=lambda _: on_layer())
     model.eval()
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, conversations: Path, number: int, max_length: int) -> list[Batch]:
-    records = read_conversations(str(conversations), default_split="train")[:number]
+def _choose(model: PreTrainedModel, batches: list[Batch], calibration: Calibration) -> dict[str, str]:
+    if calibration.average_bits is None:
+        return formats_by_pattern(model, UNQUANTIZED, calibration.formats)
+    some = batches[:: -(-len(batches) // _SENSITIVITY_BATCHES)]
+    return formats_by_sensitivity(model, some, calibration.candidates, calibration.average_bits)
+
+
+def _batches(tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> list[Batch]:
+    max_length = calibration.max_length
+    records = read_conversations(str(calibration.conversations), default_split="train")[: calibration.num_conversations]
     examples = [truncate(example, max_length=max_length) for example in encode(tokenizer, records)]
     kept = sorted((example for example in examples if example is not None), key=len)
     if not kept:
         raise ValueError(
-            f"expected conversations of at most {max_length} tokens before their answer in {str(conversations)!r}, found none; "
+            f"expected conversations of at most {max_length} tokens before their answer in {str(calibration.conversations)!r}, found none; "
             "choose others"
         )
     pad_id = pad_id_of(tokenizer)

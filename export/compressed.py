@@ -21,6 +21,7 @@ Legend: O outputs, I inputs, G groups of inputs.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,22 @@ def check_compressible(model: PreTrainedModel) -> None:
         ValueError: A student without frozen quantizers, one that plain transformers could not build, rows that are not whole groups,
             or zero points beside another format.
     """
+    linears = quantized_linears(model)
+    check_compressible_formats(model, {name: linear.format for name, linear in linears.items()})
+    frozen = [name for name, linear in linears.items() if all(quantizer.frozen for quantizer in linear.quantizers())]
+    if not linears or len(frozen) < len(linears):
+        raise ValueError(
+            f"expected a student whose quantizers all have scales, found {len(frozen)} of {len(linears)} quantized layers with them; "
+            "train with QuantizationAwareTraining, or quantize the trained model, before a compressed folder is written"
+        )
+
+
+def check_compressible_formats(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
+    """Raise for formats of projections, by name, that such a folder cannot hold, whether the model is quantized yet or not.
+
+    Raises:
+        ModuleNotFoundError, ValueError: As `check_compressible`.
+    """
     try:
         import compressed_tensors  # noqa: F401
     except ModuleNotFoundError as error:
@@ -89,31 +106,24 @@ def check_compressible(model: PreTrainedModel) -> None:
             "expected the package compressed-tensors, which packs quantized weights for vLLM and SGLang, found no module "
             f"{error.name!r}; run `pip install -e .[serving]`"
         ) from error
-    linears = quantized_linears(model)
-    frozen = [name for name, linear in linears.items() if all(quantizer.frozen for quantizer in linear.quantizers())]
-    if not linears or len(frozen) < len(linears):
-        raise ValueError(
-            f"expected a student whose quantizers all have scales, found {len(frozen)} of {len(linears)} quantized layers with them; "
-            "train with QuantizationAwareTraining, or quantize the trained model, before a compressed folder is written"
-        )
     reason = why_not_plain(model)
     if reason is not None:
         raise ValueError(
             f"expected a student that one Hugging Face config.json describes, found {reason}; leave the compressed folder out, or "
             "prune all layers alike"
         )
-    for name, linear in linears.items():
-        size = format_of(linear.format).weight.group_size
-        if size and linear.in_features % size:
+    for name, format in formats.items():
+        size, inputs = format_of(format).weight.group_size, model.get_parameter(f"{name}.weight").shape[1]
+        if size and inputs % size:
             raise ValueError(
-                f"expected rows of whole groups of {size} weights for compressed-tensors, found {linear.in_features} inputs in {name}; "
+                f"expected rows of whole groups of {size} weights for compressed-tensors, found {inputs} inputs in {name}; "
                 "choose a format with smaller groups or one scale a row, or another number of neurons"
             )
-    formats = sorted({linear.format for linear in linears.values()})
-    if len(formats) > 1 and _zero_points(linears):
+    different = sorted(set(formats.values()))
+    if len(different) > 1 and any(format_of(format).weight.zero_point for format in different):
         raise ValueError(
             f"expected zero points in all quantized layers or in none, as transformers reads them in one format only, found "
-            f"{', '.join(formats)}; choose formats without zero points, or one for all layers"
+            f"{', '.join(different)}; choose formats without zero points, or one for all layers"
         )
 
 

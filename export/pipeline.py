@@ -24,18 +24,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from export.audit import audit
 from export.benchmark import benchmark_onnx
 from export.checks import Check
-from export.compressed import check_compressible, save_compressed
+from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.huggingface import check_plain, save_student, without_quantizers
 from export.prefill import PREFILL, write_prefill
 from export.progress import Phases
 from export.reference import Reference, record
 from export.settings import ExportSettings, check_settings
-from export.to_onnx import UNQUANTIZED, check_engine_format, check_exportable, export_onnx
+from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
 from export.to_tensorrt import Engine, build_engine, default_profiles, import_tensorrt
 from export.verify import longest_prompt, verify_engine, verify_longest, verify_onnx, verify_prefill
 from models.folder import why_not_plain
 from models.lora import merged
+from models.quantization.formats import FORMATS
 from models.quantization.linear import quantized_linears
 
 STUDENT, COMPRESSED = "student", "compressed"
@@ -92,7 +93,7 @@ def export_all(
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
-            check_engine_format(computed)
+            check_engine_formats(formats_of(computed))
 
     reason = why_not_plain(model)
     phases = Phases()
@@ -121,6 +122,19 @@ def export_all(
         "versions": _versions(engine),
         "seconds": phases.seconds,
     }
+
+
+def check_formats(model: PreTrainedModel, formats: Mapping[str, str], settings: ExportSettings) -> None:
+    """Raise for formats of projections, by name, that cannot be exported like this; the model need not be quantized yet.
+
+    Raises:
+        ModuleNotFoundError, ValueError: See `check_compressible_formats` and `check_engine_formats`.
+    """
+    quantized = {name: format for name, format in formats.items() if format in FORMATS}
+    if settings.compressed:
+        check_compressible_formats(model, quantized)
+    if "engine" in settings.formats:
+        check_engine_formats(quantized.values())
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from export.to_onnx import Precision
+from export.to_onnx import Precision, check_engine_formats, format_for
 from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
 
 Format = Literal["hf", "onnx", "engine"]
@@ -62,5 +62,7 @@ def check_settings(settings: ExportSettings) -> None:
                 f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
             )
     if "engine" in settings.formats:
+        format = format_for(settings.precision)
+        check_engine_formats([] if format is None else [format])
         check_target(settings.precision, settings.compute_capability)
         import_tensorrt(settings.tensorrt)

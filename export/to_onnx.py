@@ -15,7 +15,7 @@ Names follow Optimum: inputs `input_ids` (B, T), `attention_mask` (B, P + T), `p
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -30,9 +30,8 @@ from export.layers import repeat_layers
 from export.trace import OPSETS, Trace, trace
 from export.weights import bind_weights
 from models.architecture import decoder_layers
-from models.quantization.formats import FORMATS, FormatName
+from models.quantization.formats import FORMATS, FormatName, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
-from models.quantization.quantizers import RowQuantizer
 
 Precision = Literal["fp32", "fp16", "fp8", "mixed", FormatName]
 UNQUANTIZED = ("fp32", "fp16")
@@ -72,7 +71,7 @@ def export_onnx(
     check_exportable(model, precision=precision, opset=opset)
     half = precision == "fp16" or (precision not in UNQUANTIZED and activations == "float16")
     if half:
-        check_half(model)
+        check_half(formats_of(model))
     traced = trace(model, dtype=torch.float16 if half else torch.float32, opset=opset)
     onnx_model = build(traced, model)
     onnx_model.metadata_props.update(_metadata(model, precision=precision, opset=opset, half=half))
@@ -110,10 +109,10 @@ def check_exportable(model: PreTrainedModel, *, precision: Precision, opset: int
 
 def precision_of(model: PreTrainedModel) -> Precision:
     """The precision that fits the quantizers of a model: their format, `mixed` for several; `fp32` without any."""
-    formats = {linear.format for linear in quantized_linears(model).values()}
+    formats = formats_of(model)
     if len(formats) > 1:
         return "mixed"
-    return cast(Precision, formats.pop()) if formats else "fp32"
+    return cast(Precision, formats[0]) if formats else "fp32"
 
 
 def format_for(precision: Precision) -> FormatName | None:
@@ -122,29 +121,32 @@ def format_for(precision: Precision) -> FormatName | None:
     return cast(FormatName, name) if name in FORMATS else None
 
 
-def check_half(model: PreTrainedModel) -> None:
-    """Raise `ValueError` for quantizers that find their scales live: half precision would round the scales themselves."""
-    found = next(
-        (q.format for q in quantized_linears(model).values() if isinstance(q.input_quantizer, RowQuantizer)), None
-    )
-    if found is not None:
-        raise ValueError(
-            f"expected a format with calibrated or no input scales for a float16 graph or an engine, found {found}, which finds a "
-            "scale for each token; choose fp8_e4m3, int8_static or a weight-only format, or leave the engine out"
-        )
+def formats_of(model: PreTrainedModel) -> list[str]:
+    """Names of the formats of a model's quantized layers, sorted."""
+    return sorted({linear.format for linear in quantized_linears(model).values()})
 
 
-def check_engine_format(model: PreTrainedModel) -> None:
-    """Raise `ValueError` for quantizers that no TensorRT engine has."""
-    check_half(model)
-    found = next(
-        (q.format for q in quantized_linears(model).values() if q.weight_quantizer.zero_point is not None), None
-    )
-    if found is not None:
-        raise ValueError(
-            f"expected a symmetric format for an engine, found {found}, and TensorRT reads no zero points; choose "
-            f"{found.removesuffix('_zp')}, or leave the engine out"
-        )
+def check_half(formats: Iterable[str]) -> None:
+    """Raise `ValueError` for formats that find their scales live: half precision would round the scales themselves."""
+    for name in formats:
+        inputs = format_of(name).input
+        if inputs is not None and inputs.scales == "row":
+            raise ValueError(
+                f"expected a format with calibrated or no input scales for a float16 graph or an engine, found {name}, which finds a "
+                "scale for each token; choose fp8_e4m3, int8_static or a weight-only format, or leave the engine out"
+            )
+
+
+def check_engine_formats(formats: Iterable[str]) -> None:
+    """Raise `ValueError` for formats that no TensorRT engine has."""
+    names = list(formats)
+    check_half(names)
+    for name in names:
+        if format_of(name).weight.zero_point:
+            raise ValueError(
+                f"expected a symmetric format for an engine, found {name}, and TensorRT reads no zero points; choose "
+                f"{name.removesuffix('_zp')}, or leave the engine out"
+            )
 
 
 def _check_quantizers(linears: Mapping[str, FakeQuantizedLinear], precision: Precision) -> None:

@@ -102,7 +102,7 @@ def check_target(precision: str, compute_capabilities: Sequence[str]) -> None:
             raise ValueError(
                 f"expected a compute capability such as 8.9, found {capability!r}; look up that of your GPU"
             )
-        if precision == "fp8" and tuple(map(int, capability.split("."))) < _FP8_CAPABILITY:
+        if precision.startswith("fp8") and tuple(map(int, capability.split("."))) < _FP8_CAPABILITY:
             raise ValueError(
                 f"expected a compute capability of at least 8.9 for an FP8 engine, found {capability}; "
                 "use precision fp16, or a newer GPU"

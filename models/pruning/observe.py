@@ -5,6 +5,7 @@ Legend: B samples, T tokens, I inputs, O outputs of a module.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,3 +77,24 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+class _Reached(Exception):  # noqa: N818  (no error: it ends a forward pass)
+    """A forward pass has come to where it was wanted."""
+
+    def __init__(self, input_BTI: Tensor) -> None:
+        self.input_BTI = input_BTI
+
+
+def input_of(linear: Any, module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What a linear layer (B, T, I) would be given if its module ran on these arguments; nothing after it is computed."""
+
+    def stop(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        raise _Reached(inputs[0])
+
+    with hooked([linear.register_forward_pre_hook(stop)]):
+        try:
+            module(*args, **kwargs)
+        except _Reached as reached:
+            return reached.input_BTI
+    raise AssertionError("the module does not call the layer")

@@ -30,7 +30,7 @@ from models.architecture import DecoderLayer, decoder_layers
 from models.forward import Batch
 from models.pruning.importance import Total, identity
 from models.pruning.least_squares import damped, moment, refit
-from models.pruning.observe import evaluating, hooked, on_device
+from models.pruning.observe import evaluating, hooked, input_of, on_device
 from models.structure import Edit
 
 Prefix = Literal["layerwise", "sequential"]
@@ -152,8 +152,8 @@ def _repair_layer(
     fit, inputs = _Fit(attention, ridge), []
     for reading in readings:
         arguments = reading.arguments[number]
-        dense_input = _input_of(dense_attention.linear, replaced[0].block, reading.dense_BTD, **arguments)
-        inputs.append(_input_of(attention.linear, layer.block, reading.cut_BTD, **arguments))
+        dense_input = input_of(dense_attention.linear, replaced[0].block, reading.dense_BTD, **arguments)
+        inputs.append(input_of(attention.linear, layer.block, reading.cut_BTD, **arguments))
         output_BTD = dense_attention.linear(dense_input)
         reading.dense_BTD = reading.dense_BTD + dense_attention.written(dense_input)
         fit.add(inputs[-1], output_BTD[..., channels], reading, channels)
@@ -163,8 +163,8 @@ def _repair_layer(
 
     fit, inputs = _Fit(mlp, ridge), []
     for reading in readings:
-        dense_input = _input_of(dense_mlp.linear, replaced[0].mlp, replaced[0].stream_norms[1](reading.dense_BTD))
-        inputs.append(_input_of(mlp.linear, layer.mlp, layer.stream_norms[1](reading.cut_BTD)))
+        dense_input = input_of(dense_mlp.linear, replaced[0].mlp, replaced[0].stream_norms[1](reading.dense_BTD))
+        inputs.append(input_of(mlp.linear, layer.mlp, layer.stream_norms[1](reading.cut_BTD)))
         output_BTD = dense_mlp.linear(dense_input)
         reading.dense_BTD = reading.dense_BTD + dense_mlp.written(dense_input)
         for dropped in replaced[1:]:
@@ -205,24 +205,3 @@ class _Fit:
         pull_PP = hessian_PP - gram_PP
         product_PD = product_PD + pull_PP @ weight_DP.T.double()
         weight_DP.copy_(refit(hessian_PP, product_PD, torch.arange(len(gram_PP))).T)
-
-
-class _Reached(Exception):  # noqa: N818  (no error: it ends a forward pass)
-    """A forward pass has come to where it was wanted."""
-
-    def __init__(self, input_BTP: Tensor) -> None:
-        self.input_BTP = input_BTP
-
-
-def _input_of(linear: Any, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """What a linear layer would be given if its module ran; nothing after it is computed."""
-
-    def stop(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        raise _Reached(inputs[0])
-
-    with hooked([linear.register_forward_pre_hook(stop)]):
-        try:
-            module(*args, **kwargs)
-        except _Reached as reached:
-            return reached.input_BTP
-    raise AssertionError("the module does not call the layer")

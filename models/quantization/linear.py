@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.quantization.formats import format_of
-from models.quantization.quantizers import FakeQuantizer, InputQuantizer, WeightQuantizer, input_quantizer
+from models.quantization.quantizers import FakeQuantizer, InputQuantizer, RowQuantizer, WeightQuantizer, input_quantizer
 from models.quantization.scales import Search
 
 
@@ -22,7 +22,7 @@ class FakeQuantizedLinear(nn.Module):
         ValueError: No such format.
     """
 
-    input_quantizer: FakeQuantizer | None
+    input_quantizer: InputQuantizer | RowQuantizer | None
 
     def __init__(self, linear: nn.Linear, format: str = "fp8_e4m3") -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def freeze_inputs(model: nn.Module, search: Search = "max") -> int:
     """
     waiting = [q for linear in quantized_linears(model).values() if (q := linear.input_quantizer) and not q.frozen]
     for quantizer in waiting:
-        quantizer.freeze(search)  # type: ignore[operator]  # those of inputs all have it
+        quantizer.freeze(search)
     return len(waiting)
 
 

@@ -6,7 +6,7 @@ those of the projections before it.  A token counts as much as the predictions d
 Legend: B samples, T tokens, S valid tokens, I inputs, O outputs, D hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,15 +17,16 @@ from transformers import PreTrainedModel
 from models.architecture import DecoderLayer, decoder_layers
 from models.forward import Batch
 from models.pruning.least_squares import moment
-from models.pruning.observe import evaluating, hooked, on_device
-from models.quantization.formats import format_of
+from models.pruning.observe import evaluating, hooked, input_of, on_device
+from models.quantization.choice import formats_by_pattern, quantization_edits
+from models.quantization.formats import Format, format_of
 from models.quantization.linear import FakeQuantizedLinear
-from models.quantization.quantizers import FakeQuantizer, InputQuantizer
+from models.quantization.quantizers import InputQuantizer, RowQuantizer
 from models.quantization.rounding import Rounded, gptq, nearest, quantease
 from models.quantization.scales import Search
 from models.quantization.sensitivity import readers_of, token_weights
-from models.quantization.smoothing import STRENGTHS, best_factors, fold, pairs_of
-from models.structure import Edit, apply_edit, quantize_decoder
+from models.quantization.smoothing import STRENGTHS, Pair, best_factors, fold, pairs_of
+from models.structure import Edit, apply_edit
 
 Method = Literal["nearest", "gptq", "quantease"]
 _SMOOTHING_BATCHES = 2  # that smoothing factors are searched on
@@ -36,7 +37,6 @@ class PostTrainingQuantization:
     """How a model is quantized after training.
 
     Attributes:
-        format: Name of a number format, see `models/quantization/formats.py`.
         method: How weights are rounded: `nearest`, `gptq`, or `quantease`, which starts from `gptq` and takes three times as long;
             see `models/quantization/rounding.py`.
         weight_search: How scales of weights are chosen: `max` or `mse`.
@@ -49,7 +49,6 @@ class PostTrainingQuantization:
         smoothing_tokens: Calibration tokens on which smoothing factors are tried, at most.
     """
 
-    format: str = "fp8_e4m3"
     method: Method = "quantease"
     weight_search: Search = "mse"
     input_search: Search = "mse"
@@ -59,11 +58,11 @@ class PostTrainingQuantization:
     sweeps: int = 4
     smoothing_tokens: int = 512
 
-    def strengths(self) -> tuple[float, ...]:
-        """The strengths that the search for smoothing factors tries."""
+    def strengths(self, format: str) -> tuple[float, ...]:
+        """The strengths that the search for smoothing factors tries where layers have this format."""
         if self.smoothing is not None:
             return self.smoothing
-        inputs = format_of(self.format).input
+        inputs = format_of(format).input
         helps = self.method == "nearest" if inputs is None else inputs.numbers != "fp8_e4m3"
         return STRENGTHS if helps else ()
 
@@ -88,38 +87,44 @@ class _Reading:
 def quantize_after_training(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    settings: PostTrainingQuantization,
+    formats: str | Mapping[str, str],
+    settings: PostTrainingQuantization = PostTrainingQuantization(),
     *,
     on_layer: Callable[[int], None] = lambda index: None,
-) -> Edit:
-    """Quantize every projection of every decoder layer, in place; all quantizers are frozen afterwards.
+) -> list[Edit]:
+    """Quantize the projections of every decoder layer, in place; all quantizers are frozen afterwards.
 
     Args:
-        model: Without quantizers.  Weights of norms and projections change; the weights of projections lie on their grids.
+        model: Without quantizers.  Weights of norms and projections change; those of quantized projections lie on their grids.
         batches: Calibration batches (`input_ids`, `attention_mask`, `labels`).
-        settings: What to do.
+        formats: A number format for all projections (see `models/quantization/formats.py`), or one for each of them by its name
+            (see `models/quantization/choice.py`).
+        settings: How to do it.
         on_layer: Called with the number of each decoder layer when it is done.
 
     Returns:
-        The edit that inserts the same quantizers into a model of the same structure.
+        The edits that insert the same quantizers into a model of the same structure.
 
     Raises:
-        ValueError: There was no batch, no such format, groups that do not divide the inputs of a projection, or a model that has
-            quantizers already.
+        ValueError: There was no batch, no such format, or a model that has quantizers already.
     """
-    edit = quantize_decoder(model, settings.format)
+    edits = quantization_edits(formats_by_pattern(model, formats, {}) if isinstance(formats, str) else formats)
     with evaluating(model), torch.no_grad():
+        smooths = any(settings.strengths(edit["format"]) for edit in edits)
+        sensitive = settings.sensitive and (settings.method != "nearest" or smooths)
         readings = [
-            _read(model, batch, settings, number) for number, batch in enumerate(on_device(batches, model.device))
+            _read(model, batch, number, sensitive=sensitive)
+            for number, batch in enumerate(on_device(batches, model.device))
         ]
-        apply_edit(model, edit)
+        for edit in edits:
+            apply_edit(model, edit)
         for layer in decoder_layers(model):
             _quantize_layer(layer, readings, settings)
             on_layer(layer.index)
-    return edit
+    return edits
 
 
-def _read(model: PreTrainedModel, batch: Batch, settings: PostTrainingQuantization, number: int) -> _Reading:
+def _read(model: PreTrainedModel, batch: Batch, number: int, *, sensitive: bool) -> _Reading:
     """What the first layer reads, the arguments of all layers, and the weights of the tokens."""
     streams: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
@@ -131,7 +136,7 @@ def _read(model: PreTrainedModel, batch: Batch, settings: PostTrainingQuantizati
 
     mask_BT, blocks = batch["attention_mask"].bool(), [layer.block for layer in decoder_layers(model)]
     with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks):
-        if settings.sensitive and (settings.method != "nearest" or settings.strengths()):
+        if sensitive:
             weights = token_weights(model, batch, seed=number)
         else:
             weights = [[mask_BT.float()] * 4 for _ in blocks]
@@ -141,8 +146,7 @@ def _read(model: PreTrainedModel, batch: Batch, settings: PostTrainingQuantizati
 
 def _quantize_layer(layer: DecoderLayer, readings: Sequence[_Reading], settings: PostTrainingQuantization) -> None:
     """Quantize one layer and move the streams behind it."""
-    if settings.strengths():
-        _smooth(layer, readings, settings)
+    _smooth(layer, readings, settings)
     qkv, o_proj, gate_up, down_proj = readers_of(layer)
     halves = ((layer.attention, qkv, o_proj), (layer.mlp, gate_up, down_proj))
     for half, (module, readers, writer) in enumerate(halves):
@@ -150,7 +154,7 @@ def _quantize_layer(layer: DecoderLayer, readings: Sequence[_Reading], settings:
         inputs = [norm(reading.stream_BTD) for reading in readings]
         _quantize(readers, inputs, 2 * half, layer.index, readings, settings)
         inputs = [
-            _input_of(writer[0], module, input_BTD, reading.arguments[layer.index] if half == 0 else {})
+            input_of(writer[0], module, input_BTD, **({} if half else reading.arguments[layer.index]))
             for input_BTD, reading in zip(inputs, readings, strict=True)
         ]
         _quantize(writer, inputs, 2 * half + 1, layer.index, readings, settings)
@@ -169,24 +173,32 @@ def _quantize(
 ) -> None:
     """Freeze the quantizers of layers that read the same tensor, and round their weights."""
     valid = [input_BTI[reading.mask_BT].float() for input_BTI, reading in zip(inputs, readings, strict=True)]
+    roots = [reading.weights[index][position][reading.mask_BT].sqrt()[:, None] for reading in readings]
+    grams: dict[str, Tensor] = {}  # of the inputs as each format rounds them
     for linear in linears:
+        if not isinstance(linear, FakeQuantizedLinear):
+            continue
         if linear.input_quantizer is not None:
             _freeze_input(linear.input_quantizer, valid, settings.input_search)
-    gram_II = torch.zeros(2 * inputs[0].shape[-1:], dtype=torch.float64, device=inputs[0].device)
-    if settings.method != "nearest":
-        for input_SI, reading in zip(valid, readings, strict=True):
-            rounded_SI = input_SI if linears[0].input_quantizer is None else linears[0].input_quantizer(input_SI)
-            root_S1 = reading.weights[index][position][reading.mask_BT].sqrt()[:, None]
-            gram_II += moment(rounded_SI * root_S1, rounded_SI * root_S1)
-    for linear in linears:
-        rounded = _rounded(linear, gram_II, settings)
+        if linear.format not in grams and settings.method != "nearest":
+            grams[linear.format] = _gram(linear, valid, roots)
+        rounded = _rounded(linear, grams.get(linear.format), settings)
         linear.weight.copy_(rounded.weight_OI)
         linear.weight_quantizer.set_scales(rounded.scale, rounded.zero_point)
 
 
-def _rounded(linear: FakeQuantizedLinear, gram_II: Tensor, settings: PostTrainingQuantization) -> Rounded:
+def _gram(linear: FakeQuantizedLinear, inputs: Sequence[Tensor], roots: Sequence[Tensor]) -> Tensor:
+    """The Gram matrix (I, I) of a layer's inputs (S, I) as it rounds them, weighed by the squares of roots (S, 1)."""
+    gram_II = torch.zeros(2 * inputs[0].shape[-1:], dtype=torch.float64, device=inputs[0].device)
+    for input_SI, root_S1 in zip(inputs, roots, strict=True):
+        rounded_SI = input_SI if linear.input_quantizer is None else linear.input_quantizer(input_SI)
+        gram_II += moment(rounded_SI * root_S1, rounded_SI * root_S1)
+    return gram_II
+
+
+def _rounded(linear: FakeQuantizedLinear, gram_II: Tensor | None, settings: PostTrainingQuantization) -> Rounded:
     weight_OI, grid, search = linear.weight, linear.weight_quantizer.grid, settings.weight_search
-    if settings.method == "nearest":
+    if gram_II is None:
         return nearest(weight_OI, grid, search=search)
     start = gptq(weight_OI, gram_II, grid, search=search, damping=settings.damping, ordered=True)
     if settings.method == "gptq":
@@ -194,14 +206,14 @@ def _rounded(linear: FakeQuantizedLinear, gram_II: Tensor, settings: PostTrainin
     return quantease(weight_OI, gram_II, grid, start, damping=settings.damping, sweeps=settings.sweeps)
 
 
-def _freeze_input(quantizer: FakeQuantizer, inputs: Sequence[Tensor], search: Search) -> None:
+def _freeze_input(quantizer: InputQuantizer | RowQuantizer, inputs: Sequence[Tensor], search: Search) -> None:
     """Show a quantizer the inputs, if it wants to see any, and freeze it."""
     if isinstance(quantizer, InputQuantizer):
         quantizer.train()
         for input_SI in inputs:
             quantizer(input_SI)
         quantizer.eval()
-    quantizer.freeze(search)  # type: ignore[operator]  # those of inputs all have it
+    quantizer.freeze(search)
 
 
 def _smooth(layer: DecoderLayer, readings: Sequence[_Reading], settings: PostTrainingQuantization) -> None:
@@ -211,41 +223,26 @@ def _smooth(layer: DecoderLayer, readings: Sequence[_Reading], settings: PostTra
     def note(linear: Any, inputs: tuple[Tensor, ...]) -> None:
         seen.setdefault(linear, []).append(inputs[0])
 
-    pairs, some = pairs_of(layer), readings[:: -(-len(readings) // _SMOOTHING_BATCHES)]
-    with hooked(pair.readers[0].register_forward_pre_hook(note) for pair in pairs):
-        for reading in some:
+    pairs = {number: pair for number, pair in enumerate(pairs_of(layer)) if _strengths(pair, settings)}
+    some = readings[:: -(-len(readings) // _SMOOTHING_BATCHES)]
+    with hooked(pair.readers[0].register_forward_pre_hook(note) for pair in pairs.values()):
+        for reading in some if pairs else ():
             layer.block(reading.stream_BTD, **reading.arguments[layer.index])
-    for position, pair in enumerate(pairs):
+    for position, pair in pairs.items():
         inputs = zip(seen[pair.readers[0]], some, strict=True)
         input_SI = torch.cat([input_BTI[reading.mask_BT] for input_BTI, reading in inputs])
         weight_S = torch.cat([reading.weights[layer.index][position][reading.mask_BT] for reading in some])
         step = -(-len(input_SI) // settings.smoothing_tokens)
-        factor_C = best_factors(
-            pair,
-            input_SI[::step],
-            format_of(settings.format),
-            strengths=settings.strengths(),
-            weight_S=weight_S[::step],
-        )
-        fold(pair, factor_C)
+        strengths = _strengths(pair, settings)
+        fold(pair, best_factors(pair, input_SI[::step], _formats(pair), strengths=strengths, weight_S=weight_S[::step]))
 
 
-class _Reached(Exception):  # noqa: N818  (no error: it ends a forward pass)
-    """A forward pass has come to where it was wanted."""
-
-    def __init__(self, input_BTI: Tensor) -> None:
-        self.input_BTI = input_BTI
+def _formats(pair: Pair) -> list[Format | None]:
+    """The formats of a pair's readers; None for those that stay as they are."""
+    return [format_of(r.format) if isinstance(r, FakeQuantizedLinear) else None for r in pair.readers]
 
 
-def _input_of(linear: Any, module: Any, hidden_BTD: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """What a linear layer would be given if its attention or MLP ran; nothing after it is computed."""
-
-    def stop(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        raise _Reached(inputs[0])
-
-    with hooked([linear.register_forward_pre_hook(stop)]):
-        try:
-            module(hidden_states=hidden_BTD, **arguments) if arguments else module(hidden_BTD)
-        except _Reached as reached:
-            return reached.input_BTI
-    raise AssertionError("the module does not call the layer")
+def _strengths(pair: Pair, settings: PostTrainingQuantization) -> tuple[float, ...]:
+    """Those to try: of the first reader that has any."""
+    quantized = [reader for reader in pair.readers if isinstance(reader, FakeQuantizedLinear)]
+    return next((found for reader in quantized if (found := settings.strengths(reader.format))), ())

@@ -189,7 +189,7 @@ def row_scales(rows_NI: Tensor, grid: Grid) -> Tensor:
     return rows_NI.float().abs().amax(dim=-1).div(grid.high).clamp(min=2.0**-24)
 
 
-def input_quantizer(grid: Grid | None) -> FakeQuantizer | None:
+def input_quantizer(grid: Grid | None) -> InputQuantizer | RowQuantizer | None:
     """The quantizer for an input with this grid."""
     if grid is None:
         return None

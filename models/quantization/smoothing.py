@@ -109,7 +109,7 @@ def smoothing_factors(inputs_C: Tensor, weights_C: Tensor, strength: float) -> T
 def best_factors(
     pair: Pair,
     input_SI: Tensor,
-    format: Format,
+    formats: Sequence[Format | None],
     *,
     strengths: Sequence[float] = STRENGTHS,
     weight_S: Tensor | None = None,
@@ -119,7 +119,7 @@ def best_factors(
     Args:
         pair: The pair.
         input_SI: A sample of the readers' inputs.
-        format: How readers will be quantized; the search rounds weights to nearest.
+        formats: How each reader will be quantized, None for not at all; the search rounds weights to nearest.
         strengths: The strengths to try.
         weight_S: How much each token counts; all alike if not given.
     """
@@ -134,19 +134,24 @@ def best_factors(
         trials.append(smoothing_factors(largest_C, weight_C, strength))
         if strength:
             trials.append(smoothing_factors(typical_C, torch.ones_like(weight_C), strength))
-    errors = [_output_error(weights, input_SI, weight_S, factor_C[pair.channel_I], format) for factor_C in trials]
+    errors = [_output_error(weights, input_SI, weight_S, factor_C[pair.channel_I], formats) for factor_C in trials]
     return trials[int(torch.stack(errors).argmin())]
 
 
 def _output_error(
-    weights: Sequence[Tensor], input_SI: Tensor, weight_S: Tensor, factor_I: Tensor, format: Format
+    weights: Sequence[Tensor],
+    input_SI: Tensor,
+    weight_S: Tensor,
+    factor_I: Tensor,
+    formats: Sequence[Format | None],
 ) -> Tensor:
     """The squared change of all outputs by rounding inputs and weights."""
-    rounded_SI = _rounded_inputs(input_SI / factor_I, format.input)
     squares_S = torch.zeros_like(weight_S)
-    for weight_OI in weights:
-        rounded_OI = nearest(weight_OI * factor_I, format.weight, search="max").weight_OI
-        squares_S += (F.linear(rounded_SI, rounded_OI) - F.linear(input_SI, weight_OI)).square().sum(1)
+    for weight_OI, format in zip(weights, formats, strict=True):
+        if format is not None:
+            rounded_SI = _rounded_inputs(input_SI / factor_I, format.input)
+            rounded_OI = nearest(weight_OI * factor_I, format.weight, search="max").weight_OI
+            squares_S += (F.linear(rounded_SI, rounded_OI) - F.linear(input_SI, weight_OI)).square().sum(1)
     return (squares_S * weight_S).sum()
 
 

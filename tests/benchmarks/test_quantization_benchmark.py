@@ -51,15 +51,16 @@ def test_every_format_and_peer_has_its_place() -> None:
             {"method": "quantease", "smoothing": STRENGTHS},
         ),
         (Arm("int8", sensitive=True), {"sensitive": True}),
-        (quantization_arms.COMPARISONS["int8_kl"][0], vars(PostTrainingQuantization("int8"))),
+        (quantization_arms.COMPARISONS["int8_kl"][0], vars(PostTrainingQuantization())),
     ],
 )
 def test_an_arm_is_what_its_name_says(arm: Arm, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[PostTrainingQuantization] = []
-    monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, settings: asked.append(settings))
+    asked: list[tuple[str, PostTrainingQuantization]] = []
+    monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, *what: asked.append(what))
     arm.quantize(None, [])
-    assert asked[0].format == "int8" and {**vars(asked[0]), **expected} == vars(asked[0])
-    assert asked[0].sensitive == arm.sensitive
+    [(format, settings)] = asked
+    assert format == "int8" and {**vars(settings), **expected} == vars(settings)
+    assert settings.sensitive == arm.sensitive
 
 
 @pytest.fixture

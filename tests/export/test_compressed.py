@@ -195,8 +195,8 @@ def test_the_command_writes_it_beside_the_student(tmp_path, capsys):
     output = tmp_path / "out"
     options = ["--output", str(output), "--engine", "none", "--decode-steps", "1", "--prompts", "1"]
     options += ["--benchmark-repetitions", "0", "--compressed"]
-    assert main([str(tmp_path / "plain"), *options]) == 2
-    assert "found 0 of 0 quantized layers" in capsys.readouterr().err
+    assert main([str(tmp_path / "plain"), *options, "--precision", "int8_g32"]) == 2
+    assert "expected a model with frozen int8_g32 quantizers, found none" in capsys.readouterr().err
     assert not output.exists()
 
     assert main([str(tmp_path / "quantized"), *options]) == 0

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from export import pipeline
 from export.__main__ import main
-from export.huggingface import save_student
+from export.huggingface import load_student, save_student
 from models.pretrained import load_model
+from models.quantization import quantized_linears
 from models.structure import apply_edit
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -90,7 +91,38 @@ def test_calibration_makes_fp8_possible_without_training(folders, tmp_path, caps
     assert "QuantizationAwareTraining" in message
     assert "--calibration" in message
     assert not (tmp_path / "out").exists()
-    assert main([*arguments, "--calibration", str(folders / "conversations.jsonl")]) == 0
+    calibrated = ["--calibration", str(folders / "conversations.jsonl")]
+    assert main([*arguments, *calibrated]) == 0
+    again = [str(tmp_path / "out" / "student"), *arguments[1:], *calibrated, "--overwrite"]
+    assert main(again) == 2
+    assert "found 7 quantized layers that have theirs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        (["--layer-formats", "*=int8_g32", "*.down_proj=int4_g32", "*.q_proj=none"], {"int8_g32", "int4_g32"}),
+        (["--average-bits", "6"], {"int4_g32", "int8_g64"}),
+    ],
+)
+def test_layers_may_have_formats_of_their_own(how, expected, folders, tmp_path):
+    arguments = [str(folders / "plain"), "--output", str(tmp_path), "--precision", "mixed", "--engine", "none", *QUICK]
+    assert main([*arguments, "--calibration", str(folders / "conversations.jsonl"), *how]) == 0
+    student, _ = load_student(str(tmp_path / "student"))
+    found = {linear.format for linear in quantized_linears(student).values()}
+    assert len(found) > 1 and found >= expected
+
+
+def test_a_mixture_that_cannot_be_written_is_refused_before_it_is_calibrated(folders, tmp_path, capsys):
+    arguments = [str(folders / "plain"), "--output", str(tmp_path / "out"), "--precision", "mixed", *QUICK]
+    arguments += ["--calibration", str(folders / "conversations.jsonl"), "--layer-formats"]
+    assert main([*arguments, "*.up_proj=int4_g32_zp"]) == 2
+    assert "expected a symmetric format for an engine, found int4_g32_zp" in capsys.readouterr().err
+    assert main([*arguments, "*=int8_g64", "--compressed", "--engine", "none"]) == 2
+    assert "expected rows of whole groups of 64 weights for compressed-tensors" in capsys.readouterr().err
+    assert main([*arguments, "*.nothing=int8_g32", "--engine", "none"]) == 2
+    assert "found '*.nothing', which fits none of 7" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_verification_that_fails_ends_with_an_error(folders, tmp_path, capsys, monkeypatch):

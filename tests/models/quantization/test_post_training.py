@@ -25,8 +25,8 @@ FAR = {"int8": 0.02, "fp8_e4m3": 0.2, "int4": 2.0}  # nats; random weights are s
 DIVISIBLE = [name for name in FORMATS if not name.startswith(("int8_g128", "int4_g128", "int8_g64", "int4_g64"))]
 
 
-def quantized(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-    quantize_after_training(model, BATCHES, PostTrainingQuantization(**settings))
+def quantized(model: PreTrainedModel, format: str | dict[str, str] = "fp8_e4m3", **settings: Any) -> PreTrainedModel:
+    quantize_after_training(model, BATCHES, format, PostTrainingQuantization(**settings))
     return model
 
 
@@ -111,10 +111,11 @@ def test_solvers_are_given_the_gram_matrix_of_the_rounded_inputs(format: str, mo
 def test_tokens_count_by_what_the_predictions_owe_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight of 0 for all tokens but those of one sample leaves the statistics of that sample."""
     alone = tiny_model()
-    settings = PostTrainingQuantization(format="int8_weight_only", smoothing=())
+    settings = PostTrainingQuantization(smoothing=())
     quantize_after_training(
         alone,
         [{name: BATCHES[1][name][:1] for name in ("input_ids", "attention_mask")}],
+        "int8_weight_only",
         replace(settings, sensitive=False),
     )
 
@@ -125,7 +126,7 @@ def test_tokens_count_by_what_the_predictions_owe_to_them(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "token_weights", only_the_first)
     both = tiny_model()
-    quantize_after_training(both, BATCHES[1:], settings)
+    quantize_after_training(both, BATCHES[1:], "int8_weight_only", settings)
     for one, other in zip(quantized_linears(alone).values(), quantized_linears(both).values(), strict=True):
         assert (one.weight != other.weight).float().mean() < 0.01  # sums of other lengths are rounded otherwise
 
@@ -153,9 +154,9 @@ def test_smoothing_is_done_where_it_helps(format: str, method: Any, smooths: boo
 
 def test_a_replayed_edit_takes_the_state() -> None:
     model = tiny_model()
-    edit = quantize_after_training(model, BATCHES, PostTrainingQuantization())
+    edits = quantize_after_training(model, BATCHES, "fp8_e4m3")
     fresh = tiny_model(seed=1)
-    replay(fresh, [edit])
+    replay(fresh, edits)
     fresh.load_state_dict(model.state_dict())
     for batch in BATCHES:
         assert torch.equal(answer_logits(fresh.eval(), batch), answer_logits(model, batch))
@@ -163,16 +164,66 @@ def test_a_replayed_edit_takes_the_state() -> None:
 
 def test_progress_is_told() -> None:
     told: list[int] = []
-    quantize_after_training(tiny_model(), BATCHES, PostTrainingQuantization(method="nearest"), on_layer=told.append)
+    nearest = PostTrainingQuantization(method="nearest")
+    quantize_after_training(tiny_model(), BATCHES, "int8", nearest, on_layer=told.append)
     assert told == [layer.index for layer in decoder_layers(tiny_model())]
 
 
 def test_no_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one calibration batch"):
-        quantize_after_training(tiny_model(), [], PostTrainingQuantization())
+        quantize_after_training(tiny_model(), [], "int8")
 
 
 def test_a_quantized_model_is_refused() -> None:
     model = quantized(tiny_model(), method="nearest")
     with pytest.raises(ValueError, match="expected linear layers to quantize"):
         quantized(model)
+
+
+MIXED = {
+    "model.layers.0.self_attn.q_proj": "int8_static",
+    "model.layers.0.self_attn.k_proj": "int8_weight_only",
+    "model.layers.0.self_attn.v_proj": "int8",
+    "model.layers.0.mlp.down_proj": "int4_g32",
+    "model.layers.1.mlp.up_proj": "int8_static",
+}
+
+
+@pytest.mark.parametrize("method", ["nearest", "quantease"])
+def test_each_projection_may_have_a_format_of_its_own(method: str) -> None:
+    dense, model = tiny_model(**SIZES), tiny_model(**SIZES)
+    quantized(model, MIXED | {"model.layers.1.mlp.gate_proj": "none"}, method=method)
+    assert {name: linear.format for name, linear in quantized_linears(model).items()} == MIXED
+    for linear in quantized_linears(model).values():
+        assert all(quantizer.frozen for quantizer in linear.quantizers())
+        assert torch.equal(linear.weight_quantizer(linear.weight), linear.weight)
+    assert 0 < kl(model, dense) < FAR["int4"]
+
+
+def test_in_a_mixture_every_solver_is_given_the_inputs_as_its_layer_rounds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grams: dict[int, Tensor] = {}
+
+    def spy(weight_OI: Tensor, gram_II: Tensor, *args: Any, **kwargs: Any) -> Any:
+        grams[weight_OI.data_ptr()] = gram_II.clone()
+        return original(weight_OI, gram_II, *args, **kwargs)
+
+    original = module.gptq
+    monkeypatch.setattr(module, "gptq", spy)
+    model = quantized(tiny_model(**SIZES), MIXED, sensitive=False)
+    for linear, input_SI in inputs_of(model).items():
+        rounded_SI = input_SI if linear.input_quantizer is None else linear.input_quantizer(input_SI)
+        gram_II = grams[linear.weight.data_ptr()]
+        torch.testing.assert_close(gram_II, (rounded_SI.T @ rounded_SI).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_stay_as_they_are_are_not_smoothed() -> None:
+    dense = tiny_model(**SIZES)
+    model = quantized(tiny_model(**SIZES), {"model.layers.1.mlp.down_proj": "int8"})
+    changed = [
+        name
+        for name, value in model.state_dict().items()
+        if not torch.equal(value, dense.state_dict().get(name, value))
+    ]
+    assert set(changed) <= {"model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"}

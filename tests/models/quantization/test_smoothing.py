@@ -101,7 +101,7 @@ def test_the_search_makes_outliers_harmless(format: Format, number: int) -> None
     input_SI = torch.randn(200, len(pair.channel_I), generator=torch.Generator().manual_seed(0))
     input_SI[:, pair.channel_I == 3] *= 50
     before = output_error(pair, input_SI, format)
-    factor_C = best_factors(pair, input_SI, format)
+    factor_C = best_factors(pair, input_SI, [format] * len(pair.readers))
     fold(pair, factor_C)
     assert output_error(pair, input_SI / factor_C[pair.channel_I], format) < 0.7 * before
 
@@ -115,4 +115,4 @@ def test_the_search_may_find_that_nothing_helps() -> None:
     for reader in pair.readers:
         reader.weight.copy_(torch.randn(reader.weight.shape, generator=signs).sign())
     input_SI = torch.randn(50, 32, generator=signs).sign()
-    assert torch.equal(best_factors(pair, input_SI, FORMATS["int8"]), torch.ones(32))
+    assert torch.equal(best_factors(pair, input_SI, [FORMATS["int8"]] * 3), torch.ones(32))
