@@ -28,6 +28,7 @@ from tqdm import tqdm
 from benchmarks.chats import answered, held_out_prompts
 from benchmarks.harness import interleave, parser, report, spread
 from benchmarks.onnx_graphs import GRAPHS, MODEL, Graph, genai_graph, our_graph
+from export.for_cpu import CPU
 from export.shared_cache import SharedCacheSession
 from models.pretrained import load_model, load_tokenizer
 
@@ -63,7 +64,7 @@ def main() -> None:
         every = {f"ours {name}": path for name, path in ours.items()} | {
             f"genai {name}": theirs[name] / "model.onnx" for name in PRECISIONS
         }
-        every["ours prefill"] = ours["prefill"].with_name("every.onnx")
+        every["ours prefill"] = ours["prefill"].with_name(CPU)
         results += fidelity(every, arguments.conversations, arguments.threads)
     report(results, ratios, PACKAGES, arguments.json)
 

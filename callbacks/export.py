@@ -36,6 +36,7 @@ class ExportOnFitEnd(Callback):
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
         compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
         prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
+        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx).
         output: Folder to write into; by default the run's folder.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
         compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
@@ -59,6 +60,7 @@ class ExportOnFitEnd(Callback):
         plain: bool = False,
         compressed: bool = False,
         prefill: bool = False,
+        cpu: bool = False,
         output: str | None = None,
         tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
         compute_capability: Sequence[str | float] = (),
@@ -75,6 +77,7 @@ class ExportOnFitEnd(Callback):
             plain=plain,
             compressed=compressed,
             prefill=prefill,
+            cpu=cpu,
             tensorrt=tensorrt,
             compute_capability=tuple(map(str, compute_capability)),
             batch=batch,

@@ -1,18 +1,23 @@
-"""Quantization-aware training: observe, freeze the scales, then train with fake-quantized weights and activations."""
+"""Quantization-aware training: find the scales, freeze them, then train with fake-quantized weights and activations."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.averaging import refuse_averaging
-from callbacks.distributed import check_strategy, edit_on_all_ranks
+from callbacks.data import data_of
+from callbacks.distributed import check_strategy, edit_on_all_ranks, synchronize_anew
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
+from export.progress import Phases
+from models.architecture import decoder_layers
 from models.quantization import freeze_inputs, freeze_weights, merge_observations, quantized_linears
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import FormatName
+from models.quantization.post_training import Method, PostTrainingQuantization, calibrate_quantizers
 from models.quantization.scales import Search
 from models.student import StudentModule
 
@@ -21,22 +26,27 @@ class QuantizationAwareTraining(Callback):
     """Fake-quantize the decoder's linear layers from a given step on (embeddings, head and norms stay as they are).
 
     After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good (those of
-    inputs `inputs_after` steps later).  Scales are buffers of the student: a resumed run goes on with the same ones.  Several
-    devices share what they observe.
+    inputs `inputs_after` steps later).  Or, with a `method`, the student is quantized after training batches at `start_step`, as
+    `python -m export --calibration` does it, and training goes on from the best that calibration alone makes.  Scales are buffers of
+    the student: a resumed run goes on with the same ones.  Several devices share what they observe.
 
     Args:
         start_step: Optimizer steps done before quantizers are inserted.
-        observe_steps: Optimizer steps during which they only observe.
+        observe_steps: Optimizer steps during which they only observe; 4 by default.
         format: Number format, see docs/recipes.md: fp8_e4m3 (one scale per weight and one per input) is what engines fuse.
         search: Range that scales cover: max (nothing seen is clipped), percentile (99.99 % of an input's values; it clips
-            the few huge activations that decoders live on, so measure it), or mse (least squared error).
+            the few huge activations that decoders live on, so measure it), or mse (least squared error). By default max, and mse
+            with a method.
         inputs_after: Optimizer steps with rounded weights before inputs are rounded as well; inputs are observed until then.
         exceptions: Formats of some layers by a pattern of their names, such as {"*.down_proj": int8_g64, "model.layers.0.*": none}; none
             leaves a layer as it is, and the last pattern that fits decides.
+        method: Instead of observing, calibrate at start_step and round weights by nearest, gptq or quantease.
+        calibration_batches: Training batches for that.
+        seed: Of the choice of these batches.
 
     Raises:
-        ValueError: Steps out of range, quantization before the last pruning event, callbacks in the wrong order or one that
-            averages weights, or a strategy that shards the model.
+        ValueError: Steps out of range, a method together with steps of observation, quantization before the last pruning event,
+            callbacks in the wrong order or one that averages weights, or a strategy that shards the model.
     """
 
     needs_whole_student = True
@@ -44,23 +54,35 @@ class QuantizationAwareTraining(Callback):
     def __init__(
         self,
         start_step: int,
-        observe_steps: int = 4,
+        observe_steps: int | None = None,
         format: FormatName = "fp8_e4m3",
-        search: Search = "max",
+        search: Search | None = None,
         inputs_after: int = 0,
         exceptions: Mapping[str, str] | None = None,
+        method: Method | None = None,
+        calibration_batches: int = 16,
+        seed: int = 0,
     ) -> None:
-        if start_step < 1 or observe_steps < 1 or inputs_after < 0:
+        if method is not None and (observe_steps is not None or inputs_after):
             raise ValueError(
-                f"expected QuantizationAwareTraining.start_step and observe_steps of 1 or more and inputs_after of 0 or more, found "
-                f"{start_step}, {observe_steps} and {inputs_after}; change them in the recipe"
+                f"expected either QuantizationAwareTraining.method or steps of observation, found {method}, observe_steps "
+                f"{observe_steps} and inputs_after {inputs_after}; leave one of them out"
+            )
+        observe_steps = 4 if observe_steps is None else observe_steps
+        if min(start_step, observe_steps, calibration_batches) < 1 or inputs_after < 0:
+            raise ValueError(
+                "expected QuantizationAwareTraining.start_step, observe_steps and calibration_batches of 1 or more and inputs_after of 0 "
+                f"or more, found {start_step}, {observe_steps}, {calibration_batches} and {inputs_after}; change them in the recipe"
             )
         self.start_step = start_step
-        self.freeze_weights_step = start_step + observe_steps
-        self.freeze_step = start_step + observe_steps + inputs_after
+        self.freeze_weights_step = start_step + (observe_steps if method is None else 0)
+        self.freeze_step = self.freeze_weights_step + inputs_after
         self.format = format
-        self.search = search
+        self.search: Search = search or ("max" if method is None else "mse")
         self.exceptions = dict(exceptions or {})
+        self.method = method
+        self.calibration_batches = calibration_batches
+        self.seed = seed
         self._boundary = StepBoundary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -95,6 +117,9 @@ class QuantizationAwareTraining(Callback):
         if trainer.global_step == self.start_step:
             formats = formats_by_pattern(pl_module.student, self.format, self.exceptions)
             edit_on_all_ranks(trainer, pl_module, quantization_edits(formats))
+            if self.method is not None:
+                self._calibrate(trainer, pl_module, self.method)
+                return
             rank_zero_info(
                 f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on"
             )
@@ -105,3 +130,16 @@ class QuantizationAwareTraining(Callback):
             if trainer.global_step == step:
                 frozen = freeze(pl_module.student, self.search)
                 rank_zero_info(f"Froze {frozen} {self.format} scales of {what} after step {step}")
+
+    # Compiled code would be compiled anew for every set of hooks, to read a few batches.
+    @torch.compiler.set_stance("force_eager")
+    def _calibrate(self, trainer: Trainer, module: StudentModule, method: Method) -> None:
+        """Quantize the student after training batches, the same ones on every device; all end with rank 0's weights and scales."""
+        drawn = data_of(trainer).calibration_batches(self.calibration_batches, seed=self.seed)
+        batches = [{**batch} for batch in drawn]
+        settings = PostTrainingQuantization(method=method, weight_search=self.search, input_search=self.search)
+        with Phases().phase(
+            f"Quantizing after {len(batches)} batches", len(decoder_layers(module.student))
+        ) as on_layer:
+            calibrate_quantizers(module.student, batches, settings, on_layer=lambda _: on_layer())
+        synchronize_anew(trainer.strategy)

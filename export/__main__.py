@@ -5,16 +5,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from export.calibration import calibrate
 from export.huggingface import load_student
-from export.options import PROMPTS, calibration_of, parser, settings_of
+from export.options import calibration_of, parser, settings_of
 from export.pipeline import check_formats, check_output_free, export_all
 from export.progress import Phases
+from export.prompts import prompts_for_verification
 from export.report import write_report
 from export.settings import check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
@@ -33,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output_free(options.output)
         print(f"Loading {options.model}", flush=True)
         model, tokenizer = load_any(options.model)
+        prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
         if calibration is not None:
             check = partial(check_formats, model, settings=settings)
             with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
                 calibrate(model, tokenizer, calibration, check=check, on_layer=on_layer)
         if options.precision not in UNQUANTIZED:
             check_exportable(model, precision=options.precision, opset=options.opset)
-        prompts = tokenize_prompts(tokenizer, PROMPTS[: options.prompts])
         report = export_all(model, tokenizer, options.output, settings, prompts, overwrite=options.overwrite)
         write_report(options.output, report)
         for check in report["verification"]:
@@ -68,23 +67,6 @@ def load_any(reference: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
         return load_student_checkpoint(path)
     return load_student(reference)
-
-
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts as a left-padded batch, through the chat template if there is one."""
-    texts = list(prompts)
-    if tokenizer.chat_template:
-        conversations = [[{"role": "user", "content": text}] for text in prompts]
-        texts = [
-            str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)) for c in conversations
-        ]
-    rows: list[list[int]] = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]  # type: ignore[assignment]
-    width = max(len(row) for row in rows)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return {
-        "prompt_ids": torch.tensor([[padding] * (width - len(row)) + row for row in rows]),
-        "prompt_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-    }
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ product.  In 4 bits the product gets codes of its own, and the embedding stays a
 Letters: K features that a product reads, N columns, B = K / block size blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,7 @@ def block_weights(
     block_size: int = 32,
     head_bits: int | None = None,
     given: Mapping[str, Blocks] | None = None,
+    keep: Callable[[str], bool] = lambda name: False,
 ) -> list[str]:
     """Store, in place, the weights of all matrix products with a constant right side as blocks.
 
@@ -93,6 +94,7 @@ def block_weights(
         block_size: Rows of a block, a power of two from 16 on that divides the features of every product.
         head_bits: Bits of the last product; None: `bits`.
         given: Codes and scales by the name of the weight in the graph, which are stored instead of rounded ones.
+        keep: Whether the weight of this name stays as it is.
 
     Returns:
         Names of the weights.
@@ -109,9 +111,9 @@ def block_weights(
     head = graph.outputs[0].producer()
     for node in list(graph):
         weight = _weight_of(node)
-        if weight is None:
+        name = "" if weight is None else weight.name or ""
+        if weight is None or keep(name):
             continue
-        name = weight.name or ""
         stored.append(name)
         number = head_bits if node is head and head_bits is not None else bits
         if node.inputs[1] is weight:

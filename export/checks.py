@@ -27,6 +27,7 @@ class Check:
         mean_abs_difference: Mean |a - b| over all of them.
         max_relative_difference: Largest max|a - b| / max|b| of one tensor at one step, b from torch.
         greedy_agreement: Share of tokens for which both choose the same next token.
+        identical_texts: Share of prompts for which both choose the same token at every step: the greedy texts are the same.
         kl: Mean KL(torch || artefact) in nats per token.
         worst: Tensor and step with the largest relative difference.
         note: How to read the figures.
@@ -41,6 +42,7 @@ class Check:
     mean_abs_difference: float | None = None
     max_relative_difference: float | None = None
     greedy_agreement: float | None = None
+    identical_texts: float | None = None
     kl: float | None = None
     worst: str | None = None
     note: str | None = None
@@ -63,6 +65,7 @@ class Comparison:
         ] = []  # cache entries in the order of the layers, and their relative differences
         self._kl: list[Tensor] = []
         self._agreement: list[Tensor] = []
+        self._same_text_B: Tensor | None = None
 
     def add(self, name: str, ours: Tensor, theirs: Tensor) -> float:
         """Compare one tensor with torch's; both hold valid positions only.  NaN counts as an infinite difference."""
@@ -100,6 +103,11 @@ class Comparison:
         self._kl.append(forward_kl(ours_NV, theirs_NV))
         self._agreement.append(ours_NV.argmax(dim=-1) == theirs_NV.argmax(dim=-1))
 
+    def add_choices(self, ours_BV: Tensor, theirs_BV: Tensor) -> None:
+        """Compare the tokens that both choose next, prompt by prompt, from the logits of the last position."""
+        same_B = ours_BV.argmax(dim=-1) == theirs_BV.argmax(dim=-1)
+        self._same_text_B = same_B if self._same_text_B is None else self._same_text_B & same_B
+
     def check(
         self, name: str, bound: float, bounded: str = "max_relative_difference", note: str | None = None
     ) -> Check:
@@ -122,6 +130,7 @@ class Comparison:
             mean_abs_difference=self._sum_abs / max(self._count, 1),
             max_relative_difference=self.max_relative,
             greedy_agreement=torch.cat(self._agreement).float().mean().item(),
+            identical_texts=None if self._same_text_B is None else self._same_text_B.float().mean().item(),
             kl=kl,
             worst=self.worst,
             note=note,

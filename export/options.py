@@ -11,16 +11,6 @@ from models.quantization.choice import UNQUANTIZED as NO_FORMAT
 from models.quantization.formats import FORMATS
 from models.quantization.post_training import Method, PostTrainingQuantization
 
-PROMPTS = (
-    "What is 7 plus 5?",
-    "Name the capital of France.",
-    "Write one short sentence about rain.",
-    "Is the statement 'all cats are animals' true or false? Answer with one word and then give the reason for your answer.",
-    "List three colours.",
-    "A train leaves at 9:40 and arrives at 11:05. How long does the journey take? Think step by step, then answer.",
-    "Translate 'good morning' into Spanish.",
-    "Summarize in one sentence: the sun warms the sea, water rises as vapour, cools down, forms clouds and falls as rain.",
-)
 _CALIBRATION_OPTIONS = ("--method", "--calibration-conversations", "--layer-formats", "--average-bits")
 
 
@@ -31,6 +21,7 @@ def settings_of(options: argparse.Namespace) -> ExportSettings:
         formats=("hf", "onnx") if options.engine == "none" else ("hf", "onnx", "engine"),
         plain=options.plain,
         prefill=options.prefill,
+        cpu=options.cpu,
         compressed=options.compressed,
         tensorrt="auto" if options.engine == "none" else options.engine,
         compute_capability=tuple(options.compute_capability),
@@ -158,13 +149,12 @@ def parser() -> argparse.ArgumentParser:
         help="with precision mixed: share out so many bits a weight, on average, over 4, 8 and 16 bits, by measured sensitivity",
     )
     add(
-        "--prompts",
-        type=int,
-        choices=range(1, len(PROMPTS) + 1),
-        default=4,
-        metavar="N",
-        help="verified prompts, 1 to 8",
+        "--verify-on",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="conversations whose prompts are verified; without them, prompts that come with Potstill",
     )
+    add("--prompts", type=positive, default=4, metavar="N", help="number of verified prompts (default: %(default)s)")
     add("--decode-steps", type=int, default=64, metavar="N", help="verified tokens after each (default: %(default)s)")
     add("--benchmark-prompt", type=int, default=128, metavar="N", help="prompt of the benchmark, tokens")
     add("--benchmark-repetitions", type=int, default=5, metavar="N", help="0: no benchmark (default: %(default)s)")
@@ -173,6 +163,8 @@ def parser() -> argparse.ArgumentParser:
         "write also onnx/prefill.onnx: the same weights, and logits of the last position only (ranking, first tokens)"
     )
     add("--prefill", action="store_true", help=text)
+    text = "write also onnx/cpu.onnx, for ONNX Runtime on CPUs only: cache and products as they are fastest there"
+    add("--cpu", action="store_true", help=text)
     add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
     add("--compressed", action="store_true", help="write a quantized student as codes, for vLLM and SGLang, as well")
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")

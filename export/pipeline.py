@@ -4,6 +4,7 @@
     OUTPUT/compressed/                 only if asked for: the same student as codes and scales, see `export/compressed.py`
     OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
     OUTPUT/onnx/prefill.onnx           only if asked for: the same weights, logits of the last position
+    OUTPUT/onnx/cpu.onnx (+ .data)     only if asked for: the same student for ONNX Runtime on a CPU, see `export/for_cpu.py`
     OUTPUT/onnx/engine-source.onnx     only for quantized engines: the same graph with float16 between the matrix products
     OUTPUT/engine/model-*.engine       compiled, one for each package and target
 
@@ -26,6 +27,7 @@ from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.files import folder_bytes, move_into_place, staging_folder
+from export.for_cpu import CPU, CPU_PREFILL, write_cpu_graphs
 from export.huggingface import check_plain, save_student, without_quantizers
 from export.prefill import PREFILL, write_prefill
 from export.progress import Phases
@@ -33,7 +35,7 @@ from export.reference import Reference, record
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
 from export.to_tensorrt import Engine, build_engine, default_profiles, import_tensorrt
-from export.verify import longest_prompt, verify_engine, verify_longest, verify_onnx, verify_prefill
+from export.verify import longest_prompt, verify_cpu, verify_engine, verify_longest, verify_onnx, verify_prefill
 from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.formats import FORMATS
@@ -41,6 +43,7 @@ from models.quantization.linear import quantized_linears
 
 STUDENT, COMPRESSED = "student", "compressed"
 GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
+CPU_GRAPH, CPU_PREFILL_GRAPH = f"onnx/{CPU}", f"onnx/{CPU_PREFILL}"
 _OURS = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
 
 
@@ -147,6 +150,9 @@ def _write_graphs(model: PreTrainedModel, staging: Path, settings: ExportSetting
         export_onnx(model, staging / GRAPH, precision=precision, opset=settings.opset)
         if settings.prefill:
             write_prefill(staging / GRAPH)
+    if settings.cpu:
+        with phases.phase(f"ONNX {precision} for the CPU"):
+            write_cpu_graphs(staging / GRAPH, prefill=settings.prefill)
     if "engine" not in settings.formats:
         return None
     source = staging / GRAPH
@@ -188,6 +194,12 @@ def _verify(
         if settings.prefill:
             checks.append(verify_prefill(reference, staging / PREFILL_GRAPH, threads=settings.threads))
         checks.append(verify_longest(alone, staging / GRAPH, threads=settings.threads))
+    if settings.cpu:
+        with phases.phase("Verification of cpu.onnx", steps) as on_step:
+            checks += verify_cpu(reference, staging / CPU_GRAPH, threads=settings.threads, on_step=on_step)
+            if settings.prefill:
+                last = staging / CPU_PREFILL_GRAPH
+                checks.append(verify_prefill(reference, last, threads=settings.threads, for_cpu=True))
     if (staging / ENGINE_SOURCE).is_file():
         with phases.phase("Verification of engine-source.onnx", steps) as on_step:
             source = staging / ENGINE_SOURCE
@@ -250,6 +262,8 @@ def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *,
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if settings.prefill:
         rows.append(artefact(PREFILL_GRAPH, "ONNX, last position only, on the weights of model.onnx"))
+    if settings.cpu:
+        rows.append(artefact(CPU_GRAPH, f"ONNX {settings.precision} for ONNX Runtime on a CPU"))
     if (output / ENGINE_SOURCE).exists():
         rows.append(
             artefact(ENGINE_SOURCE, f"ONNX {settings.precision}, float16 between (what the engine was built from)")

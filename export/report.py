@@ -150,12 +150,22 @@ def _verification_table(report: Report) -> str:
             _number(check.get("max_relative_difference")),
             _number(check.get("bound")) + (" (KL)" if check.get("bounded") == "kl" else ""),
             _number(check.get("greedy_agreement")),
+            _number(check.get("identical_texts")),
             _number(check.get("kl")),
             check.get("reason") or "",
         ]
         for check in checks
     ]
-    header = ["check", "status", "largest relative difference", "bound", "greedy agreement", "KL (nats)", "remarks"]
+    header = [
+        "check",
+        "status",
+        "largest relative difference",
+        "bound",
+        "greedy agreement",
+        "identical texts",
+        "KL (nats)",
+        "remarks",
+    ]
     return "## Verification\n\n" + _table(header, rows)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from export.for_cpu import check_cpu
 from export.to_onnx import Precision, check_engine_formats, format_for
 from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
 
@@ -19,6 +20,7 @@ class ExportSettings:
         plain: Refuse to write a folder that plain transformers would not load.
         compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
         prefill: Write a second graph on the same weights that returns the logits of the last position only.
+        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs.
         tensorrt: Which package compiles the engine.
         compute_capability: Target GPUs such as "8.9"; none: portable.
         batch: Conversations at a time that the engine takes: smallest, usual, largest.
@@ -36,6 +38,7 @@ class ExportSettings:
     plain: bool = False
     compressed: bool = False
     prefill: bool = False
+    cpu: bool = False
     tensorrt: Flavour = "auto"
     compute_capability: tuple[str, ...] = ()
     batch: Range = (1, 1, 16)
@@ -61,6 +64,8 @@ def check_settings(settings: ExportSettings) -> None:
             raise ValueError(
                 f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
             )
+    if settings.cpu:
+        check_cpu(settings.precision, settings.opset)
     if "engine" in settings.formats:
         format = format_for(settings.precision)
         check_engine_formats([] if format is None else [format])

@@ -9,6 +9,7 @@
 | rounded inputs, free   | distributions                                        | KL: 2 x the model's own sensitivity       |
 | one prompt at a time   | logits without padding with the run of the batch     | as for the file, free                     |
 | longest prompt         | one prompt of the largest length that is allowed     | as for the file, free                     |
+| `cpu.onnx`             | float32 as above; quantized ones as a free run       | the same                                  |
 | engine                 | as the ONNX file; with rounded inputs as a free run  | needs a GPU, else `not_run`               |
 
 "Fed": each activation quantizer gets the value that entered it in torch, see `export/cut.py` for why; what the graph computed in
@@ -111,15 +112,27 @@ def verify_longest(reference: Reference, path: Path, *, threads: int | None = No
     return replace(check, name=f"{name}, longest prompt ({reference.steps[0].input_ids.shape[1]} tokens)")
 
 
-def verify_prefill(reference: Reference, path: Path, *, threads: int | None = None) -> Check:
-    """Compare a graph of `export.prefill` with the recorded prompts; see `verify_alone` for the bound."""
-    metadata, step, comparison = _metadata(path), reference.steps[0], Comparison()
-    output = OnnxSession(path, threads=threads, exact=True).run(step.input_ids, step.attention_mask)
+def verify_prefill(reference: Reference, path: Path, *, threads: int | None = None, for_cpu: bool = False) -> Check:
+    """Compare a graph of the last position only with the recorded prompts; see `verify_alone` and `verify_cpu` for the bounds."""
+    precision, activations = _metadata(path)["precision"], _metadata(path)["activations"]
+    step, comparison = reference.steps[0], Comparison()
+    output = OnnxSession(path, threads=threads, exact=not for_cpu).run(step.input_ids, step.attention_mask)
     comparison.add_logits(0, output.logits[:, -1], step.logits[:, -1])
-    name = f"onnx {metadata['precision']}, prefill graph"
-    if reference.sensitivity is not None:
+    name = f"onnx {precision}{' for the CPU' if for_cpu else ''}, prefill graph"
+    if reference.sensitivity is not None or (for_cpu and precision != "fp32"):
         return comparison.check(name, _kl_bound(reference), bounded="kl")
-    return comparison.check(name, BOUNDS[metadata["activations"]])
+    return comparison.check(name, BOUNDS[activations])
+
+
+def verify_cpu(
+    reference: Reference, path: Path, *, threads: int | None = None, on_step: Callable[[], None] = lambda: None
+) -> list[Check]:
+    """Compare a graph of `export.for_cpu` with a recorded run: float32 as any, quantized ones, whose head is rounded, as served."""
+    precision, session = _metadata(path)["precision"], OnnxSession(path, threads=threads)
+    name = f"onnx {precision} for the CPU"
+    if precision == "fp32":
+        return _compare_run(name, session, reference, BOUNDS["float32"], on_step)
+    return [verify_free_run(name, session, reference, on_step)]
 
 
 def verify_free_run(
@@ -132,6 +145,7 @@ def verify_free_run(
         output = session.run(step.input_ids, step.attention_mask, cache)
         cache = output.cache
         comparison.add_logits(number, output.logits[step.valid], step.logits[step.valid])
+        comparison.add_choices(output.logits[:, -1], step.logits[:, -1])
         on_step()
     note = f"the torch model's own sensitivity to its last digits is {reference.sensitivity or 0.0:.3g} nats"
     if reference.sensitivity is None:
@@ -196,6 +210,7 @@ def _compare_run(
         output = session.run(step.input_ids, step.attention_mask, cache)
         cache = output.cache
         _compare_step(comparisons["decode" if number else "prefill"], number, step, output)
+        comparisons["decode"].add_choices(output.logits[:, -1], step.logits[:, -1])  # the first token, too
         on_step()
     return [comparison.check(f"{name}, {phase}", bound) for phase, comparison in comparisons.items()]
 
@@ -224,6 +239,7 @@ def _compare_fed(
         cache = output.cache
         comparison = comparisons["decode" if number else "prefill"]
         _compare_step(comparison, number, step, output)
+        comparisons["decode"].add_choices(output.logits[:, -1], step.logits[:, -1])
         for quantizer, tensor in entering.items():
             theirs = step.quantizer_inputs[quantizer]
             ours = output.others[tensor].reshape(theirs.shape)  # of attention, heads may still lie apart

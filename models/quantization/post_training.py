@@ -20,7 +20,7 @@ from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, input_of, on_device
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import Format, format_of
-from models.quantization.linear import FakeQuantizedLinear
+from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
 from models.quantization.rounding import Rounded, gptq, nearest, quantease
 from models.quantization.scales import Search
@@ -109,19 +109,31 @@ def quantize_after_training(
         ValueError: There was no batch, no such format, or a model that has quantizers already.
     """
     edits = quantization_edits(formats_by_pattern(model, formats, {}) if isinstance(formats, str) else formats)
+    for edit in edits:
+        apply_edit(model, edit)
+    calibrate_quantizers(model, batches, settings, on_layer=on_layer)
+    return edits
+
+
+def calibrate_quantizers(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    settings: PostTrainingQuantization = PostTrainingQuantization(),
+    *,
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> None:
+    """Find the scales of quantizers that are in a model but not frozen yet, and round its weights; see `quantize_after_training`."""
+    formats = {linear.format for linear in quantized_linears(model).values()}
+    smooths = any(settings.strengths(format) for format in formats)
+    sensitive = settings.sensitive and (settings.method != "nearest" or smooths)
     with evaluating(model), torch.no_grad():
-        smooths = any(settings.strengths(edit["format"]) for edit in edits)
-        sensitive = settings.sensitive and (settings.method != "nearest" or smooths)
         readings = [
             _read(model, batch, number, sensitive=sensitive)
             for number, batch in enumerate(on_device(batches, model.device))
         ]
-        for edit in edits:
-            apply_edit(model, edit)
         for layer in decoder_layers(model):
             _quantize_layer(layer, readings, settings)
             on_layer(layer.index)
-    return edits
 
 
 def _read(model: PreTrainedModel, batch: Batch, number: int, *, sensitive: bool) -> _Reading:

@@ -1,5 +1,6 @@
 """Schedules, refusals and what the smaller callbacks write; exact resume is in `test_resume.py`."""
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from same import assert_same
 from tiny import tiny_folder
 
 from callbacks import (
@@ -30,6 +32,8 @@ from models.architecture import count_parameters, decoder_layers
 from models.evaluation import evaluate
 from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
+from models.quantization.choice import formats_by_pattern
+from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +191,39 @@ def test_quantizers_observe_then_freeze(folders: dict[str, str], tmp_path: Path)
     assert scales.seen[4] == scales.seen[5] == scales.seen[6]
     names = quantized_linears(trainer.lightning_module.student)
     assert all(name.startswith("model.layers.") and name.endswith("_proj") for name in names)
+
+
+def test_a_student_may_start_from_what_calibration_makes(folders: dict[str, str], tmp_path: Path) -> None:
+    class Before(Callback):
+        student: Any
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                self.after = copy.deepcopy(pl_module.student)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                self.before = copy.deepcopy(pl_module.student)
+
+    before = Before()
+    formats = {"*.down_proj": "int4_g32", "*.o_proj": "none"}
+    quantization = QuantizationAwareTraining(2, format="int8", exceptions=formats, method="gptq", calibration_batches=2)
+    trainer = fit(folders, tmp_path, before, quantization)
+    batches = list(trainer.datamodule.calibration_batches(2, seed=0))  # type: ignore[attr-defined]
+    chosen = formats_by_pattern(before.before, "int8", formats)
+    quantize_after_training(before.before, batches, chosen, PostTrainingQuantization(method="gptq"))
+    assert_same(before.after.state_dict(), before.before.state_dict())
+    student = trainer.lightning_module.student
+    moved = [not torch.equal(p, q) for p, q in zip(student.parameters(), before.after.parameters(), strict=True)]
+    assert any(moved)
+    for (_, ours), (_, then) in zip(student.named_buffers(), before.after.named_buffers(), strict=True):
+        assert torch.equal(ours, then)  # scales stay
+
+
+@pytest.mark.parametrize("settings", [{"observe_steps": 2}, {"inputs_after": 1}])
+def test_a_method_leaves_nothing_to_observe(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="either QuantizationAwareTraining.method or steps of observation, found gptq"):
+        QuantizationAwareTraining(2, method="gptq", **settings)
 
 
 def test_phases_are_judged_where_they_end(folders: dict[str, str], tmp_path: Path) -> None:

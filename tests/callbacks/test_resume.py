@@ -57,7 +57,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def fit(places: dict[str, str], folder: Path, crash_at: int = 0, resume: bool = False) -> tuple[Trainer, Losses]:
+def fit(
+    places: dict[str, str],
+    folder: Path,
+    crash_at: int = 0,
+    resume: bool = False,
+    quantization: QuantizationAwareTraining | None = None,
+) -> tuple[Trainer, Losses]:
     """One run with everything on: two stages, pruning, quantization, accumulation, a learning rate schedule, epochs."""
     module = Distillation(
         student=places["student"],
@@ -72,7 +78,7 @@ def fit(places: dict[str, str], folder: Path, crash_at: int = 0, resume: bool = 
         GradualPruning(
             0.5, 0.5, start_step=PRUNE_AT[0], end_step=PRUNE_AT[1], events=2, multiple=8, calibration_batches=2
         ),
-        QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
+        quantization or QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
         losses,
         Crash(crash_at),
         Checkpoint(every_n_steps=1),
@@ -118,6 +124,24 @@ def test_crash_and_resume_equal_the_uninterrupted_run(
     assert_same(trainer.optimizers[0].state_dict(), expected.optimizers[0].state_dict())
     schedules = [t.lr_scheduler_configs[0].scheduler.state_dict() for t in (trainer, expected)]
     assert schedules[0] == schedules[1]
+
+
+@pytest.mark.parametrize("step", [QUANTIZE_AT, QUANTIZE_AT + 2])
+def test_a_run_from_a_calibrated_student_resumes_without_calibrating_again(
+    step: int, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [fit(places, tmp_path / "whole", quantization=calibrated())[0]]
+    fit(places, tmp_path / "halves", crash_at=step, quantization=calibrated())
+    monkeypatch.delattr("callbacks.quantization.calibrate_quantizers")
+    runs.append(fit(places, tmp_path / "halves", resume=True, quantization=calibrated())[0])
+    whole, halves = (trainer.lightning_module for trainer in runs)
+    assert whole.edits == halves.edits
+    assert_same(halves.state_dict(), whole.state_dict())
+    assert_same(runs[1].optimizers[0].state_dict(), runs[0].optimizers[0].state_dict())
+
+
+def calibrated() -> QuantizationAwareTraining:
+    return QuantizationAwareTraining(QUANTIZE_AT, format="int8_static", method="gptq", calibration_batches=2)
 
 
 def test_the_run_had_something_on_both_sides(uninterrupted: tuple[Trainer, Losses], places: dict[str, str]) -> None:

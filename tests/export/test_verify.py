@@ -4,6 +4,7 @@ import torch
 from onnx import numpy_helper
 from tiny_models import left_padded_prompts
 
+from export.checks import Comparison
 from export.reference import record
 from export.verify import VerificationError, raise_on_failure, verify, verify_engine
 
@@ -73,3 +74,21 @@ def test_engines_without_a_gpu_are_not_run_and_never_passed(plain_model, tmp_pat
     assert {check.status for check in checks} == {"not_run"}
     assert all(check.reason and "GPU" in check.reason for check in checks)
     raise_on_failure([check.as_dict() for check in checks])
+
+
+def test_a_text_is_identical_only_if_every_token_is():
+    comparison = Comparison()
+    first, second = torch.eye(4)[[0, 1, 2]], torch.eye(4)[[3, 3, 3]]
+    comparison.add_logits(0, first, first)
+    comparison.add_choices(first, first)
+    comparison.add_choices(second, torch.eye(4)[[3, 2, 3]])
+    comparison.add_choices(first, first)
+    assert comparison.check("text", 1.0).identical_texts == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp8"])
+def test_greedy_texts_are_counted(name, graphs, plain_model, quantized_model):
+    model = plain_model if name == "fp32" else quantized_model
+    checks = {check.name: check for check in verify(model, graphs[name], IDS, MASK, decode_steps=4)}
+    assert checks[f"onnx {name}, decode"].identical_texts == 1.0
+    assert checks[f"onnx {name}, prefill"].identical_texts is None

@@ -1,0 +1,99 @@
+"""A graph of the same student for ONNX Runtime on a CPU, faster there and readable nowhere else: `cpu.onnx`.
+
+| change                                              | why                                                                    |
+|-----------------------------------------------------|------------------------------------------------------------------------|
+| products that read the same tensor are one          | fewer, wider products: `export/merge_products.py`                      |
+| the cache lies inside attention                     | appended to in place, not copied: `export/cached_attention.py`         |
+| a residual sum and its norm are one operator        | fewer operators: `export/skip_norms.py`                                |
+| `int8`, `int8_static`: products of whole numbers    | AMX and VNNI; the same codes and scales: `export/integer_products.py`  |
+| a quantized student: the head in blocks of 8 bits   | a small model's head is most of its bytes: `export/block_weights.py`   |
+
+The inputs and outputs are those of `model.onnx`.  `export/shared_cache.py` runs it with one buffer for past and present.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from export.block_weights import block_weights
+from export.cached_attention import cache_in_attention
+from export.files import move_into_place, staging_folder
+from export.integer_products import integer_products
+from export.last_logits import keep_last_logits
+from export.merge_products import merge_products
+from export.skip_norms import norms_with_sums
+
+CPU, CPU_PREFILL = "cpu.onnx", "cpu-prefill.onnx"
+_OPSET = 23
+
+
+def write_cpu_graphs(graph: Path, *, prefill: bool = False, head_bits: Literal[4, 8] | None = None) -> Path:
+    """Write `cpu.onnx`, its weights in `cpu.onnx.data`, beside a graph of `export_onnx`.
+
+    Args:
+        graph: The file, its weights beside it, with float32 between the products.
+        prefill: Write also `cpu-prefill.onnx`, on the same weights, which returns the logits of the last position only.
+        head_bits: Bits of the head, rounded to nearest in blocks; None: 8 for a quantized student, else float32.
+
+    Raises:
+        ValueError: A graph with float16 between the products, with FP8 in them, or below opset 23.
+    """
+    model = ir.load(graph)
+    _check(model)
+    quantized = model.metadata_props["precision"] != "fp32"
+    _store_head(model, head_bits or (8 if quantized else None))
+    merge_products(model)
+    if quantized:
+        integer_products(model, keep=lambda name: True)  # those that the graph describes
+    cache_in_attention(model)
+    norms_with_sums(model)
+    target = graph.with_name(CPU)
+    data = f"{CPU}.data"
+    with staging_folder(graph.parent) as folder:
+        ir.save(model, folder / CPU, external_data=data)
+        if prefill:
+            last = ir.load(folder / CPU)
+            keep_last_logits(last)
+            last.metadata_props["logits"] = "last position"
+            ir.save(last, folder / CPU_PREFILL)
+            move_into_place(folder / CPU_PREFILL, graph.with_name(CPU_PREFILL))
+        move_into_place(folder / data, graph.with_name(data))
+        move_into_place(folder / CPU, target)
+    return target
+
+
+def check_cpu(precision: str, opset: int) -> None:
+    """Raise `ValueError` for a precision or an opset that has no such graph."""
+    if precision == "fp16" or precision.startswith("fp8"):
+        raise ValueError(
+            f"expected float32 or integers for a graph for the CPU, found precision {precision}, for which CPUs have no products; choose "
+            "fp32, int8 or a weight-only format, or leave the graph out"
+        )
+    if opset < _OPSET:
+        raise ValueError(
+            f"expected opset {_OPSET} for a graph for the CPU, found {opset}, which has no fused attention; choose {_OPSET}, or leave the "
+            "graph out"
+        )
+
+
+def _check(model: ir.Model) -> None:
+    precision, half = model.metadata_props["precision"], model.metadata_props["activations"] == "float16"
+    check_cpu("fp16" if half else precision, int(model.metadata_props["opset"]))
+
+
+def _store_head(model: ir.Model, bits: Literal[4, 8] | None) -> None:
+    """Store the head in the largest blocks that its rows divide into; one behind a soft cap, or with odd rows, stays as it is."""
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    product = logits.producer()
+    right = None if product is None or product.op_type != "MatMul" else product.inputs[1]
+    if bits is None or right is None:
+        return
+    transpose = right.producer()
+    weight = right if transpose is None else transpose.inputs[0]
+    assert weight is not None
+    assert weight.const_value is not None
+    rows = weight.const_value.numpy().shape[0 if transpose is None else 1]
+    sizes = [size for size in (64, 32, 16) if rows % size == 0]
+    if sizes:
+        block_weights(model, bits=bits, block_size=sizes[0], keep=lambda name: name != weight.name)
