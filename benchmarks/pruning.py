@@ -34,10 +34,10 @@ from benchmarks.study import Row, Rows, machine
 from models.architecture import count_parameters
 from models.evaluation import evaluate
 from models.pretrained import load_model, load_tokenizer
-from models.pruning.cut import Targets, plan_cut, rank_units, repair_cut
+from models.pruning.cut import PruningSettings, Targets, plan_cut, rank_units, repair_cut
 from models.pruning.ranking import Ranking
 from models.pruning.shape import shape_of
-from models.structure import replay
+from models.structure import Edit, replay
 from models.teacher import RememberingTeacher, Teacher
 
 MODEL = "package:smollm2-135m-instruct"
@@ -57,6 +57,9 @@ class Bench:
         self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())
         self._teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.bfloat16))
         self._rankings: dict[tuple[str, int], tuple[Ranking, float]] = {}
+        self._plans: dict[
+            tuple[int | None, str], tuple[list[Edit], float]
+        ] = {}  # which layers go, by each way to choose them
 
     def row(self, cut: str, arm: Arm | Peer) -> Row:
         """One student, cut and judged; `layers` holds neurons, query heads and groups of each."""
@@ -73,12 +76,24 @@ class Bench:
         """A student, and the seconds that it took to rank, choose, cut and repair it."""
         settings = arm.settings
         ranking, ranked_in = self._ranking(arm) if targets.neurons or targets.kv_groups else (None, 0.0)
+        edits, planned_in = self._plan(targets, settings, ranking)
         started = time.perf_counter()
-        edits = plan_cut(self.model, self.calibration, targets, settings, ranking=ranking)
         student = copy.deepcopy(self.model)
         replay(student, edits)
         repair_cut(student, self.model, edits, self.calibration, settings)
-        return student, ranked_in + time.perf_counter() - started
+        return student, ranked_in + planned_in + time.perf_counter() - started
+
+    def _plan(self, targets: Targets, settings: PruningSettings, ranking: Ranking | None) -> tuple[list[Edit], float]:
+        """What goes, and the seconds that it took to choose it; a search for layers, which takes minutes, serves all repairs."""
+        key, of_layers = (targets.layers, settings.depth), targets == Targets(layers=targets.layers)
+        if of_layers and key in self._plans:
+            return self._plans[key]
+        started = time.perf_counter()
+        edits = plan_cut(self.model, self.calibration, targets, settings, ranking=ranking)
+        plan = edits, time.perf_counter() - started
+        if of_layers:
+            self._plans[key] = plan
+        return plan
 
     def _cut_by_peer(self, targets: Targets, peer: Peer) -> tuple[PreTrainedModel, float]:
         from benchmarks.torch_pruning_peer import torch_pruning_edits  # needs the extra `bench`
