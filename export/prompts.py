@@ -50,7 +50,7 @@ def prompts_for_verification(
             "longer file with --verify-on"
         )
     if tokenizer.chat_template:
-        rows = [example.input_ids[: example.prompt_length] for example in encode(tokenizer, found[:number])]
+        rows = [example.input_ids[: example.prompt_length].long() for example in encode(tokenizer, found[:number])]
     else:
         rows = [torch.tensor(tokenizer(each.prompt[-1]["content"])["input_ids"]) for each in found[:number]]
     masks = [torch.ones_like(row) for row in rows]

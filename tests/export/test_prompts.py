@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from tiny_models import tiny_tokenizer
 
 from export.prompts import PROMPTS, prompts_for_verification
@@ -13,27 +14,32 @@ def written(path, *prompts):
     return path
 
 
-def texts(tokenizer, batch):
-    rows = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
-    return [tokenizer.decode(ids_P[mask_P]) for ids_P, mask_P in rows]
+def rows(batch):
+    return [
+        ids_P[mask_P].tolist() for ids_P, mask_P in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+    ]
+
+
+def rendered(tokenizer, prompts):
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [
+        tokenizer.apply_chat_template(each, tokenize=True, add_generation_prompt=True, return_dict=False)
+        for each in conversations
+    ]
 
 
 def test_prompts_of_a_file_stand_as_in_training(tmp_path):
     tokenizer, prompts = tiny_tokenizer(), ["What is 2 plus 2?", "And 3?", "left out"]
     batch = prompts_for_verification(tokenizer, written(tmp_path / "mine.jsonl", *prompts), 2)
-    expected = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        for text in prompts[:2]
-    ]
-    assert texts(tokenizer, batch) == expected
+    assert rows(batch) == rendered(tokenizer, prompts[:2])
     assert batch["prompt_mask"][1].tolist() == sorted(batch["prompt_mask"][1].tolist())  # padding comes first
     assert batch["prompt_mask"][0].all()
+    assert batch["prompt_ids"].dtype == batch["prompt_mask"].dtype == torch.long
 
 
 def test_some_come_along():
     tokenizer = tiny_tokenizer()
-    batch = prompts_for_verification(tokenizer, None, len(PROMPTS))
-    assert all(prompt in text for prompt, text in zip(PROMPTS, texts(tokenizer, batch), strict=True))
+    assert rows(prompts_for_verification(tokenizer, None, len(PROMPTS))) == rendered(tokenizer, PROMPTS)
 
 
 def test_without_a_template_prompts_are_taken_as_they_are(tmp_path):
