@@ -35,7 +35,7 @@ def model():
 def test_graphs_stay_close_to_the_model_and_prefill_gives_the_last_logits(graphs: dict[str, Path]) -> None:
     with torch.no_grad():
         exact = model()(input_ids=PROMPT).logits
-    for name, bound in (("fp32", 1e-4), ("int8", 0.05), ("int4", 0.5), ("prefill", 0.05)):
+    for name, bound in (("fp32", 1e-4), ("int8", 0.06), ("int4", 0.5), ("prefill", 0.05)):
         path = graphs[name].with_name(CPU)
         logits = SharedCacheSession(path, length=20, threads=1).run(PROMPT)
         assert (logits - exact).norm() < bound * exact.norm()
