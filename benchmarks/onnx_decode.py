@@ -147,9 +147,9 @@ def _decoding(path: Path, threads: int) -> Run:
 
     def run() -> None:
         session.reset(PAST)
-        token_11 = torch.tensor([[_prompt(1)[0]]])
+        token = _prompt(1)[0]
         for _ in range(NEW):
-            token_11 = session.run(token_11)[:, -1].argmax(-1, keepdim=True)
+            token = int(session.run(torch.tensor([[token]])).numpy().argmax())
 
     return run
 

@@ -1,6 +1,6 @@
 """Running a graph whose attention appends to its cache in place (`export/cached_attention.py`): nothing is copied from token to token.
 
-Letters: B batch, T new tokens, P past tokens, S = P + T, V vocabulary.
+Letters: B batch, T new tokens, P past tokens, S = P + T, L length of the cache, V vocabulary.
 """
 
 from pathlib import Path
@@ -10,8 +10,6 @@ import onnxruntime
 import torch
 from onnxruntime import OrtValue
 from torch import Tensor
-
-from export.runtime import position_ids
 
 _CACHE = "past_key_values."
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -50,7 +48,8 @@ class SharedCacheSession:
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
         self._length, self._piece = length, piece
-        self._mask_BS = torch.ones(batch, 0, dtype=torch.long)
+        self._mask_BL = np.zeros((batch, length), np.int64)
+        self._num_past = 0
         self._inputs = {item.name for item in self._session.get_inputs()}
         for item in self._session.get_inputs():
             if item.name.startswith(_CACHE):
@@ -58,15 +57,17 @@ class SharedCacheSession:
                 buffer = OrtValue.ortvalue_from_numpy(empty)
                 self._binding.bind_ortvalue_input(item.name, buffer)
                 self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
+        logits = next(item for item in self._session.get_outputs() if item.name == "logits")
+        self._next_B1V = OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, logits.shape[2]), _NUMPY[logits.type]))
 
     @property
     def num_past(self) -> int:
         """Tokens in the cache."""
-        return self._mask_BS.shape[1]
+        return self._num_past
 
     def reset(self, num_past: int = 0) -> None:
         """Forget all tokens but the first ones."""
-        self._mask_BS = self._mask_BS[:, :num_past]
+        self._num_past = min(self._num_past, num_past)
 
     def run(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
         """Append T tokens.
@@ -98,15 +99,22 @@ class SharedCacheSession:
         return [self._run(ids_BT, part_BT) for ids_BT, part_BT in pieces][-1]
 
     def _run(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        self._mask_BS = torch.cat([self._mask_BS, mask_BT], dim=1)
+        num_new, start = input_ids_BT.shape[1], self._num_past
+        self._num_past += num_new
+        self._mask_BL[:, start : self._num_past] = mask_BT.numpy()
+        mask_BS = np.ascontiguousarray(self._mask_BL[:, : self._num_past])
+        before_B1 = mask_BS[:, :start].sum(axis=1, keepdims=True)
         feeds = {
-            "input_ids": input_ids_BT,
-            "attention_mask": self._mask_BS,
-            "position_ids": position_ids(self._mask_BS, input_ids_BT.shape[1]),
+            "input_ids": input_ids_BT.contiguous().numpy(),
+            "attention_mask": mask_BS,
+            "position_ids": np.maximum(before_B1 + mask_BS[:, start:].cumsum(axis=1) - 1, 0),
         }
         for name in feeds.keys() & self._inputs:  # genai's graphs count positions themselves
-            tensor = feeds[name]
-            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()))
+            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(feeds[name]))
+        if num_new == 1:  # into a buffer: to fetch all outputs, caches too, would cost as much as a small layer
+            self._binding.bind_ortvalue_output("logits", self._next_B1V)
+            self._session.run_with_iobinding(self._binding)
+            return torch.from_numpy(self._next_B1V.numpy().copy())  # a view, which the next token would change
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         return torch.from_numpy(self._binding.get_outputs()[-1].numpy())

@@ -91,3 +91,13 @@ def test_forgotten_tokens_leave_no_trace(paths):
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_logits_of_one_token_stay_what_they_were(paths):
+    session = SharedCacheSession(paths[1], length=12, threads=1)
+    session.run(torch.tensor([[3, 4]]))
+    first = session.run(torch.tensor([[5]]))
+    kept = first.clone()
+    second = session.run(torch.tensor([[6]]))
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
