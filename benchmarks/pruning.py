@@ -30,7 +30,7 @@ from benchmarks.harness import report
 from benchmarks.pruning_arms import ARMS, BASELINE, CUTS, QUICK_ARMS, QUICK_CUTS, Arm, Peer
 from benchmarks.pruning_page import write_page
 from benchmarks.pruning_speed import speeds
-from benchmarks.study import Row, Rows, machine
+from benchmarks.study import Row, Rows, flat, machine
 from models.architecture import count_parameters
 from models.evaluation import evaluate
 from models.pretrained import load_model, load_tokenizer
@@ -172,18 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disable_progress_bar()
     if options.quick:
         rows = quick()
-        report([_flat(row) for row in rows], quick_ratios(rows), PACKAGES, options.json)
+        report(flat(rows), quick_ratios(rows), PACKAGES, options.json)
         return
     rows = study(options.cuts, options.out)
     rows += speeds(MODEL, rows, Rows(options.out / "rows"))
     words = sys.argv[1:] if arguments is None else arguments
     page = write_page(rows, options.out, " ".join(["python -m benchmarks.pruning", *words]))
-    report([_flat(row) for row in rows], {}, PACKAGES, options.json)
+    report(flat(rows), {}, PACKAGES, options.json)
     print(f"wrote {page}")
-
-
-def _flat(row: Row) -> Row:
-    return {key: value for key, value in row.items() if not isinstance(value, dict | list)}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.pruning_arms import ARMS, CUTS
 from benchmarks.recovery_page import recovery_section
-from benchmarks.study import Row, markdown_table, save_plot, write_text
+from benchmarks.study import Row, markdown_table, save_plot, write_study_page
 
 NEURONS = {"mlp 25 %": 25.0, "mlp 37.5 %": 37.5, "mlp 50 %": 50.0}  # cut -> share of the neurons
 
@@ -28,11 +28,7 @@ def write_page(rows: Sequence[Row], out: Path, command: str) -> Path:
     """
     students = [row for row in rows if "arm" in row]
     timed = [row for row in rows if "speed_of" in row]
-    notes = out / "notes.md"
     parts = [
-        "# What does pruning leave?\n",
-        f"Everything on this page but the notes is written by\n\n```bash\n{command}\n```\n",
-        notes.read_text(encoding="utf-8") if notes.is_file() else "",
         "## Before any training\n",
         _method(students),
         *(_table(cut, students) for cut in CUTS),
@@ -40,12 +36,8 @@ def write_page(rows: Sequence[Row], out: Path, command: str) -> Path:
         "## Speed\n",
         _speed(timed),
         recovery_section(out),
-        "## Machines\n",
-        _machines(rows),
     ]
-    page = out.with_suffix(".md")
-    write_text(page, "\n".join(part for part in parts if part))
-    return page
+    return write_study_page(out, "What does pruning leave?", command, parts, rows)
 
 
 def _method(students: Sequence[Row]) -> str:
@@ -118,8 +110,3 @@ def _speed(timed: Sequence[Row]) -> str:
         f"median (and the middle half) of {made['repetitions']} pairs of runs in turns.\n\n"
         + markdown_table(["student", "million parameters", "GFLOP", "torch", "ONNX Runtime"], lines)
     )
-
-
-def _machines(rows: Sequence[Row]) -> str:
-    found = sorted({", ".join(f"{key} {value}" for key, value in row["machine"].items()) for row in rows})
-    return "".join(f"- {line}.\n" for line in found)

@@ -30,7 +30,7 @@ from benchmarks.quantization_arms import ARMS, COMPARISONS, Arm
 from benchmarks.quantization_page import write_page
 from benchmarks.quantization_peers import Peer
 from benchmarks.quantization_training import STEPS, training_rows
-from benchmarks.study import Row, Rows, machine
+from benchmarks.study import Row, Rows, flat, machine
 from models.evaluation import evaluate
 from models.pretrained import load_model, load_tokenizer
 from models.quantization.formats import format_of
@@ -160,12 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = study(options.formats, options.out)
     words = sys.argv[1:] if arguments is None else arguments
     page = write_page(rows, options.out, " ".join(["python -m benchmarks.quantization", *words]))
-    report([_flat(row) for row in rows], {}, PACKAGES, options.json)
+    report(flat(rows), {}, PACKAGES, options.json)
     print(f"wrote {page}")
-
-
-def _flat(row: Row) -> Row:
-    return {key: value for key, value in row.items() if not isinstance(value, dict)}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.study import Row, markdown_table, save_plot, write_text
+from benchmarks.study import Row, markdown_table, save_plot, write_study_page
 
 
 def write_page(rows: Sequence[Row], out: Path, command: str) -> Path:
@@ -22,21 +22,13 @@ def write_page(rows: Sequence[Row], out: Path, command: str) -> Path:
     Returns:
         The page's path.
     """
-    notes = out / "notes.md"
     parts = [
-        "# What does quantization leave?\n",
-        f"Everything on this page but the notes is written by\n\n```bash\n{command}\n```\n",
-        notes.read_text(encoding="utf-8") if notes.is_file() else "",
         "## Before any training\n",
         _method(rows),
         _plot(rows, out),
         *(_table(format, rows) for format in dict.fromkeys(row["format"] for row in rows)),
-        "## Machines\n",
-        _machines(rows),
     ]
-    page = out.with_suffix(".md")
-    write_text(page, "\n".join(part for part in parts if part))
-    return page
+    return write_study_page(out, "What does quantization leave?", command, parts, rows)
 
 
 def _method(rows: Sequence[Row]) -> str:
@@ -95,8 +87,3 @@ def _plot(rows: Sequence[Row], out: Path) -> str:
 def _way(row: Row) -> str:
     package: str | None = row["settings"].get("package")
     return package or row["arm"]
-
-
-def _machines(rows: Sequence[Row]) -> str:
-    found = sorted({", ".join(f"{key} {value}" for key, value in row["machine"].items()) for row in rows})
-    return "".join(f"- {line}.\n" for line in found)

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 
-from benchmarks.study import Row, cell, markdown_table, mean_and_deviation, plot_dots, save_plot, write_text
+from benchmarks.study import Row, cell, markdown_table, mean_and_deviation, plot_dots, save_plot, write_study_page
 from benchmarks.study_page import T_QUANTILES
 
 FIGURES = {"auroc": "AUROC", "user_auroc": "AUROC per member", "log_loss": "log loss", "ece": "calibration error"}
@@ -34,21 +34,13 @@ def write_page(rows: Sequence[Row], out: Path, command: str) -> Path:
     Returns:
         The page's path.
     """
-    notes = out / "notes.md"
     parts = [
-        "# What does a small ranker lose?\n",
-        f"Everything on this page but the notes is written by\n\n```bash\n{command}\n```\n",
-        notes.read_text(encoding="utf-8") if notes.is_file() else "",
         _setting(rows),
         _table(rows),
         _verdicts(rows),
         _plot(rows, out),
-        "## Machines\n",
-        _machines(rows),
     ]
-    page = out.with_suffix(".md")
-    write_text(page, "\n".join(part for part in parts if part))
-    return page
+    return write_study_page(out, "What does a small ranker lose?", command, parts, rows)
 
 
 def _setting(rows: Sequence[Row]) -> str:
@@ -129,11 +121,6 @@ def _plot(rows: Sequence[Row], out: Path) -> str:
     axis.legend(fontsize="small")
     save_plot(figure, out / "auroc.png")
     return f"![AUROC of every student]({out.name}/auroc.png)\n\nDots are seeds, diamonds their mean with its standard deviation.\n"
-
-
-def _machines(rows: Sequence[Row]) -> str:
-    found = sorted({", ".join(f"{key} {value}" for key, value in row["machine"].items()) for row in rows})
-    return "".join(f"- {line}.\n" for line in found)
 
 
 def _of(rows: Sequence[Row], name: str, arm: str) -> list[Row]:

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,21 @@ class Rows:
     def write(self, name: str, row: Row) -> None:
         """Keep the row of a finished run."""
         write_text(self.folder / f"{name}.json", json.dumps(row, indent=1) + "\n")
+
+    def find_or_make(
+        self, name: str, settings: Mapping[str, Any], packages: Sequence[str], make: Callable[[], Row]
+    ) -> Row:
+        """The row of a run: from its file, or made and kept, with its settings and the machine and packages it was made with."""
+        row = self.find(name, settings)
+        if row is None:
+            row = {**make(), "settings": settings, "machine": machine(packages)}
+            self.write(name, row)
+        return row
+
+
+def flat(rows: Sequence[Row]) -> list[Row]:
+    """Rows without what is no single figure, for a report."""
+    return [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
 
 
 def _difference(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -116,6 +131,34 @@ def write_half(teacher: str, folder: Path) -> None:
     keep_layers(model, model.config.num_hidden_layers // 2)
     model.save_pretrained(folder)
     load_tokenizer(teacher).save_pretrained(folder)
+
+
+def write_study_page(out: Path, title: str, command: str, parts: Sequence[str], rows: Sequence[Row]) -> Path:
+    """Write `<out>.md`: what made it, the words of `<out>/notes.md` if there are any, the parts, and the machines of the rows.
+
+    Args:
+        out: Folder of rows and plots; the page lies beside it.
+        title: Of the page.
+        command: What made it.
+        parts: Markdown; empty ones are left out.
+        rows: Each with its `machine`.
+
+    Returns:
+        The page's path.
+    """
+    notes = out / "notes.md"
+    machines = sorted({", ".join(f"{key} {value}" for key, value in row["machine"].items()) for row in rows})
+    whole = [
+        f"# {title}\n",
+        f"Everything on this page but the notes is written by\n\n```bash\n{command}\n```\n",
+        notes.read_text(encoding="utf-8") if notes.is_file() else "",
+        *parts,
+        "## Machines\n",
+        "".join(f"- {line}.\n" for line in machines),
+    ]
+    page = out.with_suffix(".md")
+    write_text(page, "\n".join(part for part in whole if part))
+    return page
 
 
 # Over seeds ---------------------------------------------------------------------------------------------------------------------

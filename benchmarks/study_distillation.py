@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.harness import report
-from benchmarks.study import Row, write_half
+from benchmarks.study import Row, flat, write_half
 from benchmarks.study_page import write_page
 from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from models import SFT, Distillation, StudentModule
@@ -144,8 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     titles = {name: ARMS[name].title for name in options.arms}
     words = sys.argv[1:] if arguments is None else arguments
     page = write_page(rows, titles, options.out, " ".join(["python -m benchmarks.study_distillation", *words]))
-    flat = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
-    report(flat, {}, PACKAGES, options.json)
+    report(flat(rows), {}, PACKAGES, options.json)
     print(f"wrote {page}")
 
 

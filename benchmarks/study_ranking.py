@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.harness import report
 from benchmarks.ranking_study_page import write_page
 from benchmarks.students import keep_layers
-from benchmarks.study import Row, Rows, fingerprint, machine
+from benchmarks.study import Row, Rows, fingerprint, flat
 from benchmarks.study_training import quiet
 from callbacks import QuantizationAwareTraining
 from datamodules.movielens_ranking import MovieLens
@@ -185,12 +185,7 @@ class Study:
         return {name.removeprefix("test/"): value for name, value in figures.items()}
 
     def _row(self, name: str, settings: dict[str, Any], make: Any) -> Row:
-        settings = {**self.settings, **settings}
-        row = self.rows.find(name, settings)
-        if row is None:
-            row = {**make(), "settings": settings, "machine": machine(PACKAGES)}
-            self.rows.write(name, row)
-        return row
+        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
 
 
 def study(options: argparse.Namespace) -> list[Row]:
@@ -233,8 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = study(options)
     words = sys.argv[1:] if arguments is None else arguments
     page = write_page(rows, options.out, " ".join(["python -m benchmarks.study_ranking", *map(str, words)]))
-    flat = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
-    report(flat, {}, PACKAGES, options.json)
+    report(flat(rows), {}, PACKAGES, options.json)
     print(f"wrote {page}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.harness import report
-from benchmarks.study import Row, check_teacher
+from benchmarks.study import Row, check_teacher, flat
 from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from callbacks import GradualPruning
 from models import Distillation
@@ -107,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_teacher(options.teacher)
     quiet()
     rows = study(options)
-    flat = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
-    report(flat, {}, PACKAGES, options.json)
+    report(flat(rows), {}, PACKAGES, options.json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lightning import Callback, Trainer
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.study import Row, Rows, fingerprint, machine
+from benchmarks.study import Row, Rows, fingerprint
 from benchmarks.study_judge import Judge, TrainingClock
 from datamodules import ReasoningTasks
 from models import StudentModule
@@ -67,12 +67,7 @@ class TrainingStudy:
 
     def row(self, name: str, settings: dict[str, Any], make: Callable[[], Row]) -> Row:
         """The row of a run, from disk if it has finished before with these settings and the study's."""
-        settings = {**self.settings, **settings}
-        row = self.rows.find(name, settings)
-        if row is None:
-            row = {**make(), "settings": settings, "machine": machine(PACKAGES)}
-            self.rows.write(name, row)
-        return row
+        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
 
     def of_student(self, steps: int) -> dict[str, Any]:
         """Arguments of the student's module that all runs share."""
