@@ -22,6 +22,7 @@ import lightning
 import torch
 import yaml
 from lightning import Trainer
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.harness import report
@@ -39,6 +40,7 @@ from models.pretrained import load_model, load_tokenizer
 from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut
 from models.pruning.latency import compare, torch_run
 from models.structure import replay
+from models.teacher import RememberingTeacher
 
 RECIPE = Path(__file__).parent.parent / "configs/ranking.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics")
@@ -64,6 +66,24 @@ DISTILLED = LabelObjective(cross_entropy=0.2, label_kl=1.0, full_kl=0.1)
 ARMS = {"labels": Arm(LabelObjective()), "distilled": Arm(DISTILLED), "distilled_fp8": Arm(DISTILLED, fp8=True)}
 
 
+class _Student(RankingDistillation):
+    """Asks the teacher about the test split once in all runs.
+
+    Args:
+        remembered: What the teacher said so far.
+        kwargs: See `RankingDistillation`.
+    """
+
+    def __init__(self, remembered: dict[tuple[int, ...], Tensor], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._remembered = remembered
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "test" and self.teacher is not None:
+            self._remembering = RememberingTeacher(self.teacher, self._remembered)
+
+
 class Study:
     """Data, teacher and students that the runs share.
 
@@ -73,6 +93,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.rows = options, Rows(options.out / "rows")
+        self._remembered: dict[tuple[int, ...], Tensor] = {}
         recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         self.trainer = {key: recipe["trainer"][key] for key in ("precision", "gradient_clip_val")}
         self.optimizer = recipe["model"]["init_args"]["optimizer"]["init_args"] | (
@@ -148,7 +169,8 @@ class Study:
         return self._row(f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm)}, make)
 
     def _module(self, student: str, teacher: str | None, objective: LabelObjective, steps: int) -> RankingDistillation:
-        return RankingDistillation(
+        return _Student(
+            self._remembered,
             objective=objective,
             teacher=teacher,
             student=student,

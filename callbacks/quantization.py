@@ -15,6 +15,7 @@ from callbacks.order import StepBoundary, check_order
 from export.progress import Phases
 from models.architecture import decoder_layers
 from models.quantization import freeze_inputs, freeze_weights, merge_observations, quantized_linears
+from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import FormatName
 from models.quantization.post_training import Method, PostTrainingQuantization, calibrate_quantizers
@@ -23,7 +24,8 @@ from models.student import StudentModule
 
 
 class QuantizationAwareTraining(Callback):
-    """Fake-quantize the decoder's linear layers from a given step on (embeddings, head and norms stay as they are).
+    """Fake-quantize the decoder's linear layers, and with them keys and values, from a given step on (embeddings, head and norms
+    stay as they are).
 
     After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good (those of
     inputs `inputs_after` steps later).  Or, with a `method`, the student is quantized after training batches at `start_step`, as
@@ -40,6 +42,7 @@ class QuantizationAwareTraining(Callback):
         inputs_after: Optimizer steps with rounded weights before inputs are rounded as well; inputs are observed until then.
         exceptions: Formats of some layers by a pattern of their names, such as {"*.down_proj": int8_g64, "model.layers.0.*": none}; none
             leaves a layer as it is, and the last pattern that fits decides.
+        kv_cache: Round keys and values as well, as a cache of this format holds them: fp8_e4m3 or int8; none leaves them as they are.
         method: Instead of observing, calibrate at start_step and round weights by nearest, gptq or quantease.
         calibration_batches: Training batches for that.
         seed: Of the choice of these batches.
@@ -59,6 +62,7 @@ class QuantizationAwareTraining(Callback):
         search: Search | None = None,
         inputs_after: int = 0,
         exceptions: Mapping[str, str] | None = None,
+        kv_cache: CacheFormat | None = None,
         method: Method | None = None,
         calibration_batches: int = 16,
         seed: int = 0,
@@ -80,6 +84,7 @@ class QuantizationAwareTraining(Callback):
         self.format = format
         self.search: Search = search or ("max" if method is None else "mse")
         self.exceptions = dict(exceptions or {})
+        self.kv_cache = kv_cache
         self.method = method
         self.calibration_batches = calibration_batches
         self.seed = seed
@@ -116,7 +121,7 @@ class QuantizationAwareTraining(Callback):
             return
         if trainer.global_step == self.start_step:
             formats = formats_by_pattern(pl_module.student, self.format, self.exceptions)
-            edit_on_all_ranks(trainer, pl_module, quantization_edits(formats))
+            edit_on_all_ranks(trainer, pl_module, quantization_edits(formats, self.kv_cache))
             if self.method is not None:
                 self._calibrate(trainer, pl_module, self.method)
                 return

@@ -11,6 +11,8 @@ and the rotary angles stay the graph's own.
 Letters: B batch, T new tokens, P past, S = P + T, H query heads, G key/value groups, E head width.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -19,13 +21,18 @@ from export.graph_edits import Inserter, take_place
 
 DOMAIN = "com.microsoft"
 _TURN_HEADS = (0, 2, 1, 3)
+_CODES = (  # of a cache of 8 bits
+    ir.AttrInt64("kv_cache_bit_width", 8),
+    ir.AttrString("k_quant_type", "PER_TENSOR"),
+    ir.AttrString("v_quant_type", "PER_TENSOR"),
+)
 _LOWEST = np.float32(-1e30)  # what a masked score gets; the exponent of nothing else comes near
 
 
 def cache_in_attention(model: ir.Model) -> int:
     """Replace, in place, every fused attention over a cache.
 
-    Others stay: below opset 23, with soft caps (Gemma 2), without rotary angles (which name the number of heads).
+    A cache of INT8 codes stays one.  Others stay: below opset 23, with soft caps (Gemma 2), without rotary angles (which name the number of heads).
 
     Args:
         model: float32 graph from `export.to_onnx`.
@@ -41,10 +48,9 @@ def cache_in_attention(model: ir.Model) -> int:
         if node.op_type != "Attention" or node.domain or len(node.inputs) < 4:
             continue
         query, keys, values, mask = node.inputs[:4]
-        append = [value.producer() for value in (keys, values) if value is not None]
-        appends = len(append) == 2 and all(part is not None and part.op_type == "Concat" for part in append)
+        caches = [_Cache.behind(value) for value in (keys, values)]
         joined, num_heads = _joined_heads(node), _num_heads(query)
-        if mask is None or not appends or joined is None or num_heads is None:
+        if mask is None or None in caches or joined is None or num_heads is None:
             continue
         make = Inserter(graph, node)
         lengths = lengths or _lengths(make)
@@ -52,25 +58,62 @@ def cache_in_attention(model: ir.Model) -> int:
             biases[mask] = make.node(
                 "Where", [mask, make.constant("unmasked", np.float32(0)), make.constant("masked", _LOWEST)]
             )
-        past = [part.inputs[0] for part in append if part is not None]
-        new = [_flat(make, part.inputs[1]) for part in append if part is not None]
+        held = [cache for cache in caches if cache is not None]
+        new = [_flat(make, cache.new) for cache in held]
+        past, scales = [cache.past for cache in held], [cache.scale for cache in held if cache.scale is not None]
         attention = ir.Node(
             DOMAIN,
             "GroupQueryAttention",
-            [_flat(make, query), *new, *past, *lengths, None, None, None, biases[mask]],
-            _attributes(node, num_heads, past[0]),
+            [
+                _flat(make, query),
+                *new,
+                *past,
+                *lengths,
+                None,
+                None,
+                None,
+                biases[mask],
+                *([None, *scales] if scales else []),
+            ],
+            [*_attributes(node, num_heads, past[0]), *(_CODES if scales else ())],
             num_outputs=3,
             name=node.name,
         )
         graph.insert_before(node, attention)
-        for old, by in zip((joined, keys, values), attention.outputs, strict=True):
-            assert old is not None
+        for old, by in zip((joined, *(cache.present for cache in held)), attention.outputs, strict=True):
             take_place(old, by)
         replaced += 1
     if replaced:
         graph.opset_imports[DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
     return replaced
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Keys or values on their way into attention: new ones (B, G, T, E) appended to past ones; with a scale, both are INT8 codes."""
+
+    past: ir.Value
+    new: ir.Value
+    present: ir.Value
+    scale: ir.Value | None = None
+
+    @classmethod
+    def behind(cls, seen: ir.Value | None) -> "_Cache | None":
+        """What attention sees, taken apart; None if it is anything else."""
+        reader = None if seen is None else seen.producer()
+        dequantized = reader is not None and reader.op_type == "DequantizeLinear"
+        append = reader.inputs[0].producer() if dequantized else reader  # type: ignore[union-attr]
+        if append is None or append.op_type != "Concat":
+            return None
+        past, new = append.inputs
+        assert past is not None
+        assert new is not None
+        if not dequantized:
+            return cls(past, new, append.outputs[0])
+        quantize = new.producer()
+        assert quantize is not None
+        return cls(past, quantize.inputs[0], append.outputs[0], reader.inputs[1])  # type: ignore[arg-type, union-attr]
 
 
 def _flat(make: Inserter, heads: ir.Value | None) -> ir.Value:

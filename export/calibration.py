@@ -14,9 +14,11 @@ from datamodules.chat import encode, truncate
 from datamodules.collate import collate, pad_id_of
 from datamodules.files import read_conversations
 from models.forward import Batch
+from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
-from models.quantization.linear import freeze_scales, quantized_linears
+from models.quantization.linear import freeze_scales
 from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.quantizers import FakeQuantizer
 
 BATCH_SIZE = 8
 _SENSITIVITY_BATCHES = 4
@@ -33,6 +35,7 @@ class Calibration:
         average_bits: Instead of patterns: bits a weight, on average, shared out by measured sensitivity.
         candidates: Weight-only formats that may be chosen for that.
         settings: How weights are rounded and scales are found.
+        kv_cache: Format of keys and values in the cache; None: floating point.
         num_conversations: How many to read.
         max_length: Tokens kept of each.
     """
@@ -42,6 +45,7 @@ class Calibration:
     average_bits: float | None = None
     candidates: tuple[str, ...] = ("int4_g128", "int4_g64", "int4_g32", "int8_g64", UNQUANTIZED)
     settings: PostTrainingQuantization = field(default_factory=PostTrainingQuantization)
+    kv_cache: CacheFormat | None = None
     num_conversations: int = 128
     max_length: int = 512
 
@@ -51,7 +55,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration,
     *,
-    check: Callable[[Mapping[str, str]], None] = lambda formats: None,
+    check: Callable[[Mapping[str, str], str | None], None] = lambda formats, kv_cache: None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> None:
     """Quantize a model, in place, after the first conversations of a file.
@@ -61,25 +65,32 @@ def calibrate(
             not matter.
         tokenizer: With a chat template.
         calibration: What to do.
-        check: Called with the format of each projection before anything is changed; it raises for those that it refuses.
+        check: Called with the format of each projection and of the cache before anything is changed; it raises for what it refuses.
         on_layer: Called after each decoder layer.
 
     Raises:
         FileNotFoundError, ValueError: The file is missing, broken or empty; no such format; or all scales are found already.
     """
-    linears = quantized_linears(model)
-    if linears and all(quantizer.frozen for linear in linears.values() for quantizer in linear.quantizers()):
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
+    if quantizers and all(quantizer.frozen for quantizer in quantizers):
         raise ValueError(
-            f"expected a model without scales to calibrate, found {len(linears)} quantized layers that have theirs from training or an "
+            f"expected a model without scales to calibrate, found {len(quantizers)} quantizers that have theirs from training or an "
             "earlier calibration; leave --calibration out, or name the student before it was quantized"
         )
     batches = _batches(tokenizer, calibration)
-    if linears:
+    if quantizers:
         _observe(model, batches)
     else:
         formats = _choose(model, batches, calibration)
-        check(formats)
-        quantize_after_training(model, batches, formats, calibration.settings, on_layer=lambda _: on_layer())
+        check(formats, calibration.kv_cache)
+        quantize_after_training(
+            model,
+            batches,
+            formats,
+            calibration.settings,
+            kv_cache=calibration.kv_cache,
+            on_layer=lambda _: on_layer(),
+        )
     model.eval()
 
 

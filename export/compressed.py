@@ -9,6 +9,9 @@ its format, and programs with kernels for it (vLLM, SGLang) multiply the codes t
 | one scale a row  | strategy `channel`, `weight_scale` (O, 1)    | strategy `token`, `dynamic`              |
 | groups           | strategy `group`, `weight_scale` (O, G)      |                                          |
 
+Scales of keys and values are `k_scale` and `v_scale` (1,) of each attention, `kv_cache_scheme` says what they are for (vLLM reads
+FP8 there, transformers INT8 as well).
+
 Weights whose inputs are left alone are packed into int32 words (`weight_packed`), the others are stored as FP8 or INT8.
 
 Plain transformers turns the codes back into weights and rounds the inputs by the package's rules.  In float32 both give the bits of
@@ -25,13 +28,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.files import move_into_place, staging_folder
 from export.huggingface import make_generation_config_valid, without_quantizers
 from models.folder import CONFIG_FILE, why_not_plain
 from models.lora import merged
+from models.quantization.cache import CACHE_GRIDS, cache_format, cache_quantizers
 from models.quantization.formats import BITS, Grid, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 
@@ -57,9 +61,12 @@ def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     linears = quantized_linears(model)
     plain = without_quantizers(model)
-    apply_quantization_config(plain, _config(plain, linears), show_progress=False)
+    apply_quantization_config(plain, _config(plain, linears, cache_format(model)), show_progress=False)
     for name, linear in linears.items():
         _set_scales(plain.get_submodule(name), linear)
+    for name, quantizer in cache_quantizers(model).items():
+        attention = plain.get_submodule(name.rpartition(".")[0])
+        _fill(attention, {"k_scale": quantizer.key.scale, "v_scale": quantizer.value.scale})
     # The package rounds the weights again: they lie on the grid already, so every code comes out as it was.
     compressor = ModelCompressor.from_pretrained_model(plain)
     compressor.compress_model(plain)
@@ -86,7 +93,7 @@ def check_compressible(model: PreTrainedModel) -> None:
     linears = quantized_linears(model)
     check_compressible_formats(model, {name: linear.format for name, linear in linears.items()})
     frozen = [name for name, linear in linears.items() if all(quantizer.frozen for quantizer in linear.quantizers())]
-    if not linears or len(frozen) < len(linears):
+    if not (linears or cache_quantizers(model)) or len(frozen) < len(linears):
         raise ValueError(
             f"expected a student whose quantizers all have scales, found {len(frozen)} of {len(linears)} quantized layers with them; "
             "train with QuantizationAwareTraining, or quantize the trained model, before a compressed folder is written"
@@ -138,7 +145,7 @@ def _dequantize_at_load(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _config(plain: nn.Module, linears: dict[str, FakeQuantizedLinear]) -> "QuantizationConfig":
+def _config(plain: nn.Module, linears: dict[str, FakeQuantizedLinear], kv_cache: str | None) -> "QuantizationConfig":
     """A group of targets for each format; one format for all is said in the short way that every program reads."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
@@ -156,7 +163,8 @@ def _config(plain: nn.Module, linears: dict[str, FakeQuantizedLinear]) -> "Quant
         for name, modules in targets.items()
     }
     others = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear) and name not in linears]
-    return QuantizationConfig(config_groups=schemes, ignore=others)
+    cache = _arguments(None if kv_cache is None else CACHE_GRIDS[kv_cache], "token")
+    return QuantizationConfig(config_groups=schemes, ignore=others, kv_cache_scheme=cache)
 
 
 def _arguments(grid: Grid | None, row: str) -> "QuantizationArgs | None":
@@ -183,7 +191,10 @@ def _set_scales(module: nn.Module, linear: FakeQuantizedLinear) -> None:
     values = {"weight_scale": weight.scale, "weight_zero_point": weight.zero_point}
     if input is not None and input.grid.scales == "tensor":
         values["input_scale"] = input.scale
+    _fill(module, {name: value for name, value in values.items() if value is not None})
+
+
+def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
-        if value is not None:
-            parameter = module.get_parameter(name)
-            parameter.data = value.detach().clone().view(parameter.shape)
+        parameter = module.get_parameter(name)
+        parameter.data = value.detach().clone().view(parameter.shape)

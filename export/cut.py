@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-_INPUT_QUANTIZER = "input_quantizer.scale"
+_CALIBRATED = ("input_quantizer.scale", "cache_quantizer.key.scale", "cache_quantizer.value.scale")
 _WEIGHT_SCALE = ".weight_quantizer.scale"
 FED = ".fed"
 
@@ -21,8 +21,8 @@ def cut_at_quantizers(path: Path) -> tuple[onnx.ModelProto, dict[str, str]]:
     """The graph of a quantized file with every activation quantizer fed from outside; its weights stay in their file.
 
     Returns:
-        The graph, with an input `{quantizer}.fed` (B, T, features) for each activation quantizer by its torch name, and which
-        of the new outputs would have entered it.
+        The graph, with an input `{quantizer}.fed` for each activation quantizer by its torch name, and which of the new outputs would
+        have entered it.
     """
     model = onnx.load(path, load_external_data=False)
     half = {entry.key: entry.value for entry in model.metadata_props}["activations"] == "float16"
@@ -31,8 +31,7 @@ def cut_at_quantizers(path: Path) -> tuple[onnx.ModelProto, dict[str, str]]:
     for quantizer, node in _entrances(model.graph):
         entering[quantizer] = node.input[0]
         node.input[0] = quantizer + FED
-        fed = onnx.helper.make_tensor_value_info(node.input[0], element_type, ["batch", "sequence", None])
-        model.graph.input.append(fed)
+        model.graph.input.append(onnx.helper.make_tensor_value_info(node.input[0], element_type, None))
     for name in dict.fromkeys(entering.values()):
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, element_type, None))
     return model, entering
@@ -49,10 +48,11 @@ def _entrances(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.NodeProto]]:
     for node in graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
+    stored = {value.name for value in graph.output}  # the cache, whose new entries were rounded before
     for node in graph.node:
-        if node.op_type != "QuantizeLinear":
+        if node.op_type != "QuantizeLinear" or node.output[0] in stored:
             continue
-        if node.input[1].endswith(_INPUT_QUANTIZER):
+        if node.input[1].endswith(_CALIBRATED):
             yield node.input[1].removesuffix(".scale"), node
         else:
             following = node

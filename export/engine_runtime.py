@@ -98,6 +98,8 @@ class EngineSession:
         known = {
             types.FLOAT: torch.float32,
             types.HALF: torch.float16,
+            types.FP8: torch.float8_e4m3fn,
+            types.INT8: torch.int8,
             types.INT64: torch.int64,
             types.INT32: torch.int32,
         }

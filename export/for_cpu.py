@@ -63,8 +63,8 @@ def write_cpu_graphs(graph: Path, *, prefill: bool = False, head_bits: Literal[4
     return target
 
 
-def check_cpu(precision: str, opset: int) -> None:
-    """Raise `ValueError` for a precision or an opset that has no such graph."""
+def check_cpu(precision: str, opset: int, kv_cache: str | None = None) -> None:
+    """Raise `ValueError` for a precision, an opset or a format of the cache that has no such graph."""
     if precision == "fp16" or precision.startswith("fp8"):
         raise ValueError(
             f"expected float32 or integers for a graph for the CPU, found precision {precision}, for which CPUs have no products; choose "
@@ -75,11 +75,16 @@ def check_cpu(precision: str, opset: int) -> None:
             f"expected opset {_OPSET} for a graph for the CPU, found {opset}, which has no fused attention; choose {_OPSET}, or leave the "
             "graph out"
         )
+    if kv_cache == "fp8_e4m3":
+        raise ValueError(
+            "expected a key/value cache in floating point or int8 for a graph for the CPU, found fp8_e4m3, which ONNX Runtime's attention "
+            "does not read there; choose int8, or leave the graph out"
+        )
 
 
 def _check(model: ir.Model) -> None:
     precision, half = model.metadata_props["precision"], model.metadata_props["activations"] == "float16"
-    check_cpu("fp16" if half else precision, int(model.metadata_props["opset"]))
+    check_cpu("fp16" if half else precision, int(model.metadata_props["opset"]), model.metadata_props["cache"])
 
 
 def _store_head(model: ir.Model, bits: Literal[4, 8] | None) -> None:

@@ -19,6 +19,7 @@ from export.files import move_into_place, staging_folder
 from models.folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
 from models.lora import merged
 from models.pretrained import load_model, load_tokenizer
+from models.quantization.cache import remove_cache_quantizers
 from models.quantization.linear import quantized_linears
 
 # Settings that transformers accepts in a generation config only together with do_sample=True.
@@ -75,10 +76,14 @@ def check_plain(model: PreTrainedModel) -> None:
         )
 
 
-def without_quantizers(model: PreTrainedModel) -> PreTrainedModel:
+def without_quantizers(model: PreTrainedModel, *, keep_cache: bool = False) -> PreTrainedModel:
     """The model with ordinary linear layers that hold the rounded weights; it shares all other tensors with `model`.
 
     What it computes differs from the quantized model in the activations only, which are not rounded any more.
+
+    Args:
+        model: The model; it is not changed.
+        keep_cache: Leave the quantizers of keys and values in place.
     """
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     plain = copy.deepcopy(model, shared)  # type: ignore[arg-type]
@@ -91,6 +96,8 @@ def without_quantizers(model: PreTrainedModel) -> PreTrainedModel:
         linear.bias = quantized.bias
         owner, _, child = name.rpartition(".")
         setattr(plain.get_submodule(owner), child, linear.train(quantized.training))
+    if not keep_cache:
+        remove_cache_quantizers(plain)
     return plain
 
 

@@ -7,11 +7,12 @@ from typing import get_args
 from export.calibration import Calibration
 from export.settings import ExportSettings
 from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
+from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED as NO_FORMAT
 from models.quantization.formats import FORMATS
 from models.quantization.post_training import Method, PostTrainingQuantization
 
-_CALIBRATION_OPTIONS = ("--method", "--calibration-conversations", "--layer-formats", "--average-bits")
+_CALIBRATION_OPTIONS = ("--method", "--calibration-conversations", "--layer-formats", "--average-bits", "--kv-cache")
 
 
 def settings_of(options: argparse.Namespace) -> ExportSettings:
@@ -47,10 +48,10 @@ def calibration_of(options: argparse.Namespace) -> Calibration | None:
         if given:
             raise ValueError(f"expected --calibration FILE.jsonl beside {given[0]}, found none; name the conversations")
         return None
-    if options.precision in UNQUANTIZED:
+    if options.precision in UNQUANTIZED and (options.kv_cache is None or options.method is not None):
         raise ValueError(
-            f"expected a quantized precision with --calibration, found {options.precision}; choose a format such as int4_g64, or leave "
-            "--calibration out"
+            f"expected a quantized precision with {'--calibration' if options.kv_cache is None else '--method'}, found {options.precision}; "
+            "choose a format such as int4_g64, or leave the option out"
         )
     choices = [name for name in given if name in ("--layer-formats", "--average-bits")]
     if len(choices) != (1 if options.precision == "mixed" else 0):
@@ -62,6 +63,7 @@ def calibration_of(options: argparse.Namespace) -> Calibration | None:
     return Calibration(
         options.calibration,
         formats=dict(options.layer_formats or ()) if format is None else {"*": format},
+        kv_cache=options.kv_cache,
         average_bits=options.average_bits,
         settings=PostTrainingQuantization(method=options.method or PostTrainingQuantization.method),
         num_conversations=options.calibration_conversations or Calibration.num_conversations,
@@ -147,6 +149,11 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="BITS",
         help="with precision mixed: share out so many bits a weight, on average, over 4, 8 and 16 bits, by measured sensitivity",
+    )
+    add(
+        "--kv-cache",
+        choices=get_args(CacheFormat),
+        help="in calibration, find scales for a key/value cache of 8 bits, too; with precision fp32 or fp16 for the cache alone",
     )
     add(
         "--verify-on",

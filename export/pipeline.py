@@ -27,7 +27,7 @@ from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.files import folder_bytes, move_into_place, staging_folder
-from export.for_cpu import CPU, CPU_PREFILL, write_cpu_graphs
+from export.for_cpu import CPU, CPU_PREFILL, check_cpu, write_cpu_graphs
 from export.huggingface import check_plain, save_student, without_quantizers
 from export.prefill import PREFILL, write_prefill
 from export.progress import Phases
@@ -38,8 +38,9 @@ from export.to_tensorrt import Engine, build_engine, default_profiles, import_te
 from export.verify import longest_prompt, verify_cpu, verify_engine, verify_longest, verify_onnx, verify_prefill
 from models.folder import why_not_plain
 from models.lora import merged
+from models.quantization.cache import cache_format
 from models.quantization.formats import FORMATS
-from models.quantization.linear import quantized_linears
+from models.quantization.linear import quantized_linears, rounds_inputs
 
 STUDENT, COMPRESSED = "student", "compressed"
 GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
@@ -97,6 +98,8 @@ def export_all(
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
             check_engine_formats(formats_of(computed))
+    if settings.cpu:
+        check_cpu(settings.precision, settings.opset, cache_format(model))
 
     reason = why_not_plain(model)
     phases = Phases()
@@ -127,12 +130,22 @@ def export_all(
     }
 
 
-def check_formats(model: PreTrainedModel, formats: Mapping[str, str], settings: ExportSettings) -> None:
-    """Raise for formats of projections, by name, that cannot be exported like this; the model need not be quantized yet.
+def check_formats(
+    model: PreTrainedModel, formats: Mapping[str, str], kv_cache: str | None, settings: ExportSettings
+) -> None:
+    """Raise for formats that cannot be exported like this; the model need not be quantized yet.
+
+    Args:
+        model: Its structure counts only.
+        formats: Of projections, by name.
+        kv_cache: Of keys and values.
+        settings: What is to be exported.
 
     Raises:
-        ModuleNotFoundError, ValueError: See `check_compressible_formats` and `check_engine_formats`.
+        ModuleNotFoundError, ValueError: See `check_compressible_formats`, `check_engine_formats` and `check_cpu`.
     """
+    if settings.cpu:
+        check_cpu(settings.precision, settings.opset, kv_cache)
     quantized = {name: format for name, format in formats.items() if format in FORMATS}
     if settings.compressed:
         check_compressible_formats(model, quantized)
@@ -141,7 +154,7 @@ def check_formats(model: PreTrainedModel, formats: Mapping[str, str], settings: 
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    return without_quantizers(model) if quantized_linears(model) else model
+    return without_quantizers(model, keep_cache=True) if quantized_linears(model) else model
 
 
 def _write_graphs(model: PreTrainedModel, staging: Path, settings: ExportSettings, phases: Phases) -> Engine | None:
@@ -185,7 +198,7 @@ def _verify(
         reference: Reference = record(
             model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=settings.decode_steps, on_step=on_step
         )
-    runs = 2 if quantized_linears(model) else 1
+    runs = 2 if quantized_linears(model) or rounds_inputs(model) else 1
     with phases.phase("Verification of model.onnx", steps * runs) as on_step:
         checks = verify_onnx(model, reference, staging / GRAPH, threads=settings.threads, on_step=on_step)
     longest = longest_prompt(prompts["prompt_ids"], prompts["prompt_mask"], _longest(model, settings))

@@ -18,8 +18,9 @@ from export.runtime import position_ids
 from export.trace import cache_tensors
 from models.forward import inference_copy
 from models.losses import forward_kl
+from models.quantization.cache import cache_scales
 from models.quantization.linear import rounds_inputs
-from models.quantization.quantizers import FakeQuantizer
+from models.quantization.quantizers import InputQuantizer, RowQuantizer
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Step:
         attention_mask: (B, S).
         logits: (B, T, V), float32.
         cache: The T new entries (B, G, T, E) of each layer's keys and values: key, value, key, value, ...
-        quantizer_inputs: What entered each activation quantizer, (B, T, features), by the quantizer's name.
+        quantizer_inputs: What entered each activation quantizer, (B, T, features), or (B, G, T, E) for keys and values, by its name.
     """
 
     input_ids: Tensor
@@ -52,11 +53,13 @@ class Reference:
 
     Attributes:
         steps: The prompts, then every decoded token.
+        cache_scales: Of quantized keys and values: key, value, key, value, ...; empty where the cache holds no codes.
         sensitivity: Only for models that round inputs: mean KL in nats between the model and itself with embeddings nudged in their
             last float16 digit.  (Smaller nudges down to the last float32 digits end up nearly as far away.)
     """
 
     steps: list[Step]
+    cache_scales: list[float] = field(default_factory=list)
     sensitivity: float | None = None
 
 
@@ -95,7 +98,7 @@ def record(
             on_step()
     sensitivity = _sensitivity(model, steps) if rounds_inputs(model) else None
     torch.set_num_threads(threads)
-    return Reference(steps, sensitivity)
+    return Reference(steps, cache_scales(model), sensitivity)
 
 
 @contextmanager
@@ -111,7 +114,7 @@ def _recorded_quantizer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     handles = [
         module.register_forward_pre_hook(recorder(name))
         for name, module in model.named_modules()
-        if isinstance(module, FakeQuantizer) and name.endswith("input_quantizer")
+        if isinstance(module, InputQuantizer | RowQuantizer)
     ]
     try:
         yield recorded

@@ -7,6 +7,7 @@ computes what is written.
 Letters: B batch, T new tokens, P past tokens, S = P + T, G key/value groups, E head width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ import torch
 from onnxruntime import OrtValue
 from torch import Tensor
 
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    "tensor(float)": onnx.TensorProto.FLOAT,
+    "tensor(float16)": onnx.TensorProto.FLOAT16,
+    "tensor(int8)": onnx.TensorProto.INT8,
+    "tensor(float8e4m3fn)": onnx.TensorProto.FLOAT8E4M3FN,
+}
 
 
 @dataclass
@@ -27,7 +33,7 @@ class Output:
 
     Attributes:
         logits: (B, T, V), in the graph's own type.
-        cache: One (B, G, S, E) value a layer for keys and one for values: key, value, key, value, ...
+        cache: One (B, G, S, E) value a layer for keys and one for values: key, value, key, value, ...  Codes, in a quantized cache.
         others: Further outputs by name, if any were asked for.
     """
 
@@ -66,16 +72,16 @@ class OnnxSession:
         self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self._cache_inputs = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
         self._outputs = [item.name for item in self._session.get_outputs()]
-        self.dtype = _NUMPY[self._cache_inputs[0].type]
 
     def empty_cache(self, batch: int) -> list[OrtValue]:
         """The cache of B conversations without past tokens."""
         shapes = [(batch, item.shape[1], 0, item.shape[3]) for item in self._cache_inputs]
-        return [OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype)) for shape in shapes]
+        types = [_TYPES[item.type] for item in self._cache_inputs]
+        return [OrtValue.ortvalue_from_shape_and_type(shape, type) for shape, type in zip(shapes, types, strict=True)]
 
     def repeat(self, cache: list[OrtValue], batch: int) -> list[OrtValue]:
         """The cache of one conversation, for B conversations that begin alike."""
-        return [OrtValue.ortvalue_from_numpy(np.repeat(value.numpy(), batch, axis=0)) for value in cache]
+        return [_repeated(value, batch) for value in cache]
 
     def run(
         self,
@@ -113,10 +119,30 @@ def has_fp8(model: onnx.ModelProto) -> bool:
     return any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
 
 
-def new_entries(cache: list[Any], num_new: int) -> list[Tensor]:
-    """The last T tokens of a cache, each (B, G, T, E)."""
-    tensors = [value.cpu() if isinstance(value, Tensor) else torch.from_numpy(value.numpy()) for value in cache]
-    return [tensor[:, :, -num_new:] for tensor in tensors]
+def new_entries(cache: list[Any], num_new: int, scales: Sequence[float] = ()) -> list[Tensor]:
+    """The last T tokens of a cache, each (B, G, T, E), in floating point.
+
+    Args:
+        cache: See `Output`.
+        num_new: T.
+        scales: What the codes of each tensor are multiplied with; empty: there are no codes.
+    """
+    entries = [_tensor(value)[:, :, -num_new:] for value in cache]
+    return [entry.float() * scale for entry, scale in zip(entries, scales, strict=True)] if scales else entries
+
+
+def _tensor(value: OrtValue | Tensor) -> Tensor:
+    """A value of the runtime, or of an engine, as a tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    tensor = torch.from_numpy(value.numpy())  # FP8 codes come as bytes
+    return tensor.view(torch.float8_e4m3fn) if value.element_type() == onnx.TensorProto.FLOAT8E4M3FN else tensor
+
+
+def _repeated(value: OrtValue, batch: int) -> OrtValue:
+    repeated = OrtValue.ortvalue_from_shape_and_type([batch, *value.shape()[1:]], value.element_type())
+    repeated.update_inplace(np.repeat(value.numpy(), batch, axis=0))
+    return repeated
 
 
 def _to_ort(tensor: Tensor) -> OrtValue:

@@ -18,6 +18,7 @@ _TYPES: dict[int, str] = {
     onnx.TensorProto.INT64: "TYPE_INT64",
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
+    onnx.TensorProto.INT8: "TYPE_INT8",
 }
 # Triton's backend does not hand `session.disable_quant_qdq` on, see `export/runtime.py`; at this level nothing is fused either.
 _BASIC_OPTIMIZATION = -1
@@ -77,7 +78,13 @@ def _schema() -> Any:
 
 
 def _data_type(schema: Any, tensor: onnx.ValueInfoProto) -> int:
-    return schema.DataType.Value(_TYPES[tensor.type.tensor_type.elem_type])
+    type = tensor.type.tensor_type.elem_type
+    if type not in _TYPES:
+        raise ValueError(
+            f"expected tensors of types that Triton passes on, found {tensor.name} of {onnx.TensorProto.DataType.Name(type)}, which its "
+            "protocol lacks; export with a key/value cache in int8 or floating point"
+        )
+    return schema.DataType.Value(_TYPES[type])
 
 
 def _dims(tensor: onnx.ValueInfoProto) -> list[int]:

@@ -12,7 +12,7 @@ from onnxruntime import OrtValue
 from torch import Tensor
 
 _CACHE = "past_key_values."
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 class SharedCacheSession:

@@ -11,7 +11,8 @@
 
 Names follow Optimum: inputs `input_ids` (B, T), `attention_mask` (B, P + T), `position_ids` (B, T) and
 `past_key_values.{layer}.key|value` (B, groups, P, head width); outputs `logits` (B, T, vocabulary) and `present.{layer}.key|value`
-(B, groups, P + T, head width).  Batch B, new tokens T and past tokens P are dynamic; P may be 0.
+(B, groups, P + T, head width).  Batch B, new tokens T and past tokens P are dynamic; P may be 0.  The cache has the type of what
+lies between the products, or codes of 8 bits if the model rounds keys and values (`models/quantization/cache.py`).
 """
 
 import json
@@ -30,6 +31,7 @@ from export.layers import repeat_layers
 from export.trace import OPSETS, Trace, trace
 from export.weights import bind_weights
 from models.architecture import decoder_layers
+from models.quantization.cache import cache_format, cache_quantizers
 from models.quantization.formats import FORMATS, FormatName, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 
@@ -97,6 +99,12 @@ def check_exportable(model: PreTrainedModel, *, precision: Precision, opset: int
         )
     if opset not in OPSETS:
         raise ValueError(f"expected an ONNX opset among {', '.join(map(str, OPSETS))}, found {opset}; choose 23")
+    observing = [name for name, quantizer in cache_quantizers(model).items() if not quantizer.key.frozen]
+    if observing:
+        raise ValueError(
+            f"expected frozen quantizers of keys and values, found {len(observing)} layers whose still observe, such as {observing[0]}; train "
+            "on, or calibrate with `--calibration FILE.jsonl`"
+        )
     linears = quantized_linears(model)
     if precision in UNQUANTIZED and linears:
         raise ValueError(
@@ -177,6 +185,7 @@ def _metadata(model: PreTrainedModel, *, precision: Precision, opset: int, half:
         "producer": "potstill",
         "precision": precision,
         "activations": "float16" if half else "float32",
+        "cache": cache_format(model) or ("float16" if half else "float32"),
         "model_type": model.config.model_type,
         "structure": json.dumps(structure),
         "opset": str(opset),

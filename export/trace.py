@@ -26,6 +26,7 @@ from onnxscript import opset21
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from export.cache_codes import store_codes
 from export.slice import layer_kinds, slice_layers
 from models.architecture import decoder_layers
 from models.quantization.linear import FakeQuantizer
@@ -148,6 +149,7 @@ def trace(model: PreTrainedModel, *, dtype: torch.dtype, opset: int) -> Trace:
         _parameters_to_inputs(exported.model.graph)
         exported.optimize()
         _one_type_for_norms(exported.model.graph)
+        store_codes(exported.model.graph)
         common_passes.CommonSubexpressionEliminationPass()(exported.model)  # the fusions leave equal nodes behind
     return Trace(exported.model, [distinct.index(kind) for kind in kinds], len(distinct))
 

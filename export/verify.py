@@ -96,7 +96,7 @@ def verify_onnx(
         checks = _compare_fed(name, model, reference, path, threads, bound, on_step)
     else:
         checks = _compare_run(name, exact, reference, bound, on_step)
-    if quantized_linears(model) and free_run:
+    if (quantized_linears(model) or rounds_inputs(model)) and free_run:
         served = OnnxSession(path, threads=threads)
         checks.append(verify_free_run(f"{name}, as served", served, reference, on_step))
     if len(reference.steps[0].input_ids) > 1:
@@ -130,7 +130,7 @@ def verify_cpu(
     """Compare a graph of `export.for_cpu` with a recorded run: float32 as any, quantized ones, whose head is rounded, as served."""
     precision, session = _metadata(path)["precision"], OnnxSession(path, threads=threads)
     name = f"onnx {precision} for the CPU"
-    if precision == "fp32":
+    if precision == "fp32" and reference.sensitivity is None:
         return _compare_run(name, session, reference, BOUNDS["float32"], on_step)
     return [verify_free_run(name, session, reference, on_step)]
 
@@ -209,7 +209,7 @@ def _compare_run(
     for number, step in enumerate(reference.steps):
         output = session.run(step.input_ids, step.attention_mask, cache)
         cache = output.cache
-        _compare_step(comparisons["decode" if number else "prefill"], number, step, output)
+        _compare_step(comparisons["decode" if number else "prefill"], number, step, output, reference.cache_scales)
         comparisons["decode"].add_choices(output.logits[:, -1], step.logits[:, -1])  # the first token, too
         on_step()
     return [comparison.check(f"{name}, {phase}", bound) for phase, comparison in comparisons.items()]
@@ -227,7 +227,7 @@ def _compare_fed(
     graph, entering = cut_at_quantizers(path)
     session = OnnxSession(path, threads=threads, graph=graph, exact=True)
     quantizers = dict(model.named_modules())
-    half = session.dtype.__name__ == "float16"
+    half = _metadata(path)["activations"] == "float16"
     comparisons = {"prefill": Comparison(), "decode": Comparison()}
     cache = None
     for number, step in enumerate(reference.steps):
@@ -238,20 +238,22 @@ def _compare_fed(
         output = session.run(step.input_ids, step.attention_mask, cache, others)
         cache = output.cache
         comparison = comparisons["decode" if number else "prefill"]
-        _compare_step(comparison, number, step, output)
+        _compare_step(comparison, number, step, output, reference.cache_scales)
         comparisons["decode"].add_choices(output.logits[:, -1], step.logits[:, -1])
         for quantizer, tensor in entering.items():
             theirs = step.quantizer_inputs[quantizer]
             ours = output.others[tensor].reshape(theirs.shape)  # of attention, heads may still lie apart
+            if theirs.dim() == 4:  # keys and values
+                ours, theirs = ours.transpose(1, 2), theirs.transpose(1, 2)
             add = comparison.add_inside if half else comparison.add
             add(f"input of {quantizer} at step {number}", ours[step.valid], theirs[step.valid])
         on_step()
     return [comparison.check(f"{name}, {phase}", bound, note=_FED_NOTE) for phase, comparison in comparisons.items()]
 
 
-def _compare_step(comparison: Comparison, number: int, step: Step, output: Output) -> None:
+def _compare_step(comparison: Comparison, number: int, step: Step, output: Output, scales: Sequence[float]) -> None:
     comparison.add_logits(number, output.logits[step.valid], step.logits[step.valid])
-    entries = new_entries(output.cache, step.input_ids.shape[1])
+    entries = new_entries(output.cache, step.input_ids.shape[1], scales)
     names = cache_names("present", len(entries) // 2)
     for name, ours, theirs in zip(names, entries, step.cache, strict=True):
         comparison.add_layer(

@@ -93,6 +93,8 @@ def _share_quantized_inputs(graph: ir.Graph) -> None:
         assert scale is not None
         if scale.const_value is None:  # found for each token: the same subgraph for all, and shared already
             continue
+        if quantize.outputs[0].is_graph_output():  # codes of the cache
+            continue
         (dequantize,) = quantize.outputs[0].consumers()
         first = shared.setdefault((x, float(scale.const_value.numpy())), dequantize.outputs[0])
         if first is not dequantize.outputs[0]:

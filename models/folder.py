@@ -4,6 +4,7 @@
 |------------------------|--------------------------------------------------------------------|--------------------------------------|
 | `potstill.json`        | `layers`: neurons, query heads and key/value groups of each layer  | `load_model`, everywhere             |
 |                        | `quantized`: for each format, the projections that are in it       | `load_student` of the export         |
+|                        | `kv_cache`: the format of keys and values in the cache             | `load_student` of the export         |
 | `potstill.safetensors` | scales and zero points of these quantizers                         | `load_student` of the export         |
 
 transformers builds every layer from the one set of sizes in `config.json`.  Most students fit into that, and their folders are
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from models.architecture import decoder_layers
-from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from models.quantization.cache import cache_format, cache_quantizers
+from models.quantization.linear import quantized_linears
 from models.quantization.quantizers import FakeQuantizer
 from models.sizes import is_uniform
 from models.structure import Edit, apply_edit, replay
@@ -79,22 +82,23 @@ def save_unequal_layers(model: PreTrainedModel, folder: Path) -> None:
 def save_quantizers(model: PreTrainedModel, folder: Path) -> None:
     """Write the scales of a model's frozen quantizers, if it has any, into a folder with its rounded weights."""
     frozen = {name: linear for name, linear in quantized_linears(model).items() if linear.weight_quantizer.frozen}
-    if not frozen:
+    caches = {name: quantizer for name, quantizer in cache_quantizers(model).items() if quantizer.key.frozen}
+    if not frozen and not caches:
         return
-    scales = {key: buffer.detach().cpu().clone() for key, buffer in _scales(frozen).items()}
+    scales = {key: buffer.detach().cpu().clone() for key, buffer in _scales({**frozen, **caches}).items()}
     save_file(scales, folder / SCALES_FILE)
     formats: dict[str, list[str]] = {}
     for name, linear in frozen.items():
         formats.setdefault(linear.format, []).append(name)
-    _add_to_structure(folder, {"quantized": formats})
+    _add_to_structure(folder, {"quantized": formats} | ({"kv_cache": cache_format(model)} if caches else {}))
 
 
-def _scales(linears: Mapping[str, FakeQuantizedLinear]) -> dict[str, torch.Tensor]:
+def _scales(owners: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Scales and zero points by name; what calibration saw is not needed any more."""
     return {
         f"{name}.{key}": buffer
-        for name, linear in linears.items()
-        for key, buffer in linear.named_buffers()
+        for name, owner in owners.items()
+        for key, buffer in owner.named_buffers()
         if key.endswith((".scale", ".zero_point"))
     }
 
@@ -140,16 +144,15 @@ def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
 
 def restore_quantizers(model: PreTrainedModel, folder: Path) -> None:
     """Give a model that was loaded from a folder the quantizers that lie beside it, in place; most folders have none."""
-    formats = _read_json(folder / STRUCTURE_FILE).get("quantized", {})
-    for format, modules in formats.items():
+    structure = _read_json(folder / STRUCTURE_FILE)
+    for format, modules in structure.get("quantized", {}).items():
         apply_edit(model, {"op": "fake_quantize", "format": format, "modules": modules})
-    if formats:
-        scales = load_file(folder / SCALES_FILE)
-        for name, linear in quantized_linears(model).items():
-            for quantizer_name, quantizer in linear.named_children():
-                prefix = f"{name}.{quantizer_name}."
-                assert isinstance(quantizer, FakeQuantizer)
-                quantizer.set_scales(scales[prefix + "scale"], scales.get(prefix + "zero_point"))
+    if "kv_cache" in structure:
+        apply_edit(model, {"op": "quantize_cache", "format": structure["kv_cache"]})
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
+    scales = load_file(folder / SCALES_FILE) if quantizers else {}
+    for name, quantizer in quantizers.items():
+        quantizer.set_scales(scales[f"{name}.scale"], scales.get(f"{name}.zero_point"))
 
 
 def _with_room_for(sizes: Sequence[LayerSizes], config: PretrainedConfig) -> PretrainedConfig:

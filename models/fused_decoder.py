@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
 from models.inference_weights import Norm, Weights
+from models.quantization.cache import cache_format
 from models.quantization.linear import FakeQuantizedLinear
 from models.sharding import is_sharded
 
@@ -53,6 +54,7 @@ class FusedDecoder:
         rope: Any = getattr(model.base_model, "rotary_emb", None)
         return (
             not is_sharded(model)
+            and cache_format(model) is None
             and config.model_type in FAMILIES
             and rope is not None
             and rope.rope_type not in _LENGTH_DEPENDENT_ROPE

@@ -11,6 +11,7 @@ The module saves its list in the checkpoint and replays it before the weights lo
 | `narrow_hidden`      | `keep` (channels)                     | keeps these channels of the residual stream, in all layers     |
 | `drop_layers`        | `layers`                              | removes these decoder layers; the others move up               |
 | `fake_quantize`      | `format`, `modules` (qualified names) | linear layers become `FakeQuantizedLinear`, observing at first |
+| `quantize_cache`     | `format`                              | attention rounds new keys and values, observing at first       |
 | `lora`               | `rank`, `alpha`, `dropout`, `modules` | adapters beside these projections; all else is frozen          |
 
 Layers, units and names are those of the model as the edits before have left it.
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 from models.architecture import decoder_layers
 from models.hidden import narrow_hidden
 from models.lora import has_adapters, insert_adapters
+from models.quantization.cache import insert_cache_quantizers
 from models.quantization.formats import format_of
 from models.quantization.linear import FakeQuantizedLinear
 from models.sizes import is_uniform
@@ -93,6 +95,10 @@ def _fake_quantize(
         setattr(linears[parent], child, linear.to(linear.weight.device))
 
 
+def _quantize_cache(model: PreTrainedModel, optimizers: Sequence[Optimizer], *, format: str) -> None:
+    insert_cache_quantizers(model, format)
+
+
 def _lora(
     model: PreTrainedModel,
     optimizers: Sequence[Optimizer],
@@ -116,5 +122,6 @@ _OPERATIONS: dict[str, Callable[..., None]] = {
     "narrow_hidden": narrow_hidden,
     "drop_layers": drop_layers,
     "fake_quantize": _fake_quantize,
+    "quantize_cache": _quantize_cache,
     "lora": _lora,
 }

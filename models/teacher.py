@@ -77,11 +77,12 @@ class RememberingTeacher(Teacher):
 
     Args:
         teacher: The teacher to ask.
+        hidden: What it remembers from before, and adds to: final hidden states by positions.
     """
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, hidden: dict[tuple[int, ...], Tensor] | None = None) -> None:
         self.model = teacher.model
-        self._hidden: dict[tuple[int, ...], Tensor] = {}
+        self._hidden: dict[tuple[int, ...], Tensor] = {} if hidden is None else hidden
 
     def answer_hidden(self, batch: Batch) -> Tensor:
         """Final hidden states (N, D), from memory if the batch was seen before."""

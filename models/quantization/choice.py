@@ -21,6 +21,7 @@ from models.architecture import decoder_layers
 from models.forward import Batch, answer_lengths
 from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, on_device
+from models.quantization.cache import CacheFormat
 from models.quantization.fake_quantize import fake_quantize
 from models.quantization.formats import format_of
 from models.quantization.scales import weight_scales
@@ -58,13 +59,13 @@ def formats_by_pattern(model: PreTrainedModel, format: str, exceptions: Mapping[
     return chosen
 
 
-def quantization_edits(formats: Mapping[str, str]) -> list[Edit]:
-    """One edit for each format of `formats_by_pattern` or `formats_by_sensitivity`."""
+def quantization_edits(formats: Mapping[str, str], kv_cache: CacheFormat | None = None) -> list[Edit]:
+    """One edit for each format of `formats_by_pattern` or `formats_by_sensitivity`, and one for keys and values."""
     edits: dict[str, Edit] = {}
     for name, format in formats.items():
         if format != UNQUANTIZED:
             edits.setdefault(format, {"op": "fake_quantize", "format": format, "modules": []})["modules"].append(name)
-    return list(edits.values())
+    return [*edits.values(), *([] if kv_cache is None else [{"op": "quantize_cache", "format": kv_cache}])]
 
 
 def formats_by_sensitivity(

@@ -65,8 +65,8 @@ def quantized_linears(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
 
 
 def rounds_inputs(model: nn.Module) -> bool:
-    """Whether some layer rounds its input, so that two correct runs of the model may decide differently."""
-    return any(linear.input_quantizer is not None for linear in quantized_linears(model).values())
+    """Whether some layer rounds its input, or keys and values, so that two correct runs of the model may decide differently."""
+    return any(isinstance(module, InputQuantizer | RowQuantizer) for module in model.modules())
 
 
 @torch.no_grad()
@@ -80,12 +80,12 @@ def freeze_weights(model: nn.Module, search: Search = "max") -> int:
 
 @torch.no_grad()
 def freeze_inputs(model: nn.Module, search: Search = "max") -> int:
-    """Freeze every input quantizer that still observes.  Returns how many were frozen.
+    """Freeze every quantizer of inputs, keys and values that still observes.  Returns how many were frozen.
 
     Raises:
         ValueError: One of them has observed nothing.
     """
-    waiting = [q for linear in quantized_linears(model).values() if (q := linear.input_quantizer) and not q.frozen]
+    waiting = [m for m in model.modules() if isinstance(m, InputQuantizer | RowQuantizer) and not m.frozen]
     for quantizer in waiting:
         quantizer.freeze(search)
     return len(waiting)

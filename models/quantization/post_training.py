@@ -3,7 +3,7 @@
 Every layer is fitted to the inputs that it will have, which come from the quantized layers before it; each projection in it sees
 those of the projections before it.  A token counts as much as the predictions depend on it, see `models/quantization/sensitivity.py`.
 
-Legend: B samples, T tokens, S valid tokens, I inputs, O outputs, D hidden.
+Legend: B samples, T tokens, S valid tokens, I inputs, O outputs, D hidden, G key/value groups, K head width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
 from models.forward import Batch
 from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, input_of, on_device
+from models.quantization.cache import CacheFormat, cache_quantizers
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import Format, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
@@ -90,9 +91,10 @@ def quantize_after_training(
     formats: str | Mapping[str, str],
     settings: PostTrainingQuantization = PostTrainingQuantization(),
     *,
+    kv_cache: CacheFormat | None = None,
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> list[Edit]:
-    """Quantize the projections of every decoder layer, in place; all quantizers are frozen afterwards.
+    """Quantize the projections of every decoder layer, and its keys and values, in place; all quantizers are frozen afterwards.
 
     Args:
         model: Without quantizers.  Weights of norms and projections change; those of quantized projections lie on their grids.
@@ -100,6 +102,7 @@ def quantize_after_training(
         formats: A number format for all projections (see `models/quantization/formats.py`), or one for each of them by its name
             (see `models/quantization/choice.py`).
         settings: How to do it.
+        kv_cache: Format of keys and values; None: they stay as they are.
         on_layer: Called with the number of each decoder layer when it is done.
 
     Returns:
@@ -108,7 +111,9 @@ def quantize_after_training(
     Raises:
         ValueError: There was no batch, no such format, or a model that has quantizers already.
     """
-    edits = quantization_edits(formats_by_pattern(model, formats, {}) if isinstance(formats, str) else formats)
+    edits = quantization_edits(
+        formats_by_pattern(model, formats, {}) if isinstance(formats, str) else formats, kv_cache
+    )
     for edit in edits:
         apply_edit(model, edit)
     calibrate_quantizers(model, batches, settings, on_layer=on_layer)
@@ -125,7 +130,7 @@ def calibrate_quantizers(
     """Find the scales of quantizers that are in a model but not frozen yet, and round its weights; see `quantize_after_training`."""
     formats = {linear.format for linear in quantized_linears(model).values()}
     smooths = any(settings.strengths(format) for format in formats)
-    sensitive = settings.sensitive and (settings.method != "nearest" or smooths)
+    sensitive = bool(formats) and settings.sensitive and (settings.method != "nearest" or smooths)
     with evaluating(model), torch.no_grad():
         readings = [
             _read(model, batch, number, sensitive=sensitive)
@@ -165,9 +170,10 @@ def _quantize_layer(layer: DecoderLayer, readings: Sequence[_Reading], settings:
         norm, finish = layer.stream_norms[half], layer.output_norms[half] if layer.output_norms else None
         inputs = [norm(reading.stream_BTD) for reading in readings]
         _quantize(readers, inputs, 2 * half, layer.index, readings, settings)
+        arguments = [{} if half else reading.arguments[layer.index] for reading in readings]
+        _calibrate_cache(module, writer[0], inputs, arguments, readings, settings)
         inputs = [
-            input_of(writer[0], module, input_BTD, **({} if half else reading.arguments[layer.index]))
-            for input_BTD, reading in zip(inputs, readings, strict=True)
+            input_of(writer[0], module, input_BTD, **named) for input_BTD, named in zip(inputs, arguments, strict=True)
         ]
         _quantize(writer, inputs, 2 * half + 1, layer.index, readings, settings)
         for input_BTI, reading in zip(inputs, readings, strict=True):
@@ -226,6 +232,25 @@ def _freeze_input(quantizer: InputQuantizer | RowQuantizer, inputs: Sequence[Ten
             quantizer(input_SI)
         quantizer.eval()
     quantizer.freeze(search)
+
+
+def _calibrate_cache(
+    module: nn.Module,
+    writer: nn.Module,
+    inputs: Sequence[Tensor],
+    arguments: Sequence[dict[str, Any]],
+    readings: Sequence[_Reading],
+    settings: PostTrainingQuantization,
+) -> None:
+    """Freeze the quantizers of keys and values of an attention that has some, after those that its inputs lead to."""
+    for quantizer in cache_quantizers(module).values():
+        seen: list[tuple[Tensor, ...]] = []
+        with hooked([quantizer.register_forward_pre_hook(lambda _, both, seen=seen: seen.append(both))]):
+            for input_BTD, named in zip(inputs, arguments, strict=True):
+                input_of(writer, module, input_BTD, **named)
+        for part, tensors in zip((quantizer.key, quantizer.value), zip(*seen, strict=True), strict=True):
+            valid = [x_BGTK.transpose(1, 2)[r.mask_BT] for x_BGTK, r in zip(tensors, readings, strict=True)]
+            _freeze_input(part, valid, settings.input_search)
 
 
 def _smooth(layer: DecoderLayer, readings: Sequence[_Reading], settings: PostTrainingQuantization) -> None:

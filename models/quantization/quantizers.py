@@ -160,10 +160,13 @@ class InputQuantizer(FakeQuantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        amax, histogram = x.abs().amax().float(), histogram_of(x)
+        amax, histogram = self._largest(x), histogram_of(x)
         if self.pending is not None:
             amax, histogram = torch.maximum(self.pending[0], amax), self.pending[1] + histogram
         self.pending = amax, histogram
+
+    def _largest(self, x: Tensor) -> Tensor:
+        return x.abs().amax().float()
 
 
 class RowQuantizer(FakeQuantizer):

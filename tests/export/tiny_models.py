@@ -42,9 +42,14 @@ def tiny_model(family: str = "llama", layers: int = 3, seed: int = 0, **settings
     return model
 
 
-def quantized(model: PreTrainedModel, seed: int = 1, format: str = "fp8_e4m3") -> PreTrainedModel:
-    """The same model with frozen quantizers in all decoder layers."""
-    apply_edit(model, quantize_decoder(model, format))
+def quantized(
+    model: PreTrainedModel, seed: int = 1, format: str | None = "fp8_e4m3", kv_cache: str | None = None
+) -> PreTrainedModel:
+    """The same model with frozen quantizers in all decoder layers, of projections, of keys and values, or both."""
+    if format is not None:
+        apply_edit(model, quantize_decoder(model, format))
+    if kv_cache is not None:
+        apply_edit(model, {"op": "quantize_cache", "format": kv_cache})
     with torch.no_grad():
         model.train()(torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(seed)))
     freeze_scales(model)
