@@ -24,6 +24,7 @@ from models.architecture import DecoderLayer, count_parameters, decoder_layers
 from models.lora import merge_adapters
 from models.pruning.cut import Targets
 from models.quantization import freeze_scales
+from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.structure import Edit, apply_edit, quantize_decoder, replay
 from models.student import StudentModule
@@ -53,7 +54,7 @@ class Preflight(Callback):
             _rehearse_pruning(layers, pruning)
             if quantization is not None:
                 formats = formats_by_pattern(pl_module.student, quantization.format, quantization.exceptions)
-                _rehearse_quantization(layers, set(formats.values()))
+                _rehearse_quantization(layers, set(formats.values()), quantization.kv_cache)
             if export is not None and "onnx" in export.settings.formats:
                 _rehearse_export(layers, export)
         if export is not None:
@@ -102,10 +103,10 @@ def _planned_edits(layer: DecoderLayer, targets: Targets) -> Iterator[Edit]:
         yield {"op": "narrow_query_heads", "layer": layer.index, "keep": heads}
 
 
-def _rehearse_quantization(model: PreTrainedModel, formats: set[str]) -> None:
+def _rehearse_quantization(model: PreTrainedModel, formats: set[str], kv_cache: CacheFormat | None) -> None:
     """Every format in some projection: which one has which makes no difference to what can go wrong."""
     names = quantize_decoder(model)["modules"]
-    replay(model, quantization_edits(dict(zip(names, cycle(sorted(formats)), strict=False))))
+    replay(model, quantization_edits(dict(zip(names, cycle(sorted(formats)), strict=False)), kv_cache))
     _forward(model.train())
     freeze_scales(model)
     _forward(model.eval())

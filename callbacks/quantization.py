@@ -126,7 +126,8 @@ class QuantizationAwareTraining(Callback):
                 self._calibrate(trainer, pl_module, self.method)
                 return
             rank_zero_info(
-                f"Observing {len(quantized_linears(pl_module.student))} layers from step {self.start_step} on"
+                f"Observing {len(quantized_linears(pl_module.student))} layers{' and the cache' if self.kv_cache else ''} from step "
+                f"{self.start_step} on"
             )
         for what, step, freeze in (
             ("weights", self.freeze_weights_step, freeze_weights),

@@ -16,6 +16,7 @@ from datamodules import Conversations
 from models import Distillation
 from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
+from models.quantization.cache import cache_scales
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 12, (3, 5), 7, 9
 
@@ -78,7 +79,7 @@ def fit(
         GradualPruning(
             0.5, 0.5, start_step=PRUNE_AT[0], end_step=PRUNE_AT[1], events=2, multiple=8, calibration_batches=2
         ),
-        quantization or QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
+        quantization or QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT, kv_cache="fp8_e4m3"),
         losses,
         Crash(crash_at),
         Checkpoint(every_n_steps=1),
@@ -141,7 +142,9 @@ def test_a_run_from_a_calibrated_student_resumes_without_calibrating_again(
 
 
 def calibrated() -> QuantizationAwareTraining:
-    return QuantizationAwareTraining(QUANTIZE_AT, format="int8_static", method="gptq", calibration_batches=2)
+    return QuantizationAwareTraining(
+        QUANTIZE_AT, format="int8_static", kv_cache="int8", method="gptq", calibration_batches=2
+    )
 
 
 def test_the_run_had_something_on_both_sides(uninterrupted: tuple[Trainer, Losses], places: dict[str, str]) -> None:
@@ -150,6 +153,7 @@ def test_the_run_had_something_on_both_sides(uninterrupted: tuple[Trainer, Losse
     assert module.student.config.intermediate_size == 24
     assert module.student.config.num_key_value_heads == 1
     assert len(quantized_linears(module.student)) == 14
+    assert len([scale for scale in cache_scales(module.student) if scale > 0]) == 4
     assert trainer.current_epoch >= 2
     stages = [module.own_answers.source(step, STEPS) != "dataset" for step in range(STEPS)]
     assert any(stages[2:5]) and any(stages[9:]) and not all(stages[2:])

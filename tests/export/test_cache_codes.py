@@ -147,6 +147,18 @@ def test_the_command_line_calibrates_the_cache_alone(tmp_path):
     assert cache_format(load_student(str(tmp_path / "out/student"))[0]) == "int8"
 
 
+@pytest.mark.parametrize("kv_cache", TYPES)
+def test_an_engine_takes_codes(kv_cache, tmp_path):
+    save_student(tiny_model(layers=2), tiny_tokenizer(), tmp_path / "dense")
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"prompt": "hello", "response": "world"}) + "\n")
+    common = [str(tmp_path / "dense"), "--engine", "tensorrt_rtx", "--calibration", str(tmp_path / "talks.jsonl")]
+    quick = ["--decode-steps", "2", "--benchmark-repetitions", "0", "--precision", "fp8"]
+    assert main([*common, *quick, "--output", str(tmp_path / "out"), "--kv-cache", kv_cache]) == 0
+    assert set(io_types(tmp_path / "out/onnx/engine-source.onnx").values()) == {TYPES[kv_cache]}
+    checks = {check["name"]: check for check in json.loads((tmp_path / "out/report.json").read_text())["verification"]}
+    assert checks["engine fp8, quantized products in the parsed network"]["status"] == "passed"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
