@@ -5,12 +5,17 @@ operators that compute nothing and copy the whole cache for every token.  GroupQ
 projections leave them and appends in place, if the session binds one buffer as past and as present (see
 `export/shared_cache.py`); with different tensors it copies, as before.
 
-Only ONNX Runtime knows the operator (domain com.microsoft), so this is for graphs that run there.  The mask, with padding and windows,
-and the rotary angles stay the graph's own.
+It also turns queries and keys by their rotary angles, from tables that hold what the graph computes, and by the place in the cache
+instead of `position_ids`: behind padding on the left, all tokens of a row are turned further by the same angle, which attention does
+not see.  Without a table (angles that change with the length) or with norms in between, the graph turns them as before.  The mask,
+with padding and windows, stays the graph's own.
 
-Letters: B batch, T new tokens, P past, S = P + T, H query heads, G key/value groups, E head width.
+Only ONNX Runtime knows the operator (domain com.microsoft), so this is for graphs that run there.
+
+Letters: B batch, T new tokens, P past, S = P + T, L positions, H query heads, G key/value groups, E head width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.graph_edits import Inserter, take_place
+from export.rotary_tables import angle_tables
 
 DOMAIN = "com.microsoft"
 _TURN_HEADS = (0, 2, 1, 3)
@@ -32,7 +38,8 @@ _LOWEST = np.float32(-1e30)  # what a masked score gets; the exponent of nothing
 def cache_in_attention(model: ir.Model) -> int:
     """Replace, in place, every fused attention over a cache.
 
-    A cache of INT8 codes stays one.  Others stay: below opset 23, with soft caps (Gemma 2), without rotary angles (which name the number of heads).
+    A cache of INT8 codes stays one.  Others stay: below opset 23, with soft caps (Gemma 2), without rotary angles (which name the
+    number of heads).
 
     Args:
         model: float32 graph from `export.to_onnx`.
@@ -40,53 +47,117 @@ def cache_in_attention(model: ir.Model) -> int:
     Returns:
         The number of attentions that were replaced.
     """
-    graph = model.graph
-    lengths: tuple[ir.Value, ir.Value] | None = None
-    biases: dict[ir.Value, ir.Value] = {}
+    graph, shared = model.graph, _Shared(model)
     replaced = 0
     for node in list(graph):
         if node.op_type != "Attention" or node.domain or len(node.inputs) < 4:
             continue
-        query, keys, values, mask = node.inputs[:4]
-        caches = [_Cache.behind(value) for value in (keys, values)]
+        query, seen_keys, seen_values, mask = node.inputs[:4]
+        keys, values = _Cache.behind(seen_keys), _Cache.behind(seen_values)
         joined, num_heads = _joined_heads(node), _num_heads(query)
-        if mask is None or None in caches or joined is None or num_heads is None:
+        if query is None or mask is None or keys is None or values is None or joined is None or num_heads is None:
             continue
         make = Inserter(graph, node)
-        lengths = lengths or _lengths(make)
-        if mask not in biases:
-            biases[mask] = make.node(
-                "Where", [mask, make.constant("unmasked", np.float32(0)), make.constant("masked", _LOWEST)]
-            )
-        held = [cache for cache in caches if cache is not None]
-        new = [_flat(make, cache.new) for cache in held]
-        past, scales = [cache.past for cache in held], [cache.scale for cache in held if cache.scale is not None]
+        tables = shared.tables(make, query, keys.new)
+        heads = [query, keys.new, values.new]
+        if tables:  # attention turns queries and keys
+            heads[:2] = [_before_angles(head) for head in heads[:2]]
+        scales = [cache.scale for cache in (keys, values) if cache.scale is not None]
         attention = ir.Node(
             DOMAIN,
             "GroupQueryAttention",
             [
-                _flat(make, query),
-                *new,
-                *past,
-                *lengths,
-                None,
-                None,
-                None,
-                biases[mask],
+                *_together([_flat(make, head) for head in heads]),
+                *(keys.past, values.past),
+                *shared.lengths(make),
+                *(tables or (None, None)),
+                *(None, shared.bias(make, mask)),
                 *([None, *scales] if scales else []),
             ],
-            [*_attributes(node, num_heads, past[0]), *(_CODES if scales else ())],
+            [
+                *_attributes(node, num_heads, keys.past),
+                *([ir.AttrInt64("do_rotary", 1)] if tables else []),
+                *(_CODES if scales else ()),
+            ],
             num_outputs=3,
             name=node.name,
         )
         graph.insert_before(node, attention)
-        for old, by in zip((joined, *(cache.present for cache in held)), attention.outputs, strict=True):
+        for old, by in zip((joined, keys.present, values.present), attention.outputs, strict=True):
             take_place(old, by)
         replaced += 1
     if replaced:
         graph.opset_imports[DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
     return replaced
+
+
+class _Shared:
+    """What all attentions of a graph share, made when the first one needs it.
+
+    Args:
+        model: The graph.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
+        self._positions = int(model.metadata_props.get("positions", 0))
+        self._lengths: tuple[ir.Value, ir.Value] | None = None
+        self._biases: dict[ir.Value, ir.Value] = {}
+        self._tables: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
+
+    def lengths(self, make: Inserter) -> tuple[ir.Value, ir.Value]:
+        """See `_lengths`."""
+        self._lengths = self._lengths or _lengths(make)
+        return self._lengths
+
+    def bias(self, make: Inserter, mask: ir.Value) -> ir.Value:
+        """What is added to the scores for a mask."""
+        if mask not in self._biases:
+            choices = make.constant("unmasked", np.float32(0)), make.constant("masked", _LOWEST)
+            self._biases[mask] = make.node("Where", [mask, *choices])
+        return self._biases[mask]
+
+    def tables(self, make: Inserter, query: ir.Value, key: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+        """Cosines and sines (L, E / 2) if both are turned, whole heads, by angles that a table can hold."""
+        turns = [value.producer() for value in (query, key)]
+        if not all(_turns_whole_heads(turn) for turn in turns):
+            return None
+        cos, sin = turns[0].inputs[1:]  # type: ignore[union-attr]
+        if tuple(turns[1].inputs[1:]) != (cos, sin) or cos is None or sin is None:  # type: ignore[union-attr]
+            return None
+        if (cos, sin) not in self._tables:
+            found = angle_tables(self._graph, cos, sin, self._positions) if self._positions else None
+            number = len(self._tables)
+            self._tables[cos, sin] = found and (
+                make.constant(f"cosines.{number}", found[0]),
+                make.constant(f"sines.{number}", found[1]),
+            )
+        return self._tables[cos, sin]
+
+
+def _turns_whole_heads(node: ir.Node | None) -> bool:
+    """Whether a node is RotaryEmbedding over halves of whole heads, whose angles are given for every token."""
+    if node is None or node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) != 3:
+        return False
+    settings = [node.attributes.get(name) for name in ("interleaved", "rotary_embedding_dim")]
+    return not any(setting is not None and setting.as_int() for setting in settings)
+
+
+def _before_angles(turned: ir.Value) -> ir.Value:
+    maker = turned.producer()
+    assert maker is not None
+    assert maker.inputs[0] is not None
+    return maker.inputs[0]
+
+
+def _together(parts: Sequence[ir.Value]) -> list[ir.Value | None]:
+    """Query, key and value as the operator takes them: the one product that they were split from, if nothing lies between."""
+    splits = {part.producer() for part in parts}
+    split = splits.pop()
+    if splits or split is None or split.op_type != "Split" or list(split.outputs) != list(parts):
+        return list(parts)
+    return [split.inputs[0], None, None]
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ def _metadata(model: PreTrainedModel, *, precision: Precision, opset: int, half:
         "model_type": model.config.model_type,
         "structure": json.dumps(structure),
         "opset": str(opset),
+        "positions": str(getattr(model.config, "max_position_embeddings", None) or 0),
     }
 
 
