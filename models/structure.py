@@ -11,6 +11,7 @@ The module saves its list in the checkpoint and replays it before the weights lo
 | `narrow_hidden`      | `keep` (channels)                     | keeps these channels of the residual stream, in all layers     |
 | `drop_layers`        | `layers`                              | removes these decoder layers; the others move up               |
 | `fake_quantize`      | `format`, `modules` (qualified names) | linear layers become `FakeQuantizedLinear`, observing at first |
+| `learn_scales`       | none                                  | scales of quantized weights and calibrated inputs are trained  |
 | `lora`               | `rank`, `alpha`, `dropout`, `modules` | adapters beside these projections; all else is frozen          |
 
 Layers, units and names are those of the model as the edits before have left it.
@@ -28,6 +29,7 @@ from models.architecture import decoder_layers
 from models.hidden import narrow_hidden
 from models.lora import has_adapters, insert_adapters
 from models.quantization.formats import format_of
+from models.quantization.learning import learn_scales
 from models.quantization.linear import FakeQuantizedLinear
 from models.sizes import is_uniform
 from models.surgery import drop_layers, narrow_kv_groups, narrow_mlp, narrow_query_heads
@@ -116,5 +118,6 @@ _OPERATIONS: dict[str, Callable[..., None]] = {
     "narrow_hidden": narrow_hidden,
     "drop_layers": drop_layers,
     "fake_quantize": _fake_quantize,
+    "learn_scales": learn_scales,
     "lora": _lora,
 }
