@@ -28,7 +28,7 @@ class QuantizationAwareTraining(Callback):
 
     After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good (those of
     inputs `inputs_after` steps later).  Or, with a `method`, the student is quantized after training batches at `start_step`, as
-    `python -m export --calibration` does it, and training goes on from the best that calibration alone makes.  Scales are buffers of
+    `python -m export --calibration` does it, and training goes on from the best that calibration alone makes.  Scales belong to
     the student: a resumed run goes on with the same ones.  Several devices share what they observe.
 
     Args:

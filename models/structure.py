@@ -59,7 +59,7 @@ def apply_edit(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimize
     needed = inspect.getfullargspec(operation).kwonlyargs
     if sorted(fields) != sorted(needed):
         raise ValueError(
-            f"expected {edit['op']} with the fields {', '.join(needed)}, found {', '.join(fields) or 'none'}; the checkpoint may come "
+            f"expected {edit['op']} with the fields {', '.join(needed) or 'none'}, found {', '.join(fields) or 'none'}; the checkpoint may come "
             "from another version of Potstill"
         )
     operation(model, optimizers, **fields)
