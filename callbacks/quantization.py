@@ -50,8 +50,8 @@ class QuantizationAwareTraining(Callback):
 
     Raises:
         ValueError: Steps out of range, a method together with steps of observation, quantization before the last pruning event,
-            callbacks in the wrong order or one that averages weights, a strategy that shards the model, or scales to learn where
-            exceptions leave no layer to quantize.
+            callbacks in the wrong order or one that averages weights, a strategy that shards the model, scales to learn where
+            exceptions leave no layer to quantize, or a checkpoint with learned scales without learn_scales.
     """
 
     needs_whole_student = True
@@ -118,8 +118,17 @@ class QuantizationAwareTraining(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What was done before a checkpoint was saved is in the checkpoint."""
+        """What was done before a checkpoint was saved is in the checkpoint; scales that were frozen there can be learned from now on."""
+        assert isinstance(pl_module, StudentModule)
         self._boundary.start(trainer.global_step)
+        are_learned = bool(learned_scales(pl_module.student))
+        if are_learned and not self.learn_scales:
+            raise ValueError(
+                "expected QuantizationAwareTraining.learn_scales for a checkpoint whose scales are learned already, found it false; "
+                "set it to true"
+            )
+        if self.learn_scales and not are_learned and trainer.global_step >= self.freeze_step:
+            self._learn_scales(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -149,8 +158,11 @@ class QuantizationAwareTraining(Callback):
                 frozen = freeze(pl_module.student, self.search)
                 rank_zero_info(f"Froze {frozen} {self.format} scales of {what} after step {step}")
         if self.learn_scales and trainer.global_step == self.freeze_step:
-            edit_on_all_ranks(trainer, pl_module, [{"op": "learn_scales"}])
-            rank_zero_info(f"Learning {len(learned_scales(pl_module.student))} scales from step {self.freeze_step} on")
+            self._learn_scales(trainer, pl_module)
+
+    def _learn_scales(self, trainer: Trainer, module: StudentModule) -> None:
+        edit_on_all_ranks(trainer, module, [{"op": "learn_scales"}])
+        rank_zero_info(f"Learning {len(learned_scales(module.student))} scales from step {trainer.global_step} on")
 
     # Compiled code would be compiled anew for every set of hooks, to read a few batches.
     @torch.compiler.set_stance("force_eager")

@@ -54,11 +54,13 @@ class FakeQuantizer(nn.Module):
         self.frozen = False  # mirrors `scale > 0` without asking the device for it at every call
 
     def set_scales(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take these scales for good."""
+        """Take these scales for good, or to start learning from."""
         self.scale.copy_(scale)
         if self.zero_point is not None:
             assert zero_point is not None
             self.zero_point.copy_(zero_point)
+        if self.log_scale is not None:
+            self.log_scale.data.copy_(log_of(self.scale))
         self.frozen = True
 
     def learn_scale(self) -> None:

@@ -1,6 +1,7 @@
 """A crash and a resume give the same bits as the uninterrupted run, whatever stands on either side of the crash."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -203,6 +204,22 @@ def test_learned_scales_resume_as_the_weights_do(
     checkpoint = tmp_path / "whole/checkpoints/last.ckpt"
     loaded = Distillation.load_from_checkpoint(checkpoint, weights_only=True)
     assert_same(loaded.state_dict(), module.state_dict())
+
+
+def test_frozen_scales_can_be_learned_after_a_resume_but_not_the_other_way_round(
+    places: dict[str, str], tmp_path: Path
+) -> None:
+    fit(places, tmp_path, crash_at=FREEZE_AT + 1)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    trainer, _ = fit(places, tmp_path, resume=True, quantization=observed())
+    frozen = torch.load(tmp_path / "copy/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert trainer.lightning_module.edits[-1] == {"op": "learn_scales"}
+    now = trainer.lightning_module.state_dict()
+    scales = [name for name in frozen if name.endswith("quantizer.scale")]
+    assert sum(not torch.equal(now[name], frozen[name]) for name in scales) > len(scales) / 2
+    fit(places, tmp_path / "learned", crash_at=FREEZE_AT + 1, quantization=observed())
+    with pytest.raises(ValueError, match="for a checkpoint whose scales are learned already, found it false; set"):
+        fit(places, tmp_path / "learned", resume=True)
 
 
 def test_the_run_had_something_on_both_sides(uninterrupted: tuple[Trainer, Losses], places: dict[str, str]) -> None:

@@ -109,7 +109,10 @@ def test_copies_that_generate_round_with_learned_scales(dtype: torch.dtype) -> N
     student, frozen = learned("fp8_e4m3")
     copies = [inference_copy(model, dtype) for model in (student, frozen)]
     assert torch.equal(logits(copies[0]), logits(copies[1]))
-    firsts = [decoder_for(model, dtype).prefill(*PROMPTS.values(), 1) for model in (student, frozen)]
+    firsts = [
+        decoder_for(model, dtype).prefill(PROMPTS["prompt_ids"], PROMPTS["prompt_mask"], 1)
+        for model in (student, frozen)
+    ]
     assert torch.equal(firsts[0], firsts[1])
 
 

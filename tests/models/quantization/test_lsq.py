@@ -205,6 +205,13 @@ def test_other_floating_types_leave_logarithms_alone(dtype: torch.dtype) -> None
     assert all(torch.equal(p, q) for p, q in zip(learned_scales(layer), before, strict=True))
 
 
+def test_scales_that_are_set_are_where_learning_goes_on() -> None:
+    quantizer = learning_layer("int4_g32").weight_quantizer
+    scale = quantizer.scale / 2
+    quantizer.set_scales(scale)
+    assert torch.equal(scale_of(quantizer.log_scale.detach()), scale)
+
+
 def test_there_has_to_be_something_to_learn() -> None:
     with pytest.raises(ValueError, match="not learned yet, found 0 scales of weights and inputs; learn scales once"):
         learn_scales(nn.Linear(3, 3))
