@@ -18,6 +18,7 @@ from models.quantization import freeze_inputs, freeze_weights, merge_observation
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import FormatName
+from models.quantization.learning import learned_scales
 from models.quantization.post_training import Method, PostTrainingQuantization, calibrate_quantizers
 from models.quantization.scales import Search
 from models.student import StudentModule
@@ -29,7 +30,7 @@ class QuantizationAwareTraining(Callback):
 
     After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good (those of
     inputs `inputs_after` steps later).  Or, with a `method`, the student is quantized after training batches at `start_step`, as
-    `python -m export --calibration` does it, and training goes on from the best that calibration alone makes.  Scales are buffers of
+    `python -m export --calibration` does it, and training goes on from the best that calibration alone makes.  Scales belong to
     the student: a resumed run goes on with the same ones.  Several devices share what they observe.
 
     Args:
@@ -46,10 +47,14 @@ class QuantizationAwareTraining(Callback):
         method: Instead of observing, calibrate at start_step and round weights by nearest, gptq or quantease.
         calibration_batches: Training batches for that.
         seed: Of the choice of these batches.
+        learn_scales: Train the scales of weights and calibrated inputs together with the weights (LSQ, arXiv 1902.08153), after they
+            have been frozen; a step changes a scale by about the learning rate's share of it. Values that are clipped then pass no
+            gradient.
 
     Raises:
         ValueError: Steps out of range, a method together with steps of observation, quantization before the last pruning event,
-            callbacks in the wrong order or one that averages weights, or a strategy that shards the model.
+            callbacks in the wrong order or one that averages weights, a strategy that shards the model, scales to learn where
+            exceptions leave no layer to quantize, or a checkpoint with learned scales without learn_scales.
     """
 
     needs_whole_student = True
@@ -66,6 +71,7 @@ class QuantizationAwareTraining(Callback):
         method: Method | None = None,
         calibration_batches: int = 16,
         seed: int = 0,
+        learn_scales: bool = False,
     ) -> None:
         if method is not None and (observe_steps is not None or inputs_after):
             raise ValueError(
@@ -88,6 +94,7 @@ class QuantizationAwareTraining(Callback):
         self.method = method
         self.calibration_batches = calibration_batches
         self.seed = seed
+        self.learn_scales = learn_scales
         self._boundary = StepBoundary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,9 +111,29 @@ class QuantizationAwareTraining(Callback):
                     f"{callback.last_step}), found {self.start_step}; start later, so that the student recovers first"
                 )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what needs the student, before the first step."""
+        assert isinstance(pl_module, StudentModule)
+        if self.learn_scales and not quantized_linears(pl_module.student):
+            formats = formats_by_pattern(pl_module.student, self.format, self.exceptions)
+            if not quantization_edits(formats):
+                raise ValueError(
+                    f"expected layers to quantize for QuantizationAwareTraining.learn_scales, found exceptions that leave all "
+                    f"{len(formats)} as they are; change the exceptions, or set learn_scales to false"
+                )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What was done before a checkpoint was saved is in the checkpoint."""
+        """What was done before a checkpoint was saved is in the checkpoint; scales that were frozen there can be learned from now on."""
+        assert isinstance(pl_module, StudentModule)
         self._boundary.start(trainer.global_step)
+        are_learned = bool(learned_scales(pl_module.student))
+        if are_learned and not self.learn_scales:
+            raise ValueError(
+                "expected QuantizationAwareTraining.learn_scales for a checkpoint whose scales are learned already, found it false; "
+                "set it to true"
+            )
+        if self.learn_scales and not are_learned and trainer.global_step >= self.freeze_step:
+            self._learn_scales(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,18 +151,24 @@ class QuantizationAwareTraining(Callback):
             edit_on_all_ranks(trainer, pl_module, quantization_edits(formats, self.kv_cache))
             if self.method is not None:
                 self._calibrate(trainer, pl_module, self.method)
-                return
-            rank_zero_info(
-                f"Observing {len(quantized_linears(pl_module.student))} layers{' and the cache' if self.kv_cache else ''} from step "
-                f"{self.start_step} on"
-            )
+            else:
+                cache = " and the cache" if self.kv_cache else ""
+                rank_zero_info(
+                    f"Observing {len(quantized_linears(pl_module.student))} layers{cache} from step {self.start_step} on"
+                )
         for what, step, freeze in (
             ("weights", self.freeze_weights_step, freeze_weights),
             ("inputs", self.freeze_step, freeze_inputs),
         ):
-            if trainer.global_step == step:
+            if trainer.global_step == step and self.method is None:
                 frozen = freeze(pl_module.student, self.search)
                 rank_zero_info(f"Froze {frozen} {self.format} scales of {what} after step {step}")
+        if self.learn_scales and trainer.global_step == self.freeze_step:
+            self._learn_scales(trainer, pl_module)
+
+    def _learn_scales(self, trainer: Trainer, module: StudentModule) -> None:
+        edit_on_all_ranks(trainer, module, [{"op": "learn_scales"}])
+        rank_zero_info(f"Learning {len(learned_scales(module.student))} scales from step {trainer.global_step} on")
 
     # Compiled code would be compiled anew for every set of hooks, to read a few batches.
     @torch.compiler.set_stance("force_eager")

@@ -225,5 +225,6 @@ def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, tied ones once; LoRA adapters do not count, as they end up in the weights beside them."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
+    """Number of parameters, tied ones once; LoRA adapters and learned scales do not count, as they end up in weights and buffers."""
+    beside = (".lora_", ".log_scale")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in beside))

@@ -82,6 +82,7 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
+@torch.no_grad()  # where scales are learned, the rounded weight would have a gradient
 def _rounded_weight(linear: Any) -> Tensor:
     weight: Tensor = linear.weight.detach()
     return linear.weight_quantizer(weight) if isinstance(linear, FakeQuantizedLinear) else weight

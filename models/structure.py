@@ -12,6 +12,7 @@ The module saves its list in the checkpoint and replays it before the weights lo
 | `drop_layers`        | `layers`                              | removes these decoder layers; the others move up               |
 | `fake_quantize`      | `format`, `modules` (qualified names) | linear layers become `FakeQuantizedLinear`, observing at first |
 | `quantize_cache`     | `format`                              | attention rounds new keys and values, observing at first       |
+| `learn_scales`       | none                                  | scales of quantized weights and calibrated inputs are trained  |
 | `lora`               | `rank`, `alpha`, `dropout`, `modules` | adapters beside these projections; all else is frozen          |
 
 Layers, units and names are those of the model as the edits before have left it.
@@ -30,6 +31,7 @@ from models.hidden import narrow_hidden
 from models.lora import has_adapters, insert_adapters
 from models.quantization.cache import insert_cache_quantizers
 from models.quantization.formats import format_of
+from models.quantization.learning import learn_scales
 from models.quantization.linear import FakeQuantizedLinear
 from models.sizes import is_uniform
 from models.surgery import drop_layers, narrow_kv_groups, narrow_mlp, narrow_query_heads
@@ -59,7 +61,7 @@ def apply_edit(model: PreTrainedModel, edit: Edit, optimizers: Sequence[Optimize
     needed = inspect.getfullargspec(operation).kwonlyargs
     if sorted(fields) != sorted(needed):
         raise ValueError(
-            f"expected {edit['op']} with the fields {', '.join(needed)}, found {', '.join(fields) or 'none'}; the checkpoint may come "
+            f"expected {edit['op']} with the fields {', '.join(needed) or 'none'}, found {', '.join(fields) or 'none'}; the checkpoint may come "
             "from another version of Potstill"
         )
     operation(model, optimizers, **fields)
@@ -123,5 +125,6 @@ _OPERATIONS: dict[str, Callable[..., None]] = {
     "drop_layers": drop_layers,
     "fake_quantize": _fake_quantize,
     "quantize_cache": _quantize_cache,
+    "learn_scales": learn_scales,
     "lora": _lora,
 }

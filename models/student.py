@@ -19,6 +19,7 @@ from models.forward import Batch, checkpoint_activations
 from models.losses import check_head, head_of
 from models.low_precision import check_rounding
 from models.pretrained import load_model, load_tokenizer
+from models.quantization.learning import add_scale_group, cover_new_groups, learned_scales, round_learned_scales
 from models.sampling import seed_of
 from models.sharding import check_shardable, shard
 from models.step_mean import StepMean, step_of
@@ -105,7 +106,11 @@ class StudentModule(EvaluatedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`."""
-        optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
+        scales = learned_scales(self.student)
+        apart = {id(scale) for scale in scales}
+        optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad and id(p) not in apart])
+        if scales:  # of a resumed student
+            add_scale_group(optimizer, scales)
         check_rounding(optimizer)
         steps = self.trainer.max_steps
         if self.lr_schedule != "constant" and steps <= 0:
@@ -116,6 +121,12 @@ class StudentModule(EvaluatedModule):
         name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Move the parameters, and round learned scales to numbers to compute with."""
+        super().optimizer_step(*args, **kwargs)
+        if {"op": "learn_scales"} in self.edits:
+            round_learned_scales(self.student)
 
     def configure_gradient_clipping(
         self,
@@ -140,6 +151,8 @@ class StudentModule(EvaluatedModule):
         for edit in edits:
             apply_edit(self.student, edit, optimizers if isinstance(optimizers, list) else [optimizers])
             self.edits.append(edit)
+        for config in self.trainer.lr_scheduler_configs if self._trainer is not None else ():
+            cover_new_groups(config.scheduler)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the structure beside the weights."""

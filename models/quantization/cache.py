@@ -94,7 +94,11 @@ def insert_cache_quantizers(model: PreTrainedModel, format: str) -> None:
     share = (model.config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     for layer in decoder_layers(model):
         attention: Any = layer.attention
-        quantizer = CacheQuantizer(format, int(share * layer.head_dim)).to(layer.keys.linear.weight.device).train(attention.training)
+        quantizer = (
+            CacheQuantizer(format, int(share * layer.head_dim))
+            .to(layer.keys.linear.weight.device)
+            .train(attention.training)
+        )
         setattr(attention, _NAME, quantizer)
         attention.register_forward_pre_hook(_round_what_is_cached, with_kwargs=True)
 

@@ -44,10 +44,10 @@ def fake_quantize(
     Returns:
         A tensor like x whose values lie on the grid.
     """
-    grid, scale, zero_point = _on_grid(x, scale, zero_point, numbers, axis, block_size)
+    grid, scale, zero_point = on_grid(x, scale, zero_point, numbers, axis, block_size)
     if zero_point is not None:
         grid.sub_(zero_point)
-    return _in_shape_of(x, grid.mul_(scale).to(x.dtype))
+    return in_shape_of(x, grid.mul_(scale).to(x.dtype))
 
 
 def codes_of(
@@ -59,11 +59,11 @@ def codes_of(
     block_size: int = 0,
 ) -> Tensor:
     """The codes behind `fake_quantize`, in the shape of x: float8_e4m3fn, or int8 (for INT4 too)."""
-    grid, _, _ = _on_grid(x, scale, zero_point, numbers, axis, block_size)
-    return _in_shape_of(x, grid.to(torch.float8_e4m3fn if numbers == "fp8_e4m3" else torch.int8))
+    grid, _, _ = on_grid(x, scale, zero_point, numbers, axis, block_size)
+    return in_shape_of(x, grid.to(torch.float8_e4m3fn if numbers == "fp8_e4m3" else torch.int8))
 
 
-def _on_grid(
+def on_grid(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, numbers: str, axis: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes as float32, with scales and zero points that broadcast against them; blocks in a dimension of their own."""
@@ -88,7 +88,8 @@ def in_blocks(x: Tensor, block_size: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
 
 
-def _in_shape_of(x: Tensor, blocks: Tensor) -> Tensor:
+def in_shape_of(x: Tensor, blocks: Tensor) -> Tensor:
+    """Values in the shape of x, which may be divided `in_blocks`."""
     if blocks.dim() == x.dim():
         return blocks
     return blocks.flatten(-2)[..., : x.shape[-1]].contiguous()

@@ -1,7 +1,7 @@
 """Fake quantizers as modules: of weights, of inputs with a calibrated scale, of inputs with a scale found at every call.
 
-A quantizer passes values through until it is *frozen*; from then on it rounds.  Its state lives in buffers only, so it travels in
-`state_dict` with the weights: a resume never calibrates again.
+A quantizer passes values through until it is *frozen*; from then on it rounds.  Its state lives in buffers, and in a parameter where
+its scale is learned, so it travels in `state_dict` with the weights: a resume never calibrates again.
 
 Legend: O outputs, I inputs, N rows, H histogram bins.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.quantization.fake_quantize import codes_of, fake_quantize
 from models.quantization.formats import Grid
+from models.quantization.lsq import fake_quantize_learned, log_of
 from models.quantization.scales import (
     NUM_BINS,
     Search,
@@ -35,29 +36,45 @@ class FakeQuantizer(nn.Module):
         scale: Float32 buffer, dequantization multipliers; 0 until frozen.
         zero_point: Int8 buffer of codes, only for grids with zero points.
         frozen: Whether it rounds.
+        log_scale: Parameter of the shape of `scale`, only where the scale is learned: its logarithm, see `lsq.py`.
+        has_own_scales: Whether `scale` holds scales that could be learned.
     """
 
     scale: Tensor
     zero_point: Tensor | None
+    log_scale: nn.Parameter | None
+    has_own_scales = True
 
     def __init__(self, grid: Grid, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.grid = grid
         self.register_buffer("scale", torch.zeros(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int8) if grid.zero_point else None)
+        self.register_parameter("log_scale", None)
         self.frozen = False  # mirrors `scale > 0` without asking the device for it at every call
 
     def set_scales(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take these scales for good."""
+        """Take these scales for good, or to start learning from."""
         self.scale.copy_(scale)
         if self.zero_point is not None:
             assert zero_point is not None
             self.zero_point.copy_(zero_point)
+        if self.log_scale is not None:
+            self.log_scale.data.copy_(log_of(self.scale))
         self.frozen = True
+
+    def learn_scale(self) -> None:
+        """Make the scale trainable.  Frozen scales stay as they are; others come with a state dict, as the logarithm does."""
+        self.log_scale = nn.Parameter(log_of(self.scale))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Round x to the grid if frozen; else x itself."""
-        return fake_quantize(x, self.scale, self.zero_point, *self._layout()) if self.frozen else x
+        if not self.frozen:
+            return x
+        if self.log_scale is None or not torch.is_grad_enabled():  # exports see the one operator in both cases
+            return fake_quantize(x, self.scale, self.zero_point, *self._layout())
+        factor = (self._sharing(x) * self.grid.high) ** -0.5
+        return fake_quantize_learned(x, self.scale, self.log_scale, factor, self.zero_point, *self._layout())
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of x: float8_e4m3fn, or int8 for all integers."""
@@ -70,6 +87,10 @@ class FakeQuantizer(nn.Module):
     def _layout(self) -> tuple[str, int, int]:
         return self.grid.numbers, 0, self.grid.group_size
 
+    def _sharing(self, x: Tensor) -> int:
+        """How many values share a scale; of the last group of a row, how many would."""
+        return {"tensor": x.numel(), "row": x.shape[-1], "group": self.grid.group_size}[self.grid.scales]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.frozen = bool((self.scale > 0).all())
@@ -77,9 +98,12 @@ class FakeQuantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuantizer":
         """Follow the model to another device but stay in float32: `.half()` must not change the numerics."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        log_scale = None if self.log_scale is None else self.log_scale.data
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
+        if self.log_scale is not None and log_scale is not None:
+            self.log_scale.data = log_scale.to(self.log_scale.device)
         return self
 
 
@@ -154,6 +178,10 @@ class InputQuantizer(FakeQuantizer):
         amax = amax_from_histogram(self.histogram, self.amax, self.grid, search)
         self.set_scales(scale_from_amax(amax, self.grid.high))
 
+    def _sharing(self, x: Tensor) -> int:
+        """The features of a token, so that it does not matter how tokens are divided into micro-batches."""
+        return x.shape[-1]
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.merge()  # so that a checkpoint holds all that was seen
         super()._save_to_state_dict(*args, **kwargs)
@@ -174,6 +202,8 @@ class RowQuantizer(FakeQuantizer):
 
     Its buffer `scale` holds a 1 once it is frozen, and nothing else.
     """
+
+    has_own_scales = False
 
     def freeze(self, search: Search = "max") -> None:
         """Round from now on."""

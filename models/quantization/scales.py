@@ -16,7 +16,7 @@ from models.quantization.formats import Grid
 Search = Literal["max", "percentile", "mse"]
 NUM_BINS = 2048  # of `histogram_of`: 8 bits of exponent and 3 of mantissa
 PERCENTILE = 0.9999
-_SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 _WEIGHT_SHARES = torch.linspace(1, 0.4, 13).tolist()  # of the largest magnitude, in a search
 _INPUT_SHARES = torch.linspace(1, 0.05, 96).tolist()
 
@@ -26,7 +26,7 @@ def scale_from_amax(amax: Tensor, high: float = 448.0) -> Tensor:
 
     It is rounded *up* to a float16 number, so that no value in range is clipped by the rounding.
     """
-    scale = (amax.float() / high).clamp(min=_SMALLEST_SCALE)
+    scale = (amax.float() / high).clamp(min=SMALLEST_SCALE)
     half = scale.half()
     rounded_down = half.float() < scale
     up = torch.nextafter(half, torch.full_like(half, torch.inf))

@@ -33,6 +33,7 @@ from models.evaluation import evaluate
 from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
 from models.quantization.choice import formats_by_pattern
+from models.quantization.learning import learned_scales
 from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
 
 
@@ -224,6 +225,42 @@ def test_a_student_may_start_from_what_calibration_makes(folders: dict[str, str]
 def test_a_method_leaves_nothing_to_observe(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="either QuantizationAwareTraining.method or steps of observation, found gptq"):
         QuantizationAwareTraining(2, method="gptq", **settings)
+
+
+def test_scales_are_learned_after_the_last_freeze(folders: dict[str, str], tmp_path: Path) -> None:
+    class Learned(Callback):
+        def __init__(self) -> None:
+            self.seen: dict[int, list[Any]] = {}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            linears = quantized_linears(pl_module.student).values()
+            scales = [q.scale.clone() for linear in linears for q in linear.quantizers()]
+            self.seen[trainer.global_step] = [len(learned_scales(pl_module.student)), scales]
+
+    learned = Learned()
+    quantization = QuantizationAwareTraining(
+        2, observe_steps=1, inputs_after=2, format="int8_static", exceptions={"*.o_proj": "none"}, learn_scales=True
+    )
+    trainer = fit(folders, tmp_path, quantization, learned, steps=8)
+    assert {step: count for step, (count, _) in learned.seen.items()} == dict.fromkeys(range(1, 5), 0) | dict.fromkeys(
+        range(5, 9), 2 * 12
+    )
+    frozen, first, last = (learned.seen[step][1] for step in (5, 6, 8))
+    assert all(
+        torch.equal(now, then) for now, then in zip(learned.seen[4][1][1::2], learned.seen[3][1][1::2], strict=True)
+    )
+    assert any(not torch.equal(now, then) for now, then in zip(first, frozen, strict=True))
+    assert all(not torch.equal(now, then) for now, then in zip(last[1::2], frozen[1::2], strict=True))  # of weights
+    assert trainer.lightning_module.edits[-1] == {"op": "learn_scales"}
+
+
+def test_learning_scales_wants_layers_that_have_some(folders: dict[str, str], tmp_path: Path) -> None:
+    quantization = QuantizationAwareTraining(1, exceptions={"*": "none"}, learn_scales=True)
+    with pytest.raises(
+        ValueError, match="learn_scales, found exceptions that leave all 14 as they are; change the exc"
+    ):
+        fit(folders, tmp_path, quantization)
+    assert not (tmp_path / "metrics.csv").exists()
 
 
 def test_phases_are_judged_where_they_end(folders: dict[str, str], tmp_path: Path) -> None:

@@ -119,6 +119,22 @@ def test_a_resume_equals_the_uninterrupted_run(moment: str, ranks: list[dict[str
         assert all(torch.equal(rank[moment]["weights"][step], rank["whole"]["weights"][step]) for step in steps)
 
 
+def test_ranks_learn_the_same_scales(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["learning"] for rank in ranks)
+    assert first["edits"][-1] == {"op": "learn_scales"}
+    for step in range(1, 11):  # of the weights, and of what is learned beside them
+        assert torch.equal(first["weights"][step], second["weights"][step])
+    assert_same(first["state"], second["state"])
+    assert_same(first["optimizer"], second["optimizer"])
+    names = [name for name in first["state"] if name.endswith("quantizer.scale")]
+    assert len(names) == 28
+    moved = [not torch.equal(first["state"][name], ranks[0]["whole"]["state"][name]) for name in names]
+    assert sum(moved) > 14
+    for rank in ranks:
+        for part in ("state", "edits", "optimizer"):
+            assert_same(rank["learning, resumed"][part], rank["learning"][part])
+
+
 def test_events_are_measured_together(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["whole"]["pruning"] for rank in ranks)
     assert first == second

@@ -1,6 +1,8 @@
 """A crash and a resume give the same bits as the uninterrupted run, whatever stands on either side of the crash."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from models import Distillation
 from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
 from models.quantization.cache import cache_scales
+from models.quantization.learning import learned_scales
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 12, (3, 5), 7, 9
 
@@ -46,6 +49,18 @@ class Losses(Callback):
         self.seen.setdefault(self._step, []).append(float(outputs["loss"]))
 
 
+class Scales(Callback):
+    """All scales after each optimizer step, one after the other."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        linears = quantized_linears(pl_module.student).values()
+        scales = [quantizer.scale.flatten() for linear in linears for quantizer in linear.quantizers()]
+        self.seen[trainer.global_step] = torch.cat([torch.empty(0), *scales])
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("places")
@@ -64,6 +79,7 @@ def fit(
     crash_at: int = 0,
     resume: bool = False,
     quantization: QuantizationAwareTraining | None = None,
+    others: Sequence[Callback] = (),
 ) -> tuple[Trainer, Losses]:
     """One run with everything on: two stages, pruning, quantization, accumulation, a learning rate schedule, epochs."""
     module = Distillation(
@@ -81,6 +97,7 @@ def fit(
         ),
         quantization or QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT, kv_cache="fp8_e4m3"),
         losses,
+        *others,
         Crash(crash_at),
         Checkpoint(every_n_steps=1),
     ]
@@ -141,10 +158,69 @@ def test_a_run_from_a_calibrated_student_resumes_without_calibrating_again(
     assert_same(runs[1].optimizers[0].state_dict(), runs[0].optimizers[0].state_dict())
 
 
-def calibrated() -> QuantizationAwareTraining:
+def calibrated(**settings: Any) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(
-        QUANTIZE_AT, format="int8_static", kv_cache="int8", method="gptq", calibration_batches=2
+        QUANTIZE_AT, format="int8_static", kv_cache="int8", method="gptq", calibration_batches=2, **settings
     )
+
+
+def observed() -> QuantizationAwareTraining:
+    return QuantizationAwareTraining(QUANTIZE_AT, observe_steps=1, inputs_after=1, learn_scales=True)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "learning_from", "steps"),
+    [
+        (observed, FREEZE_AT, (FREEZE_AT - 1, FREEZE_AT, FREEZE_AT + 2)),
+        (partial(calibrated, learn_scales=True), QUANTIZE_AT, (QUANTIZE_AT, QUANTIZE_AT + 3)),
+    ],
+    ids=["observed", "calibrated"],
+)
+def test_learned_scales_resume_as_the_weights_do(
+    quantization: Any, learning_from: int, steps: tuple[int, ...], places: dict[str, str], tmp_path: Path
+) -> None:
+    scales = Scales()
+    whole, losses = fit(places, tmp_path / "whole", quantization=quantization(), others=[scales])
+    module = whole.lightning_module
+    assert module.edits[-1] == {"op": "learn_scales"}
+    learned = learned_scales(module.student)
+    assert len(learned) == 28  # of the weight and the input of 14 layers
+    groups = whole.optimizers[0].param_groups
+    assert [len(group["params"]) for group in groups] == [len(list(module.student.parameters())) - 28, 28]
+    assert [group["weight_decay"] for group in groups] == [0.01, 0]
+    assert groups[0]["lr"] == groups[1]["lr"] < 3e-3
+    # Steps may be smaller than the distance of float16 numbers, and add up.
+    assert (scales.seen[learning_from] != scales.seen[STEPS]).float().mean() > 0.8
+    assert all(torch.equal(seen.half().float(), seen) for seen in scales.seen.values())
+    for step in steps:
+        folder = tmp_path / f"crash at {step}"
+        fit(places, folder, crash_at=step, quantization=quantization())
+        resumed, again = fit(places, folder, resume=True, quantization=quantization())
+        assert resumed.lightning_module.edits == module.edits
+        assert {s: again.seen[s] for s in range(step, STEPS)} == {s: losses.seen[s] for s in range(step, STEPS)}
+        assert_same(resumed.lightning_module.state_dict(), module.state_dict())
+        assert_same(resumed.optimizers[0].state_dict(), whole.optimizers[0].state_dict())
+        schedules = [t.lr_scheduler_configs[0].scheduler.state_dict() for t in (resumed, whole)]
+        assert schedules[0] == schedules[1]
+    checkpoint = tmp_path / "whole/checkpoints/last.ckpt"
+    loaded = Distillation.load_from_checkpoint(checkpoint, weights_only=True)
+    assert_same(loaded.state_dict(), module.state_dict())
+
+
+def test_frozen_scales_can_be_learned_after_a_resume_but_not_the_other_way_round(
+    places: dict[str, str], tmp_path: Path
+) -> None:
+    fit(places, tmp_path, crash_at=FREEZE_AT + 1)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    trainer, _ = fit(places, tmp_path, resume=True, quantization=observed())
+    frozen = torch.load(tmp_path / "copy/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert trainer.lightning_module.edits[-1] == {"op": "learn_scales"}
+    now = trainer.lightning_module.state_dict()
+    scales = [name for name in frozen if name.endswith("quantizer.scale")]
+    assert sum(not torch.equal(now[name], frozen[name]) for name in scales) > len(scales) / 2
+    fit(places, tmp_path / "learned", crash_at=FREEZE_AT + 1, quantization=observed())
+    with pytest.raises(ValueError, match="for a checkpoint whose scales are learned already, found it false; set"):
+        fit(places, tmp_path / "learned", resume=True)
 
 
 def test_the_run_had_something_on_both_sides(uninterrupted: tuple[Trainer, Losses], places: dict[str, str]) -> None:

@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,13 +32,14 @@ from models.quantization import quantized_linears
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 10, (2, 4), 5, 7
 SAVE_AT = (3, 6)  # between two pruning events; while quantizers observe
+SAVE_LEARNING_AT = 8
 
 
 class Record(Callback):
     """Weights after every optimizer step, samples, and the largest input this rank showed to each quantizer."""
 
-    def __init__(self, place: Path, save: bool) -> None:
-        self.place, self.save = place, save
+    def __init__(self, place: Path, save_at: Sequence[int]) -> None:
+        self.place, self.save_at = place, save_at
         self.weights: dict[int, torch.Tensor] = {}
         self.samples: dict[int, list[list[int]]] = {}
         self.largest: dict[str, float] = {}
@@ -48,7 +50,7 @@ class Record(Callback):
         if step in self.weights:
             return  # a micro-batch
         self.weights[step] = torch.cat([p.detach().flatten() for p in pl_module.student.parameters()])
-        if self.save and step in SAVE_AT:
+        if step in self.save_at:
             trainer.save_checkpoint(self.place / f"step{step}.ckpt")
         if step == QUANTIZE_AT:
             for name, linear in quantized_linears(pl_module.student).items():
@@ -79,7 +81,7 @@ def repair_differently_on_rank_1(model: Any, *args: Any, **kwargs: Any) -> None:
         after.add_(1.0)
 
 
-def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
+def fit(place: Path, resume_from: int = 0, learn_scales: bool = False) -> dict[str, Any]:
     """One run with everything on; what this rank has in the end."""
     module = Distillation(
         student=str(place / "student"),
@@ -96,7 +98,8 @@ def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
         val_fraction=0.25,
         score_exact_match=True,
     )
-    record = Record(place, save=not resume_from)
+    save_at = [SAVE_LEARNING_AT] if learn_scales else SAVE_AT
+    record = Record(place, [] if resume_from else save_at)
     pruning = GradualPruning(
         0.5,
         0.5,
@@ -122,7 +125,7 @@ def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
         callbacks=[
             pruning,
             phases,
-            QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT),
+            QuantizationAwareTraining(QUANTIZE_AT, FREEZE_AT - QUANTIZE_AT, learn_scales=learn_scales),
             Throughput(2),
             SampleCompletions(2, 3),
             record,
@@ -161,12 +164,14 @@ def fit(place: Path, resume_from: int = 0) -> dict[str, Any]:
 
 
 def main() -> None:
-    """An uninterrupted run and two that go on from its checkpoints."""
+    """An uninterrupted run and two that go on from its checkpoints, and a pair of runs with learned scales."""
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
     pruning_event.plan_cut = plan_differently_on_rank_1
     pruning_event.repair_cut = repair_differently_on_rank_1
     runs = {name: fit(place, step) for name, step in (("whole", 0), ("between", SAVE_AT[0]), ("observing", SAVE_AT[1]))}
+    runs["learning"] = fit(place, learn_scales=True)
+    runs["learning, resumed"] = fit(place, SAVE_LEARNING_AT, learn_scales=True)
     torch.save(runs, place / f"rank{torch.distributed.get_rank()}.pt")
 
 

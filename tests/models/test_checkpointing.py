@@ -11,6 +11,8 @@ from torch import Tensor
 
 from models import StudentModule
 from models.forward import answer_logits, checkpoint_activations, inference_copy
+from models.quantization import freeze_scales
+from models.structure import apply_edit, quantize_decoder
 
 
 @contextmanager
@@ -48,6 +50,21 @@ def test_same_loss_and_gradients_from_fewer_kept_tensors(dropout: float) -> None
     assert checkpointed_kept < kept / 2
     if dropout:
         assert not torch.equal(loss, step(False)[0]), "dropout did nothing"
+
+
+def test_learned_scales_have_the_same_gradients() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny_model().train()
+        apply_edit(model, quantize_decoder(model, "int8_static"))
+        answer_logits(model, tiny_batch())
+        freeze_scales(model)
+        apply_edit(model, {"op": "learn_scales"})
+        if checkpointed:
+            checkpoint_activations(model)
+        answer_logits(model, tiny_batch()).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
 def test_a_copy_for_inference_carries_none() -> None:

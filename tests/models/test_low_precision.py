@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
+from same import assert_same
 from tiny import tiny_batch
 from torch import nn
 from torch.nn import functional as F
 from training import Editing, loader, tiny_trainer
 
-from callbacks import AtomicCheckpointIO
+from callbacks import AtomicCheckpointIO, QuantizationAwareTraining
 from models import SFT
 from models.checkpoint import load_student_checkpoint
 from models.forward import answer_labels, answer_logits
 from models.low_precision import check_rounding
 from models.pretrained import load_model
 from models.pruning.slicing import narrow_parameter
+from models.quantization.learning import learned_scales
 
 optim = pytest.importorskip("torchao.optim")
 
@@ -48,6 +51,24 @@ def fit(folder: Path, student: str, dtype: str, **settings: Any) -> SFT:
     settings["plugins"] = [AtomicCheckpointIO()]
     tiny_trainer(folder, precision=precision, **settings).fit(module, loader(), ckpt_path=ckpt_path)
     return module
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scales_are_learned_in_float32_and_resume_exactly(dtype: str, student_folder: str, tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "three.ckpt")
+
+    def quantization() -> QuantizationAwareTraining:
+        return QuantizationAwareTraining(1, observe_steps=1, format="int8_static", learn_scales=True)
+
+    whole = fit(tmp_path, student_folder, dtype, callbacks=[quantization(), Save()])
+    assert {p.dtype for p in learned_scales(whole.student)} == {torch.float32}
+    assert [float(group["weight_decay"]) for group in whole.optimizers().param_groups] == [0.01, 0]
+    assert len({float(group["lr"]) for group in whole.optimizers().param_groups}) == 1
+    resumed = fit(tmp_path, student_folder, dtype, callbacks=[quantization()], ckpt_path=str(tmp_path / "three.ckpt"))
+    assert_same(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

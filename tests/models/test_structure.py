@@ -10,9 +10,10 @@ from masking import logits
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from models.architecture import decoder_layers
+from models.architecture import count_parameters, decoder_layers
 from models.forward import Batch
 from models.quantization import FakeQuantizedLinear, freeze_scales, quantized_linears
+from models.quantization.learning import learned_scales, round_learned_scales
 from models.structure import Edit, apply_edit, is_uniform, quantize_decoder, replay
 
 NEURONS = sorted({0, 3, *range(10, 40, 2)})
@@ -137,6 +138,24 @@ def test_replay_rebuilds_the_student(family: str) -> None:
     assert not is_uniform(fresh)
 
 
+def test_replay_rebuilds_learned_scales() -> None:
+    """Scales that have moved and their logarithms; the order of parameters is that of the student in training."""
+    student, fresh = tiny_model(seed=1), tiny_model(seed=2)
+    for edit in (QUANTIZE, {"op": "learn_scales"}):
+        apply_edit(student, edit)
+        if edit is QUANTIZE:
+            observe_and_freeze(student)
+    with torch.no_grad():
+        for parameter in learned_scales(student):
+            parameter.add_(0.3)
+    round_learned_scales(student)
+    replay(fresh, [QUANTIZE, {"op": "learn_scales"}])
+    fresh.load_state_dict(student.state_dict())
+    assert [name for name, _ in fresh.named_parameters()] == [name for name, _ in student.named_parameters()]
+    assert torch.equal(logits(fresh), logits(student))
+    assert count_parameters(fresh) == count_parameters(tiny_model())
+
+
 # Quantizers ---------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +208,8 @@ BAD: list[tuple[Edit, str]] = [
     ),
     ({**QUANTIZE, "modules": ["model.layers.0.mlp.sideways"]}, "'model.layers.0.mlp.sideways'"),
     ({**QUANTIZE, "modules": ["model.norm"]}, "'model.norm'"),
+    ({"op": "learn_scales"}, "expected quantized layers whose scales are not learned yet, found 0 scales of weights"),
+    ({"op": "learn_scales", "modules": []}, "expected learn_scales with the fields none, found modules;"),
 ]
 
 
