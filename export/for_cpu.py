@@ -6,7 +6,7 @@
 | the cache lies inside attention                     | appended to in place, not copied: `export/cached_attention.py`         |
 | a residual sum and its norm are one operator        | fewer operators: `export/skip_norms.py`                                |
 | `int8`, `int8_static`: products of whole numbers    | AMX and VNNI; the same codes and scales: `export/integer_products.py`  |
-| a quantized student: the head in blocks of 8 bits   | a small model's head is most of its bytes: `export/block_weights.py`   |
+| a quantized student: the head in blocks of 8 bits   | a small model's head is most of its bytes: `export/head_blocks.py`     |
 
 The inputs and outputs are those of `model.onnx`.  `export/shared_cache.py` runs it with one buffer for past and present.
 """
@@ -16,9 +16,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from export.block_weights import block_weights
 from export.cached_attention import cache_in_attention
 from export.files import move_into_place, staging_folder
+from export.head_blocks import store_head
 from export.integer_products import integer_products
 from export.last_logits import keep_last_logits
 from export.merge_products import merge_products
@@ -42,10 +42,11 @@ def write_cpu_graphs(graph: Path, *, prefill: bool = False, head_bits: Literal[4
     model = ir.load(graph)
     _check(model)
     quantized = model.metadata_props["precision"] != "fp32"
-    _store_head(model, head_bits or (8 if quantized else None))
+    if head_bits or quantized:
+        store_head(model, head_bits or 8)
     merge_products(model)
     if quantized:
-        integer_products(model, keep=lambda name: True)  # those that the graph describes
+        integer_products(model)
     cache_in_attention(model)
     norms_with_sums(model)
     target = graph.with_name(CPU)
@@ -85,20 +86,3 @@ def check_cpu(precision: str, opset: int, kv_cache: str | None = None) -> None:
 def _check(model: ir.Model) -> None:
     precision, half = model.metadata_props["precision"], model.metadata_props["activations"] == "float16"
     check_cpu("fp16" if half else precision, int(model.metadata_props["opset"]), model.metadata_props["cache"])
-
-
-def _store_head(model: ir.Model, bits: Literal[4, 8] | None) -> None:
-    """Store the head in the largest blocks that its rows divide into; one behind a soft cap, or with odd rows, stays as it is."""
-    logits = next(value for value in model.graph.outputs if value.name == "logits")
-    product = logits.producer()
-    right = None if product is None or product.op_type != "MatMul" else product.inputs[1]
-    if bits is None or right is None:
-        return
-    transpose = right.producer()
-    weight = right if transpose is None else transpose.inputs[0]
-    assert weight is not None
-    assert weight.const_value is not None
-    rows = weight.const_value.numpy().shape[0 if transpose is None else 1]
-    sizes = [size for size in (64, 32, 16) if rows % size == 0]
-    if sizes:
-        block_weights(model, bits=bits, block_size=sizes[0], keep=lambda name: name != weight.name)

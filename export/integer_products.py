@@ -1,10 +1,8 @@
 """Matrix products in whole numbers, 8 bits by 8: what makes long prompts fast on CPUs with VNNI or AMX.
 
-Every row of the left side (a token) is divided by its own scale and rounded to 8 bits, every column of the weight was so before; the
-product of the codes is exact, and the two scales are multiplied back in.  A graph of the format `int8` or `int8_static` says all this
-already, as pairs of QuantizeLinear and DequantizeLinear before a product in floating point: there, codes and scales are the graph's own
-and the result is the same.  A graph of plain weights is rounded here.  With `terms=2` the left side is then the sum of two codes, the
-second one for what the first one left over: 16 bits, at the price of a second product.
+A graph of the format `int8` or `int8_static` rounds both sides of a product, as pairs of QuantizeLinear and DequantizeLinear before a
+product in floating point: rows of the left side (tokens) with scales found live, or all of it with one calibrated scale; columns of
+the weight with theirs.  Here the codes are multiplied, which is exact, and the two scales are multiplied back in: the same result.
 
 Written in standard operators.  The left side is *unsigned*, with a zero point of 128: ONNX Runtime has fast kernels for that case and
 only a plain loop for signed by signed.
@@ -12,9 +10,7 @@ only a plain loop for signed by signed.
 Letters: K features that a product reads, N columns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -26,34 +22,28 @@ _HIGH = 127
 _LEAST_SCALE = 2.0**-24  # of a row, as in `models/quantization/quantizers.py`
 
 
-def integer_products(
-    model: ir.Model, *, terms: Literal[1, 2] = 1, keep: Callable[[str], bool] = lambda name: False
-) -> list[str]:
-    """Turn, in place, products with constant right sides (K, N) into products of whole numbers.
+def integer_products(model: ir.Model) -> list[str]:
+    """Turn, in place, products whose both sides are rounded to 8 bits into products of whole numbers.
 
     Args:
-        model: Graph from `export.to_onnx`, of the formats above or with plain float32 weights; `merge_products` should come first.
-        terms: 8-bit codes that a left side is the sum of, where it is rounded here.
-        keep: Whether the plain weight of this name stays as it is.
+        model: Graph from `export.to_onnx`; `merge_products` should come first.
 
     Returns:
-        Names of the weights that changed.
+        Names of the weights' codes.
     """
     graph = model.graph
-    rounded: dict[ir.Value, _Codes] = {}
+    rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     changed = []
     for node in list(graph):
-        left = node.inputs[0] if node.op_type == "MatMul" else None
         weight = _weight_of(node)
-        if left is None or weight is None or (weight.scale_N is None and keep(weight.name)):
-            continue
-        pair = _pair(left)
-        if (weight.scale_N is None) != (pair is None):
+        left = node.inputs[0] if weight is not None else None
+        pair = None if left is None else _pair(left)
+        if weight is None or left is None or pair is None:
             continue  # rounded weights with inputs that are not: in floating point, as the graph says
         make = Inserter(graph, node)
         if left not in rounded:
-            rounded[left] = _rounded(make, left, terms) if pair is None else _as_rounded(make, pair)
-        _replace(make, node, rounded[left], weight)
+            rounded[left] = _codes_and_scale(make, pair)
+        _replace(make, node, *rounded[left], weight)
         changed.append(weight.name)
     RemoveUnusedNodesPass()(model)
     for name, value in list(graph.initializers.items()):
@@ -63,43 +53,12 @@ def integer_products(
 
 
 @dataclass(frozen=True)
-class _Codes:
-    """A left side: `scale` of every row (or of all), and its codes with the weight that each of them has."""
-
-    scale: ir.Value
-    codes: list[tuple[ir.Value, float]]
-
-
-@dataclass(frozen=True)
 class _Weight:
-    """A right side (K, N): plain numbers, or codes if there is a scale (N,)."""
+    """A right side: codes (K, N) with a scale (N,) for each column."""
 
     name: str
-    array_KN: np.ndarray
-    scale_N: np.ndarray | None = None
-
-
-def _rounded(make: Inserter, x: ir.Value, terms: int) -> _Codes:
-    """The codes of a tensor, row by row; a row of zeros gets a scale above zero."""
-    scale = _row_scales(make, x)
-    left_over = make.node("Div", [x, scale])
-    zero = make.constant("rows.zero", np.uint8(128))
-    codes, share = [], 1.0
-    for term in range(terms):
-        step = make.constant(f"rows.step_of_term_{term}", np.float32(share))
-        codes.append((make.node("QuantizeLinear", [left_over, step, zero]), share))
-        if term + 1 < terms:
-            taken = make.node("DequantizeLinear", [codes[-1][0], step, zero])
-            left_over = make.node("Sub", [left_over, taken])
-        share /= 2 * _HIGH  # what is left over is at most half a step
-    return _Codes(scale, codes)
-
-
-def _row_scales(make: Inserter, x: ir.Value) -> ir.Value:
-    axis = make.constant("rows.axis", np.array([-1], np.int64))
-    largest = make.node("ReduceMax", [make.node("Abs", [x]), axis], ir.AttrInt64("keepdims", 1))
-    scale = make.node("Div", [largest, make.constant("rows.high", np.float32(_HIGH))])
-    return make.node("Max", [scale, make.constant("rows.least", np.float32(_LEAST_SCALE))])
+    codes_KN: np.ndarray
+    scale_N: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -126,16 +85,23 @@ def _pair(left: ir.Value) -> _Pair | None:
     return _Pair(x, scale, None if dequantize is left.producer() else left.producer())
 
 
-def _as_rounded(make: Inserter, pair: _Pair) -> _Codes:
-    """The codes that a graph asks for: a constant scale is its own, live ones are those of the rows."""
+def _codes_and_scale(make: Inserter, pair: _Pair) -> tuple[ir.Value, ir.Value]:
+    """The codes that a graph asks for, and their scale: a constant one is its own, live ones are those of the rows."""
     x, zero = pair.x, make.constant("rows.zero", np.uint8(128))
     if pair.reshape is not None:  # rows of tokens go back to their conversations first
         x = make.node("Reshape", [x, pair.reshape.inputs[1]], *pair.reshape.attributes.values())
     if pair.scale.is_initializer():
-        return _Codes(pair.scale, [(make.node("QuantizeLinear", [x, pair.scale, zero]), 1.0)])
+        return make.node("QuantizeLinear", [x, pair.scale, zero]), pair.scale
     row_scale = _row_scales(make, x)
-    one = make.constant("rows.step_of_term_0", np.float32(1))
-    return _Codes(row_scale, [(make.node("QuantizeLinear", [make.node("Div", [x, row_scale]), one, zero]), 1.0)])
+    one = make.constant("rows.one", np.float32(1))
+    return make.node("QuantizeLinear", [make.node("Div", [x, row_scale]), one, zero]), row_scale
+
+
+def _row_scales(make: Inserter, x: ir.Value) -> ir.Value:
+    axis = make.constant("rows.axis", np.array([-1], np.int64))
+    largest = make.node("ReduceMax", [make.node("Abs", [x]), axis], ir.AttrInt64("keepdims", 1))
+    scale = make.node("Div", [largest, make.constant("rows.high", np.float32(_HIGH))])
+    return make.node("Max", [scale, make.constant("rows.least", np.float32(_LEAST_SCALE))])
 
 
 def _behind(value: ir.Value, op: str) -> ir.Value:
@@ -146,15 +112,9 @@ def _behind(value: ir.Value, op: str) -> ir.Value:
 
 
 def _weight_of(node: ir.Node) -> _Weight | None:
-    """The constant right side of a product: plain, perhaps behind a Transpose, or int8 codes with a scale for each column."""
+    """The constant right side of a product, if it is int8 codes with a scale for each column."""
     right = node.inputs[1] if node.op_type == "MatMul" else None
-    if right is None:
-        return None
-    source = _behind(right, "Transpose")
-    if source.is_initializer() and source.dtype == ir.DataType.FLOAT:
-        array = _array(source)
-        return _Weight(source.name or "", array if source is right else array.T)
-    dequantize = right.producer()
+    dequantize = None if right is None else right.producer()
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.inputs) > 2:
         return None
     codes, scale = dequantize.inputs
@@ -169,21 +129,9 @@ def _array(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _replace(make: Inserter, product: ir.Node, left: _Codes, weight: _Weight) -> None:
-    codes_KN, scale_N = weight.array_KN, weight.scale_N
-    if scale_N is None:
-        scale_N = np.maximum(np.abs(codes_KN).max(axis=0), 1e-12).astype(np.float32) / _HIGH
-        codes_KN = np.rint(codes_KN / scale_N).astype(np.int8)
-    codes = make.constant(f"{weight.name}.codes", np.ascontiguousarray(codes_KN))
-    zero = make.constant("rows.zero", np.uint8(128))
-    total: ir.Value | None = None
-    for number, (term, share) in enumerate(left.codes):
-        whole = make.node("MatMulInteger", [term, codes, zero])
-        part = make.node("Cast", [whole], ir.AttrInt64("to", ir.DataType.FLOAT))
-        if number:
-            part = make.node("Mul", [part, make.constant(f"rows.step_of_term_{number}", np.float32(share))])
-        total = part if total is None else make.node("Add", [total, part])
-    assert total is not None
-    by_column = make.node("Mul", [total, make.constant(f"{weight.name}.scale", scale_N)])
-    result = make.node("Mul", [by_column, left.scale])
-    take_place(product.outputs[0], result)
+def _replace(make: Inserter, product: ir.Node, left: ir.Value, left_scale: ir.Value, weight: _Weight) -> None:
+    codes = make.constant(f"{weight.name}.codes", np.ascontiguousarray(weight.codes_KN))
+    whole = make.node("MatMulInteger", [left, codes, make.constant("rows.zero", np.uint8(128))])
+    number = make.node("Cast", [whole], ir.AttrInt64("to", ir.DataType.FLOAT))
+    by_column = make.node("Mul", [number, make.constant(f"{weight.name}.scale", weight.scale_N)])
+    take_place(product.outputs[0], make.node("Mul", [by_column, left_scale]))

@@ -47,7 +47,7 @@ def test_it_computes_what_torch_computes(precision, tmp_path):
 @pytest.mark.parametrize("precision", ["int8", "int8_static"])
 def test_whole_numbers_are_those_of_the_graph(precision, tmp_path, monkeypatch):
     """With the head left alone, only the order of summation differs: codes, and so logits, are the same but for rare ties."""
-    monkeypatch.setattr("export.for_cpu._store_head", lambda model, bits: None)
+    monkeypatch.setattr("export.for_cpu.store_head", lambda model, bits: None)
     model = quantized(tiny_model(layers=1), format=precision)
     path = written(model, tmp_path, precision)
     plain, cpu = (

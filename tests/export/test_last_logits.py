@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny_models import left_padded_prompts, tiny_model
 
-from export.integer_products import integer_products
+from export.head_blocks import store_head
 from export.last_logits import keep_last_logits
 from export.runtime import OnnxSession
 from export.skip_norms import norms_with_sums
@@ -32,10 +32,10 @@ def test_only_the_last_positions_logits_are_computed(family, opset, tmp_path):
     check_last_logits(tmp_path)
 
 
-@pytest.mark.parametrize("terms", [1, 2])
-def test_so_they_are_with_a_head_in_whole_numbers_behind_a_fused_norm(terms, graphs, tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_so_they_are_with_a_head_in_blocks_behind_a_fused_norm(bits, graphs, tmp_path):
     model = ir.load(graphs["fp32"])
-    integer_products(model, terms=terms)
+    store_head(model, bits)
     norms_with_sums(model)
     ir.save(model, tmp_path / "all.onnx", external_data="all.onnx.data")
     check_last_logits(tmp_path)

@@ -13,14 +13,16 @@ from export.to_onnx import export_onnx
 
 
 def angles_of(graph):
-    return [next(node for node in graph if node.op_type == op).outputs[0] for op in ("Cos", "Sin")]
+    cos, sin = (next(node for node in graph if node.op_type == op).outputs[0] for op in ("Cos", "Sin"))
+    return cos, sin
 
 
 def test_tables_hold_the_models_own_angles(tmp_path):
     model = tiny_model(max_position_embeddings=64)
     export_onnx(model, tmp_path / "model.onnx", precision="fp32")
     graph = ir.load(tmp_path / "model.onnx").graph
-    tables = angle_tables(graph, *angles_of(graph), 64)
+    cos, sin = angles_of(graph)
+    tables = angle_tables(graph, cos, sin, 64)
     expected = model.model.rotary_emb(torch.empty(0), torch.arange(64)[None])
     for table, angle in zip(tables, expected, strict=True):
         assert table.shape == (64, 8)
@@ -30,7 +32,8 @@ def test_tables_hold_the_models_own_angles(tmp_path):
 def test_angles_that_change_with_the_length_stay_in_the_graph(tmp_path):
     export_onnx(tiny_model("phi3", **LONG_ROPE), tmp_path / "model.onnx", precision="fp32")
     model = ir.load(tmp_path / "model.onnx")
-    assert angle_tables(model.graph, *angles_of(model.graph), 48) is None
+    cos, sin = angles_of(model.graph)
+    assert angle_tables(model.graph, cos, sin, 48) is None
     cache_in_attention(model)
     assert "Cos" in {node.op_type for node in model.graph}
 
@@ -40,6 +43,7 @@ def test_scaled_angles_are_scaled_in_the_table(rope, tmp_path):
     model = tiny_model(rope_parameters=rope | {"rope_theta": 1e4}, max_position_embeddings=32)
     export_onnx(model, tmp_path / "model.onnx", precision="fp32")
     graph = ir.load(tmp_path / "model.onnx").graph
-    cosines, _ = angle_tables(graph, *angles_of(graph), 32)
+    cos, sin = angles_of(graph)
+    cosines, _ = angle_tables(graph, cos, sin, 32)
     expected, _ = model.model.rotary_emb(torch.empty(0), torch.arange(32)[None])
     np.testing.assert_allclose(cosines, expected[0, :, :8], rtol=0, atol=1e-6)
