@@ -3,12 +3,13 @@
 | change                                              | why                                                                    |
 |-----------------------------------------------------|------------------------------------------------------------------------|
 | products that read the same tensor are one          | fewer, wider products: `export/merge_products.py`                      |
-| the cache lies inside attention                     | appended to in place, not copied: `export/cached_attention.py`         |
+| cache and rotary angles lie inside attention        | appended to in place, not copied: `export/cached_attention.py`         |
 | a residual sum and its norm are one operator        | fewer operators: `export/skip_norms.py`                                |
 | `int8`, `int8_static`: products of whole numbers    | AMX and VNNI; the same codes and scales: `export/integer_products.py`  |
 | a quantized student: the head in blocks of 8 bits   | a small model's head is most of its bytes: `export/head_blocks.py`     |
 
-The inputs and outputs are those of `model.onnx`.  `export/shared_cache.py` runs it with one buffer for past and present.
+The inputs and outputs are those of `model.onnx`, without `position_ids` where attention turns queries and keys itself; keys behind padding
+are then turned by their place in the cache.  `export/shared_cache.py` runs it with one buffer for past and present.
 """
 
 from pathlib import Path
@@ -48,6 +49,7 @@ def write_cpu_graphs(graph: Path, *, prefill: bool = False, head_bits: Literal[4
     if quantized:
         integer_products(model)
     cache_in_attention(model)
+    _drop_unused_positions(model.graph)
     norms_with_sums(model)
     target = graph.with_name(CPU)
     data = f"{CPU}.data"
@@ -62,6 +64,13 @@ def write_cpu_graphs(graph: Path, *, prefill: bool = False, head_bits: Literal[4
         move_into_place(folder / data, graph.with_name(data))
         move_into_place(folder / CPU, target)
     return target
+
+
+def _drop_unused_positions(graph: ir.Graph) -> None:
+    """Attention that turns queries and keys itself counts positions itself."""
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    if not positions.uses():
+        graph.inputs.remove(positions)
 
 
 def check_cpu(precision: str, opset: int, kv_cache: str | None = None) -> None:

@@ -70,6 +70,7 @@ class OnnxSession:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         source = str(path) if graph is None else graph.SerializeToString()
         self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._inputs = {item.name for item in self._session.get_inputs()}
         self._cache_inputs = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
         self._outputs = [item.name for item in self._session.get_outputs()]
 
@@ -102,8 +103,9 @@ class OnnxSession:
         feeds = {
             "input_ids": _to_ort(input_ids_BT),
             "attention_mask": _to_ort(attention_mask_BS),
-            "position_ids": _to_ort(position_ids(attention_mask_BS, num_new)),
         }
+        if "position_ids" in self._inputs:  # a graph may count positions itself
+            feeds["position_ids"] = _to_ort(position_ids(attention_mask_BS, num_new))
         past = self.empty_cache(batch) if cache is None else cache
         feeds |= {item.name: value for item, value in zip(self._cache_inputs, past, strict=True)}
         feeds |= {name: _to_ort(value) for name, value in (others or {}).items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _CACHE = "past_key_values."
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+_TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
 class SharedCacheSession:
@@ -50,6 +51,7 @@ class SharedCacheSession:
         self._length, self._piece = length, piece
         self._mask_BL = np.zeros((batch, length), np.int64)
         self._num_past = 0
+        self._bound: dict[str, OrtValue] = {}
         self._inputs = {item.name for item in self._session.get_inputs()}
         for item in self._session.get_inputs():
             if item.name.startswith(_CACHE):
@@ -58,7 +60,10 @@ class SharedCacheSession:
                 self._binding.bind_ortvalue_input(item.name, buffer)
                 self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
         logits = next(item for item in self._session.get_outputs() if item.name == "logits")
-        self._next_B1V = OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, logits.shape[2]), _NUMPY[logits.type]))
+        # What one token reads and writes lies in buffers that the runtime sees: to make and bind new ones takes as long as a layer.
+        self._token_B1 = np.zeros((batch, 1), np.int64)
+        self._next_B1V = torch.zeros((batch, 1, logits.shape[2]), dtype=_TORCH[logits.type])
+        self._of_one_token = [OrtValue.ortvalue_from_numpy(each) for each in (self._token_B1, self._next_B1V.numpy())]
 
     @property
     def num_past(self) -> int:
@@ -103,18 +108,22 @@ class SharedCacheSession:
         self._num_past += num_new
         self._mask_BL[:, start : self._num_past] = mask_BT.numpy()
         mask_BS = np.ascontiguousarray(self._mask_BL[:, : self._num_past])
-        before_B1 = mask_BS[:, :start].sum(axis=1, keepdims=True)
-        feeds = {
-            "input_ids": input_ids_BT.contiguous().numpy(),
-            "attention_mask": mask_BS,
-            "position_ids": np.maximum(before_B1 + mask_BS[:, start:].cumsum(axis=1) - 1, 0),
-        }
-        for name in feeds.keys() & self._inputs:  # genai's graphs count positions themselves
-            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(feeds[name]))
-        if num_new == 1:  # into a buffer: to fetch all outputs, caches too, would cost as much as a small layer
-            self._binding.bind_ortvalue_output("logits", self._next_B1V)
+        self._bind("attention_mask", mask_BS)
+        if "position_ids" in self._inputs:  # graphs may count positions themselves
+            before_B1 = mask_BS[:, :start].sum(axis=1, keepdims=True)
+            self._bind("position_ids", np.maximum(before_B1 + mask_BS[:, start:].cumsum(axis=1) - 1, 0))
+        if num_new == 1:
+            self._token_B1[:] = input_ids_BT.numpy()
+            token, logits = self._of_one_token
+            self._binding.bind_ortvalue_input("input_ids", token)
+            self._binding.bind_ortvalue_output("logits", logits)
             self._session.run_with_iobinding(self._binding)
-            return torch.from_numpy(self._next_B1V.numpy().copy())  # a view, which the next token would change
+            return self._next_B1V.clone()
+        self._bind("input_ids", input_ids_BT.contiguous().numpy())
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         return torch.from_numpy(self._binding.get_outputs()[-1].numpy())
+
+    def _bind(self, name: str, array: np.ndarray) -> None:
+        self._bound[name] = OrtValue.ortvalue_from_numpy(array)  # it keeps the array, the binding does not
+        self._binding.bind_ortvalue_input(name, self._bound[name])
