@@ -33,7 +33,7 @@ from benchmarks.quantization_training import STEPS, training_rows
 from benchmarks.study import Row, Rows, flat, machine
 from models.evaluation import evaluate
 from models.pretrained import load_model, load_tokenizer
-from models.quantization.formats import format_of
+from models.quantization.choice import bits_of
 from models.teacher import RememberingTeacher, Teacher
 
 MODEL = "package:smollm2-135m-instruct"
@@ -64,7 +64,7 @@ class Bench:
         student = copy.deepcopy(self.model)
         started = time.perf_counter()
         arm.quantize(student, self.calibration)
-        made = {"seconds": time.perf_counter() - started, "bits": format_of(arm.format).weight.bits()}
+        made = {"seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
         figures = evaluate(student, self.held_out, tokenizer=self.tokenizer, teacher=self.teacher, dtype=torch.float32)
         return {"format": arm.format, "arm": arm.name, **made, **figures}
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from transformers import PreTrainedModel
 
 from benchmarks.quantization_peers import Peer
 from models.forward import Batch
+from models.quantization.cache import CacheFormat
+from models.quantization.choice import UNQUANTIZED, formats_by_pattern
 from models.quantization.formats import FORMATS
 from models.quantization.post_training import Method, PostTrainingQuantization, quantize_after_training
 from models.quantization.scales import Search
@@ -18,11 +21,12 @@ class Arm:
     """One of our ways.
 
     Args:
-        format: Name of a format in `models/quantization/formats.py`.
+        format: Name of a format in `models/quantization/formats.py`, or `none`.
         method: See `models.quantization.post_training`.
         search: How scales of weights and of inputs are found, see the same.
         smoothing: Whether channels are smoothed first, see the same; None: where it helps.
         sensitive: The same.
+        kv_cache: Format of keys and values, if they are rounded.
     """
 
     format: str
@@ -30,11 +34,14 @@ class Arm:
     search: Search = "max"
     smoothing: bool | None = False
     sensitive: bool = False
+    kv_cache: CacheFormat | None = None
 
     @property
     def name(self) -> str:
         """For files and tables."""
         smoothed = {True: ", smoothed", False: "", None: ", smoothed where it helps"}[self.smoothing]
+        if self.format == UNQUANTIZED:
+            return f"cache {self.kv_cache}, {self.search}"
         return f"{self.method}, {self.search}{smoothed}" + ", sensitive" * self.sensitive
 
     def quantize(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
@@ -46,7 +53,8 @@ class Arm:
             input_search=self.search,
             sensitive=self.sensitive,
         )
-        quantize_after_training(model, batches, self.format, settings)
+        formats = formats_by_pattern(model, UNQUANTIZED, {}) if self.format == UNQUANTIZED else self.format
+        quantize_after_training(model, batches, formats, settings, kv_cache=self.kv_cache)
 
 
 INT4 = "int4_g128"  # of SmolLM2-135M's 576 channels, the last group has 64, ours as ModelOpt's
@@ -99,6 +107,7 @@ _WAYS: tuple[tuple[Method, Search], ...] = (
     ("quantease", "max"),
 )
 _STATIC = ("fp8_e4m3", "int8_static")  # inputs with a calibrated scale
+_SEARCHES: tuple[Search, ...] = ("max", "mse")
 ARMS: dict[str, tuple[Arm | Peer, ...]] = {
     format: (
         *(Arm(format, method, search, smoothing) for smoothing in (False, True) for method, search in _WAYS),
@@ -108,4 +117,8 @@ ARMS: dict[str, tuple[Arm | Peer, ...]] = {
         *(peer for peer in PEERS if peer.format == format),
     )
     for format in FORMATS
+} | {
+    UNQUANTIZED: tuple(
+        Arm(UNQUANTIZED, search=search, kv_cache=kv_cache) for kv_cache in get_args(CacheFormat) for search in _SEARCHES
+    )
 }

@@ -38,7 +38,7 @@ def _method(rows: Sequence[Row]) -> str:
         "nats per answer token, share of tokens with the same most probable token, perplexity of the answers.  Bits are those of a "
         "stored weight with its share of the scales of its group.  Max: no value is clipped; mse: the scales with the least squared "
         "error of weights and inputs; smoothed: channels are scaled before rounding, folded into the layer before; sensitive: tokens "
-        "count by what the predictions owe to them.  "
+        "count by what the predictions owe to them; cache: only keys and values are rounded, weights keep 16 bits.  "
         "ModelOpt and torchao quantize the same layers by their presets, their INT4 in groups of the same size; the scales that ModelOpt's AWQ "
         "puts on inputs stay multiplications at inference.  Graphs of ONNX Runtime GenAI's builder are measured by "
         "`python -m benchmarks.onnx_decode`.\n\n"

@@ -91,7 +91,7 @@ def formats_by_sensitivity(
             f"expected weight-only formats for a budget of bits, found {rounding}; choose among int8_weight_only, int8_g*, int4_g* "
             "and none"
         )
-    bits = {name: _bits(name) for name in candidates}
+    bits = {name: bits_of(name) for name in candidates}
     ordered = sorted(candidates, key=lambda name: bits[name])
     if average_bits < bits[ordered[0]]:
         raise ValueError(
@@ -171,7 +171,8 @@ def _square(linear: Any) -> Tensor:
     return torch.zeros(2 * linear.weight.shape[1:])
 
 
-def _bits(format: str) -> float:
+def bits_of(format: str) -> float:
+    """Stored bits of a weight with its share of the scales; 16 where it stays as it is."""
     return _UNQUANTIZED_BITS if format == UNQUANTIZED else format_of(format).weight.bits()
 
 

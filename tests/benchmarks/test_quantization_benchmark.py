@@ -34,7 +34,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_format_and_peer_has_its_place() -> None:
     for format, arms in quantization_arms.ARMS.items():
         assert {arm.format for arm in arms} == {format} and len({arm.name for arm in arms}) == len(arms)
-    assert set(FORMATS) == set(quantization_arms.ARMS)
+    assert {*FORMATS, "none"} == set(quantization_arms.ARMS)
     studied = [arm for arms in quantization_arms.ARMS.values() for arm in arms]
     assert set(quantization_arms.PEERS) <= set(studied)
     for ours, theirs in quantization_arms.COMPARISONS.values():
@@ -56,7 +56,7 @@ def test_every_format_and_peer_has_its_place() -> None:
 )
 def test_an_arm_is_what_its_name_says(arm: Arm, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, PostTrainingQuantization]] = []
-    monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, *what: asked.append(what))
+    monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, *what, kv_cache: asked.append(what))
     arm.quantize(None, [])
     [(format, settings)] = asked
     assert format == "int8" and {**vars(settings), **expected} == vars(settings)
@@ -115,8 +115,11 @@ def test_a_missing_peer_is_named_before_any_work(bench: Path, monkeypatch: pytes
 @pytest.fixture
 def study(bench: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two arms for each of two formats."""
-    formats = ("int8", "int4_g32")
-    arms = {format: (Arm(format), Arm(format, "gptq", "mse", True)) for format in formats}
+    formats = ("int8", "int4_g32", "none")
+    arms: dict[str, tuple[Arm, ...]] = {
+        format: (Arm(format), Arm(format, "gptq", "mse", True)) for format in formats[:2]
+    }
+    arms["none"] = (Arm("none", kv_cache="int8"), Arm("none", kv_cache="fp8_e4m3"))
     monkeypatch.setattr(quantization, "ARMS", arms)
     return ["--out", str(bench / "study"), "--formats", *formats]
 
@@ -127,10 +130,11 @@ def test_the_study_writes_a_page(bench: Path, study: list[str]) -> None:
     notes.write_text("Words of ours.\n")
     quantization.main(study)
     rows = [json.loads(path.read_text()) for path in (bench / "study/rows").glob("*.json")]
-    assert len(rows) == 4 and all(row["kl"] > 0 and row["settings"] and row["machine"] for row in rows)
+    assert len(rows) == 6 and all(row["kl"] > 0 and row["settings"] and row["machine"] for row in rows)
     page = (bench / "study.md").read_text()
     assert all(f"| {row['arm']} | {row['kl']:.4f} |" in page for row in rows)
     assert "### `int4_g32`: 4.5 bits a weight" in page and "### `int8`: 8 bits a weight" in page
+    assert "### `none`: 16 bits a weight" in page and "| cache int8, max |" in page
     assert "Words of ours." in page and " ".join(study) in page and "](study/bits.png)" in page
     assert (bench / "study/bits.png").is_file()
 
