@@ -95,7 +95,7 @@ def test_calibration_makes_fp8_possible_without_training(folders, tmp_path, caps
     assert main([*arguments, *calibrated]) == 0
     again = [str(tmp_path / "out" / "student"), *arguments[1:], *calibrated, "--overwrite"]
     assert main(again) == 2
-    assert "found 7 quantized layers that have theirs" in capsys.readouterr().err
+    assert "found 14 quantizers that have theirs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
