@@ -13,7 +13,6 @@ from torch import Tensor
 
 _CACHE = "past_key_values."
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-_TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
 class SharedCacheSession:
@@ -62,8 +61,8 @@ class SharedCacheSession:
         logits = next(item for item in self._session.get_outputs() if item.name == "logits")
         # What one token reads and writes lies in buffers that the runtime sees: to make and bind new ones takes as long as a layer.
         self._token_B1 = np.zeros((batch, 1), np.int64)
-        self._next_B1V = torch.zeros((batch, 1, logits.shape[2]), dtype=_TORCH[logits.type])
-        self._of_one_token = [OrtValue.ortvalue_from_numpy(each) for each in (self._token_B1, self._next_B1V.numpy())]
+        self._next_B1V = np.zeros((batch, 1, logits.shape[2]), _NUMPY[logits.type])
+        self._of_one_token = [OrtValue.ortvalue_from_numpy(each) for each in (self._token_B1, self._next_B1V)]
 
     @property
     def num_past(self) -> int:
@@ -118,7 +117,7 @@ class SharedCacheSession:
             self._binding.bind_ortvalue_input("input_ids", token)
             self._binding.bind_ortvalue_output("logits", logits)
             self._session.run_with_iobinding(self._binding)
-            return self._next_B1V.clone()
+            return torch.from_numpy(self._next_B1V.copy())  # torch's own copy would wake its threads, which then get in the way
         self._bind("input_ids", input_ids_BT.contiguous().numpy())
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
