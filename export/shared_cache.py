@@ -3,6 +3,7 @@
 Letters: B batch, T new tokens, P past tokens, S = P + T, L length of the cache, V vocabulary.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import onnxruntime
 import torch
 from onnxruntime import OrtValue
 from torch import Tensor
+
+from export.large_pages import on_large_pages
 
 _CACHE = "past_key_values."
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -29,6 +32,7 @@ class SharedCacheSession:
         threads: Threads of one operator; None: ONNX Runtime's choice.
         piece: Most tokens of a single prompt that are run at once.
         head_dim: Width of a head, for a graph that leaves it open, as genai's do.
+        large_pages: Move the weights onto large pages of memory, see `export/large_pages.py`.
     """
 
     def __init__(
@@ -40,12 +44,14 @@ class SharedCacheSession:
         threads: int | None = None,
         piece: int = 128,
         head_dim: int | None = None,
+        large_pages: bool = True,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with on_large_pages() if large_pages else nullcontext():
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
         self._length, self._piece = length, piece
         self._mask_BL = np.zeros((batch, length), np.int64)
@@ -97,28 +103,32 @@ class SharedCacheSession:
                 f"expected an empty cache for {batch} prompts, found {self.num_past} tokens in it; call `reset()` first, or give "
                 "one token for each conversation"
             )
+        self._mask_BL[:, self.num_past : self.num_past + num_new] = (
+            1 if attention_mask_BT is None else attention_mask_BT.numpy()
+        )
         piece = self._piece if batch == 1 else num_new
-        mask_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
-        pieces = zip(input_ids_BT.split(piece, dim=1), mask_BT.split(piece, dim=1), strict=True)
-        return [self._run(ids_BT, part_BT) for ids_BT, part_BT in pieces][-1]
+        ids_BT = input_ids_BT.numpy()
+        return [self._run(ids_BT[:, start : start + piece]) for start in range(0, num_new, piece)][-1]
 
-    def _run(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        num_new, start = input_ids_BT.shape[1], self._num_past
+    def _run(self, ids_BT: np.ndarray) -> Tensor:
+        """The next tokens; the mask has them already."""
+        num_new, start = ids_BT.shape[1], self._num_past
         self._num_past += num_new
-        self._mask_BL[:, start : self._num_past] = mask_BT.numpy()
         mask_BS = np.ascontiguousarray(self._mask_BL[:, : self._num_past])
         self._bind("attention_mask", mask_BS)
         if "position_ids" in self._inputs:  # graphs may count positions themselves
             before_B1 = mask_BS[:, :start].sum(axis=1, keepdims=True)
             self._bind("position_ids", np.maximum(before_B1 + mask_BS[:, start:].cumsum(axis=1) - 1, 0))
         if num_new == 1:
-            self._token_B1[:] = input_ids_BT.numpy()
+            self._token_B1[:] = ids_BT
             token, logits = self._of_one_token
             self._binding.bind_ortvalue_input("input_ids", token)
             self._binding.bind_ortvalue_output("logits", logits)
             self._session.run_with_iobinding(self._binding)
-            return torch.from_numpy(self._next_B1V.copy())  # torch's own copy would wake its threads, which then get in the way
-        self._bind("input_ids", input_ids_BT.contiguous().numpy())
+            return torch.from_numpy(
+                self._next_B1V.copy()
+            )  # torch's own copy would wake its threads, which then get in the way
+        self._bind("input_ids", np.ascontiguousarray(ids_BT))
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         return torch.from_numpy(self._binding.get_outputs()[-1].numpy())
