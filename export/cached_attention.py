@@ -112,10 +112,13 @@ class _Shared:
         return self._lengths
 
     def bias(self, make: Inserter, mask: ir.Value) -> ir.Value:
-        """What is added to the scores for a mask."""
+        """What is added to the scores for a mask; the operator leaves out later tokens itself, so that padding alone may be left."""
         if mask not in self._biases:
             choices = make.constant("unmasked", np.float32(0)), make.constant("masked", _LOWEST)
-            self._biases[mask] = make.node("Where", [mask, *choices])
+            if _has_window(mask):
+                self._biases[mask] = make.node("Where", [mask, *choices])
+            else:
+                self._biases[mask] = _bias_of_padding(make, choices)
         return self._biases[mask]
 
     def tables(self, make: Inserter, query: ir.Value, key: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -211,6 +214,31 @@ def _lengths(make: Inserter) -> tuple[ir.Value, ir.Value]:
     last_1 = make.node("Sub", [total_1, make.constant("one", np.array([1], np.int64))])
     last_B = make.node("Expand", [make.node("Cast", [last_1], to_int32), batch_1])
     return last_B, make.node("Cast", [make.node("Squeeze", [total_1])], to_int32)
+
+
+def _has_window(mask: ir.Value) -> bool:
+    """Whether a mask compares positions with the end of a window, too."""
+    makers, behind = [mask.producer()], set()
+    while makers:
+        maker = makers.pop()
+        if maker is not None and maker not in behind:
+            behind.add(maker)
+            makers += [value.producer() for value in maker.inputs if value is not None]
+    return any(maker.op_type == "Greater" for maker in behind)
+
+
+def _bias_of_padding(make: Inserter, choices: tuple[ir.Value, ir.Value]) -> ir.Value:
+    """(B, 1, T, S): the same for every new token."""
+    inputs = {value.name: value for value in make.graph.inputs}
+    seen_BS = make.node("Cast", [inputs["attention_mask"]], ir.AttrInt64("to", ir.DataType.BOOL))
+    bias_B11S = make.node(
+        "Unsqueeze",
+        [make.node("Where", [seen_BS, *choices]), make.constant("heads_and_tokens", np.array([1, 2], np.int64))],
+    )
+    new_1 = make.node("Shape", [inputs["input_ids"]], ir.AttrInt64("start", 1), ir.AttrInt64("end", 2))
+    one_1 = make.constant("one", np.array([1], np.int64))
+    shape_4 = make.node("Concat", [one_1, one_1, new_1, one_1], ir.AttrInt64("axis", 0))
+    return make.node("Expand", [bias_B11S, shape_4])
 
 
 def _attributes(attention: ir.Node, num_heads: int, past_key: ir.Value | None) -> list[ir.Attr]:

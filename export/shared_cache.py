@@ -66,6 +66,7 @@ class SharedCacheSession:
                 self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
         logits = next(item for item in self._session.get_outputs() if item.name == "logits")
         # What one token reads and writes lies in buffers that the runtime sees: to make and bind new ones takes as long as a layer.
+        self._bound_for_one_token = False
         self._token_B1 = np.zeros((batch, 1), np.int64)
         self._next_B1V = np.zeros((batch, 1, logits.shape[2]), _NUMPY[logits.type])
         self._of_one_token = [OrtValue.ortvalue_from_numpy(each) for each in (self._token_B1, self._next_B1V)]
@@ -121,14 +122,17 @@ class SharedCacheSession:
             self._bind("position_ids", np.maximum(before_B1 + mask_BS[:, start:].cumsum(axis=1) - 1, 0))
         if num_new == 1:
             self._token_B1[:] = ids_BT
-            token, logits = self._of_one_token
-            self._binding.bind_ortvalue_input("input_ids", token)
-            self._binding.bind_ortvalue_output("logits", logits)
+            if not self._bound_for_one_token:
+                token, logits = self._of_one_token
+                self._binding.bind_ortvalue_input("input_ids", token)
+                self._binding.bind_ortvalue_output("logits", logits)
+                self._bound_for_one_token = True
             self._session.run_with_iobinding(self._binding)
             return torch.from_numpy(
                 self._next_B1V.copy()
             )  # torch's own copy would wake its threads, which then get in the way
         self._bind("input_ids", np.ascontiguousarray(ids_BT))
+        self._bound_for_one_token = False
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         return torch.from_numpy(self._binding.get_outputs()[-1].numpy())
