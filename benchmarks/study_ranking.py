@@ -22,6 +22,7 @@ import lightning
 import torch
 import yaml
 from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from tqdm import tqdm
 
@@ -196,8 +197,10 @@ class Study:
 
     def _fit(self, module: RankingDistillation, steps: int, seed: int, callbacks: Sequence[Any] = ()) -> Trainer:
         self.data.seed = seed  # of the order; the pairs were drawn before
-        trainer = self._new_trainer(steps, callbacks)
-        trainer.fit(module, datamodule=self.data)
+        with tqdm(total=steps, desc="Training", unit="step", leave=False) as bar:
+            counting = LambdaCallback(on_train_batch_end=lambda *_: bar.update())
+            trainer = self._new_trainer(steps, [*callbacks, counting])
+            trainer.fit(module, datamodule=self.data)
         if trainer.global_step != steps:  # a signal ends a fit without an error
             raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
         return trainer

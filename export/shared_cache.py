@@ -33,6 +33,9 @@ class SharedCacheSession:
         piece: Most tokens of a single prompt that are run at once.
         head_dim: Width of a head, for a graph that leaves it open, as genai's do.
         large_pages: Move the weights onto large pages of memory, see `export/large_pages.py`.
+
+    Raises:
+        ValueError: The cache is longer than the positions that the model knows.
     """
 
     def __init__(
@@ -52,6 +55,11 @@ class SharedCacheSession:
             options.intra_op_num_threads = threads
         with on_large_pages() if large_pages else nullcontext():
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        positions = int(self._session.get_modelmeta().custom_metadata_map.get("positions", 0))
+        if 0 < positions < length:
+            raise ValueError(
+                f"expected a cache of at most {positions} tokens, the positions that the model knows, found {length}; choose a smaller length"
+            )
         self._binding = self._session.io_binding()
         self._length, self._piece = length, piece
         self._mask_BL = np.zeros((batch, length), np.int64)

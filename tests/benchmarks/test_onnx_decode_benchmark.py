@@ -82,6 +82,8 @@ def test_the_benchmark_writes_what_scripts_read(
 
     for name, stub in {"our_graph": ours, "genai_graph": theirs, "answered": answers, "PACKAGES": ["torch"]}.items():
         monkeypatch.setattr(onnx_decode, name, stub)
+    # In a process of its own nothing of this would hold.
+    monkeypatch.setattr(onnx_decode, "_in_a_new_process", lambda rows, *arguments: rows(*arguments))
     monkeypatch.setattr(onnx_decode, "_decoding_in_genai", in_genai)
     monkeypatch.setattr(onnx_decode, "_prefilling_in_genai", in_genai)
     monkeypatch.setattr(onnx_decode, "load_model", lambda reference: model())

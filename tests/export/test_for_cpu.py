@@ -44,6 +44,13 @@ def test_it_computes_what_torch_computes(precision, tmp_path):
     }
 
 
+def test_a_cache_beyond_the_models_positions_is_refused(tmp_path):
+    path = written(tiny_model(layers=1, max_position_embeddings=32), tmp_path, "fp32")
+    assert SharedCacheSession(path, length=32).run(torch.arange(3, 35)[None]).isfinite().all()
+    with pytest.raises(ValueError, match="at most 32 tokens, the positions that the model knows, found 33"):
+        SharedCacheSession(path, length=33)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8_static"])
 def test_whole_numbers_are_those_of_the_graph(precision, tmp_path, monkeypatch):
     """With the head left alone, only the order of summation differs: codes, and so logits, are the same but for rare ties."""
