@@ -221,10 +221,10 @@ def test_samples_and_throughput_of_the_run(uninterrupted: Run) -> None:
 ZYGOTE = """
 import json, os, sys, torch
 import train
-torch.set_num_threads(1)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # makes torch's thread pool, which would not survive the fork
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(train.entry_point(json.loads(line)))
     print(child, flush=True)
