@@ -108,7 +108,10 @@ _WAYS: tuple[tuple[Method, Search], ...] = (
 )
 _STATIC = ("fp8_e4m3", "int8_static")  # inputs with a calibrated scale
 _SEARCHES: tuple[Search, ...] = ("max", "mse")
-ARMS: dict[str, tuple[Arm | Peer, ...]] = {
+_CACHES: tuple[Arm | Peer, ...] = tuple(
+    Arm(UNQUANTIZED, search=search, kv_cache=kv_cache) for kv_cache in get_args(CacheFormat) for search in _SEARCHES
+)
+ARMS: dict[str, tuple[Arm | Peer, ...]] = {UNQUANTIZED: _CACHES} | {
     format: (
         *(Arm(format, method, search, smoothing) for smoothing in (False, True) for method, search in _WAYS),
         Arm(format, "gptq", "mse", sensitive=True),
@@ -117,8 +120,4 @@ ARMS: dict[str, tuple[Arm | Peer, ...]] = {
         *(peer for peer in PEERS if peer.format == format),
     )
     for format in FORMATS
-} | {
-    UNQUANTIZED: tuple(
-        Arm(UNQUANTIZED, search=search, kv_cache=kv_cache) for kv_cache in get_args(CacheFormat) for search in _SEARCHES
-    )
 }
