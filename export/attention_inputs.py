@@ -45,12 +45,10 @@ class AttentionInputs:
 
     def tables(self, make: Inserter, query: ir.Value, key: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         """Cosines and sines (L, E / 2) if both are turned, whole heads, by angles that a table can hold."""
-        turns = [value.producer() for value in (query, key)]
-        if not all(_turns_whole_heads(turn) for turn in turns):
+        angles = _angles_of_whole_heads(query)
+        if angles is None or angles != _angles_of_whole_heads(key):
             return None
-        cos, sin = turns[0].inputs[1:]  # type: ignore[union-attr]
-        if tuple(turns[1].inputs[1:]) != (cos, sin) or cos is None or sin is None:  # type: ignore[union-attr]
-            return None
+        cos, sin = angles
         if (cos, sin) not in self._tables:
             found = angle_tables(self._graph, cos, sin, self._positions) if self._positions else None
             number = len(self._tables)
@@ -61,12 +59,16 @@ class AttentionInputs:
         return self._tables[cos, sin]
 
 
-def _turns_whole_heads(node: ir.Node | None) -> bool:
-    """Whether a node is RotaryEmbedding over halves of whole heads, whose angles are given for every token."""
+def _angles_of_whole_heads(turned: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Cosines and sines of every token, if a value comes out of RotaryEmbedding over halves of whole heads."""
+    node = turned.producer()
     if node is None or node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) != 3:
-        return False
+        return None
     settings = [node.attributes.get(name) for name in ("interleaved", "rotary_embedding_dim")]
-    return not any(setting is not None and setting.as_int() for setting in settings)
+    _, cos, sin = node.inputs
+    if cos is None or sin is None or any(setting is not None and setting.as_int() for setting in settings):
+        return None
+    return cos, sin
 
 
 def _lengths(make: Inserter) -> tuple[ir.Value, ir.Value]:

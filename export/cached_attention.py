@@ -16,7 +16,7 @@ Letters: B batch, T new tokens, P past, S = P + T, L positions, H query heads, G
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -119,19 +119,20 @@ class _Cache:
     @classmethod
     def behind(cls, seen: ir.Value | None) -> "_Cache | None":
         """What attention sees, taken apart; None if it is anything else."""
-        reader = None if seen is None else seen.producer()
-        dequantized = reader is not None and reader.op_type == "DequantizeLinear"
-        append = reader.inputs[0].producer() if dequantized else reader  # type: ignore[union-attr]
-        if append is None or append.op_type != "Concat":
+        maker = None if seen is None else seen.producer()
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            codes, scale = maker.inputs[:2]
+            found = cls.behind(codes)
+            quantize = None if found is None else found.new.producer()
+            if found is None or quantize is None or quantize.inputs[0] is None:
+                return None
+            return replace(found, new=quantize.inputs[0], scale=scale)
+        if maker is None or maker.op_type != "Concat":
             return None
-        past, new = append.inputs
+        past, new = maker.inputs
         assert past is not None
         assert new is not None
-        if not dequantized:
-            return cls(past, new, append.outputs[0])
-        quantize = new.producer()
-        assert quantize is not None
-        return cls(past, quantize.inputs[0], append.outputs[0], reader.inputs[1])  # type: ignore[arg-type, union-attr]
+        return cls(past, new, maker.outputs[0])
 
 
 def _flat(make: Inserter, heads: ir.Value | None) -> ir.Value:
