@@ -14,11 +14,11 @@ from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
 from export.baseline import export_baseline
+from export.checks import raise_on_failure
 from export.pipeline import export_all
 from export.report import summary, write_report
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, Precision, format_for
-from export.verify import raise_on_failure
 from models.offline import is_offline
 from models.student import StudentModule
 from models.teacher import Teacher

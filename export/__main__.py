@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from export.calibration import calibrate
+from export.checks import VerificationError, raise_on_failure
 from export.huggingface import load_student
 from export.options import calibration_of, parser, settings_of
 from export.pipeline import check_formats, check_output_free, export_all
@@ -17,7 +18,6 @@ from export.prompts import prompts_for_verification
 from export.report import write_report
 from export.settings import check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
-from export.verify import VerificationError, raise_on_failure
 from models.architecture import decoder_layers
 
 

@@ -1,6 +1,7 @@
 """The outcome of a comparison, and how it is gathered."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from models.losses import forward_kl
 
 Status = Literal["passed", "failed", "not_run"]
+Bounded = Literal["max_relative_difference", "kl"]
 # Largest accepted max|a - b| / max|b|, by the type between the matrix products.
 BOUNDS = {"float32": 1e-4, "float16": 1e-2}
 
@@ -29,6 +31,8 @@ class Check:
         greedy_agreement: Share of tokens for which both choose the same next token.
         identical_texts: Share of prompts for which both choose the same token at every step: the greedy texts are the same.
         kl: Mean KL(torch || artefact) in nats per token.
+        sensitivity: The same of the torch model and itself with inputs changed in their last digits, see `export/reference.py`.
+        prompts, tokens: How many were compared: the first stand behind `identical_texts`, the others behind all means.
         worst: Tensor and step with the largest relative difference.
         note: How to read the figures.
     """
@@ -37,13 +41,16 @@ class Check:
     status: Status
     reason: str | None = None
     bound: float | None = None
-    bounded: Literal["max_relative_difference", "kl"] = "max_relative_difference"
+    bounded: Bounded = "max_relative_difference"
     max_abs_difference: float | None = None
     mean_abs_difference: float | None = None
     max_relative_difference: float | None = None
     greedy_agreement: float | None = None
     identical_texts: float | None = None
     kl: float | None = None
+    sensitivity: float | None = None
+    prompts: int | None = None
+    tokens: int | None = None
     worst: str | None = None
     note: str | None = None
 
@@ -109,7 +116,12 @@ class Comparison:
         self._same_text_B = same_B if self._same_text_B is None else self._same_text_B & same_B
 
     def check(
-        self, name: str, bound: float, bounded: str = "max_relative_difference", note: str | None = None
+        self,
+        name: str,
+        bound: float,
+        bounded: Bounded = "max_relative_difference",
+        sensitivity: float | None = None,
+        note: str | None = None,
     ) -> Check:
         """The check: failed if the bounded figure is above the bound, or not a number."""
         kl = torch.cat(self._kl).mean().item()
@@ -125,13 +137,80 @@ class Comparison:
             else f"{what} above the bound {bound:.3g}; largest difference: {self.worst}"
             + (f"; first layer beyond it: {first}" if first and bounded != "kl" else ""),
             bound=bound,
-            bounded="kl" if bounded == "kl" else "max_relative_difference",
+            bounded=bounded,
             max_abs_difference=self.max_abs,
             mean_abs_difference=self._sum_abs / max(self._count, 1),
             max_relative_difference=self.max_relative,
             greedy_agreement=torch.cat(self._agreement).float().mean().item(),
             identical_texts=None if self._same_text_B is None else self._same_text_B.float().mean().item(),
             kl=kl,
+            sensitivity=sensitivity,
+            prompts=None if self._same_text_B is None else len(self._same_text_B),
+            tokens=sum(map(len, self._kl)),
             worst=self.worst,
             note=note,
         )
+
+
+def merged(groups: Iterable[Sequence[Check]]) -> list[Check]:
+    """One check for each name, of the checks of several groups of prompts.
+
+    Largest differences are the largest of all groups, means are those over all tokens, and so is a mean that is bounded: its
+    bound is the mean of the groups' bounds.  The reason of a failure is that of the worst group.
+    """
+    found: dict[str, list[Check]] = {}
+    for checks in groups:
+        for check in checks:
+            found.setdefault(check.name, []).append(check)
+    return [_merged(checks) for checks in found.values()]
+
+
+def _merged(checks: Sequence[Check]) -> Check:
+    worst = max(checks, key=_excess)
+    if len(checks) == 1 or worst.tokens is None:
+        return worst
+
+    def mean(figure: str, weight: str = "tokens") -> float | None:
+        if getattr(worst, figure) is None:
+            return None
+        total = sum(getattr(check, figure) * getattr(check, weight) for check in checks)
+        return float(total / sum(getattr(check, weight) for check in checks))
+
+    bound, kl = mean("bound"), mean("kl")
+    failed = not kl <= bound if worst.bounded == "kl" else worst.status == "failed"  # type: ignore[operator]  # of every comparison
+    return replace(
+        worst,
+        status="failed" if failed else "passed",
+        reason=worst.reason if failed else None,
+        bound=bound,
+        max_abs_difference=max(check.max_abs_difference or 0.0 for check in checks),
+        mean_abs_difference=mean("mean_abs_difference"),
+        greedy_agreement=mean("greedy_agreement"),
+        identical_texts=mean("identical_texts", "prompts"),
+        kl=kl,
+        sensitivity=mean("sensitivity"),
+        prompts=None if worst.prompts is None else sum(check.prompts or 0 for check in checks),
+        tokens=sum(check.tokens or 0 for check in checks),
+    )
+
+
+def _excess(check: Check) -> float:
+    """The bounded figure over its bound; a comparison that did not run has none."""
+    figure = check.kl if check.bounded == "kl" else check.max_relative_difference
+    if figure is None or not check.bound:
+        return 0.0
+    return float("inf") if figure != figure else figure / check.bound
+
+
+def raise_on_failure(verification: Sequence[dict[str, Any]]) -> None:
+    """Raise `VerificationError` naming every failed check of a report, which output differed and by how much."""
+    failed = [f"{check['name']}: {check['reason']}" for check in verification if check["status"] == "failed"]
+    if failed:
+        raise VerificationError(
+            f"expected the exported files to compute what the model computes, found {len(failed)} failed checks "
+            f"({'; '.join(failed)}); do not use these files, and report the case with its report.json"
+        )
+
+
+class VerificationError(RuntimeError):
+    """An exported artefact does not compute what the torch model computes."""

@@ -1,14 +1,7 @@
 """The whole export as one function: Hugging Face folder, ONNX, engine, verification, benchmark.
 
-    OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
-    OUTPUT/compressed/                 only if asked for: the same student as codes and scales, see `export/compressed.py`
-    OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
-    OUTPUT/onnx/prefill.onnx           only if asked for: the same weights, logits of the last position
-    OUTPUT/onnx/cpu.onnx (+ .data)     only if asked for: the same student for ONNX Runtime on a CPU, see `export/for_cpu.py`
-    OUTPUT/onnx/engine-source.onnx     only for quantized engines: the same graph with float16 between the matrix products
-    OUTPUT/engine/model-*.engine       compiled, one for each package and target
-
-Everything is checked before anything is written, is written under a temporary name, and is moved into place at the end.
+The files are those of `export/layout.py`.  Everything is checked before anything is written, is written under a temporary name,
+and is moved into place at the end.
 """
 
 import shutil
@@ -22,35 +15,29 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.audit import audit
 from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.files import folder_bytes, move_into_place, staging_folder
-from export.for_cpu import CPU, CPU_PREFILL, check_cpu, write_cpu_graphs
+from export.for_cpu import check_cpu, write_cpu_graphs
 from export.huggingface import check_plain, save_student, without_quantizers
-from export.prefill import PREFILL, write_prefill
+from export.layout import COMPRESSED, CPU_GRAPH, ENGINE_SOURCE, GRAPH, PREFILL_GRAPH, STUDENT, WRITTEN
+from export.prefill import write_prefill
 from export.progress import Phases
-from export.reference import Reference, record
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
 from export.to_tensorrt import Engine, build_engine, default_profiles, import_tensorrt
-from export.verify import longest_prompt, verify_cpu, verify_engine, verify_longest, verify_onnx, verify_prefill
+from export.verification import verify_artefacts
 from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.cache import cache_format
 from models.quantization.formats import FORMATS
-from models.quantization.linear import quantized_linears, rounds_inputs
-
-STUDENT, COMPRESSED = "student", "compressed"
-GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
-CPU_GRAPH, CPU_PREFILL_GRAPH = f"onnx/{CPU}", f"onnx/{CPU_PREFILL}"
-_OURS = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
+from models.quantization.linear import quantized_linears
 
 
 def check_output_free(output: Path) -> None:
     """Raise `ValueError` if a folder already holds an export."""
-    found = [path for pattern in _OURS for path in sorted(output.glob(pattern))]
+    found = [path for pattern in WRITTEN for path in sorted(output.glob(pattern))]
     if found:
         raise ValueError(
             f"expected an output folder without an export, found {found[0].relative_to(output).as_posix()} in {str(output)!r}; "
@@ -116,7 +103,7 @@ def export_all(
         checks: list[Check] = []
         benchmark: list[dict[str, Any]] = []
         if settings.graph:
-            checks = _verify(computed, staging, engine, settings, prompts, phases)
+            checks = verify_artefacts(computed, staging, engine, settings, prompts, phases)
             if settings.repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
         _move(staging, output)
@@ -185,51 +172,6 @@ def _write_graphs(model: PreTrainedModel, staging: Path, settings: ExportSetting
         )
 
 
-def _verify(
-    model: PreTrainedModel,
-    staging: Path,
-    engine: Engine | None,
-    settings: ExportSettings,
-    prompts: Mapping[str, Tensor],
-    phases: Phases,
-) -> list[Check]:
-    steps = settings.decode_steps + 1
-    with phases.phase("Reference run in torch", steps) as on_step:
-        reference: Reference = record(
-            model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=settings.decode_steps, on_step=on_step
-        )
-    runs = 2 if quantized_linears(model) or rounds_inputs(model) else 1
-    with phases.phase("Verification of model.onnx", steps * runs) as on_step:
-        checks = verify_onnx(model, reference, staging / GRAPH, threads=settings.threads, on_step=on_step)
-    longest = longest_prompt(prompts["prompt_ids"], prompts["prompt_mask"], _longest(model, settings))
-    with phases.phase("Verification of the longest prompt"):
-        alone = record(model, longest["prompt_ids"], longest["prompt_mask"], decode_steps=0)
-        if settings.prefill:
-            checks.append(verify_prefill(reference, staging / PREFILL_GRAPH, threads=settings.threads))
-        checks.append(verify_longest(alone, staging / GRAPH, threads=settings.threads))
-    if settings.cpu:
-        with phases.phase("Verification of cpu.onnx", steps) as on_step:
-            checks += verify_cpu(reference, staging / CPU_GRAPH, threads=settings.threads, on_step=on_step)
-            if settings.prefill:
-                last = staging / CPU_PREFILL_GRAPH
-                checks.append(verify_prefill(reference, last, threads=settings.threads, for_cpu=True))
-    if (staging / ENGINE_SOURCE).is_file():
-        with phases.phase("Verification of engine-source.onnx", steps) as on_step:
-            source = staging / ENGINE_SOURCE
-            checks += verify_onnx(model, reference, source, threads=settings.threads, free_run=False, on_step=on_step)
-    if engine is not None:
-        if settings.precision not in UNQUANTIZED:
-            checks.append(audit(model, engine.products, settings.precision))
-        with phases.phase("Verification of the engine", steps) as on_step:
-            checks += verify_engine(reference, engine.path, settings.precision, settings.tensorrt, on_step)
-    return checks
-
-
-def _longest(model: PreTrainedModel, settings: ExportSettings) -> int:
-    """Tokens of the longest prompt that graph and engine have to take."""
-    return min(settings.sequence[2], getattr(model.config, "max_position_embeddings", None) or settings.sequence[2])
-
-
 def _benchmark(
     staging: Path, settings: ExportSettings, compare: Mapping[str, Path], phases: Phases
 ) -> list[dict[str, Any]]:
@@ -247,7 +189,7 @@ def _benchmark(
 
 def _move(staging: Path, output: Path) -> None:
     """Put what was written in place of what an earlier export wrote; other files stay."""
-    old = [path for pattern in _OURS for path in output.glob(pattern)]
+    old = [path for pattern in WRITTEN for path in output.glob(pattern)]
     for path in old:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for source in [

@@ -41,6 +41,8 @@ KL_PER_SENSITIVITY = 2.0
 SMALLEST_KL_BOUND = (
     0.01  # of small models, a run has a handful of rounding decisions that could fall either way, or none
 )
+_FREE_NOTE = f"bound: {KL_PER_SENSITIVITY:g} x the torch model's own sensitivity to its last digits, {SMALLEST_KL_BOUND} nats at least"
+_SERVED_NOTE = "fast kernels round inputs to 8 bits; the exact run is checked by its largest difference"
 _FED_NOTE = "each activation quantizer was fed the value that entered it in torch; see export/cut.py"
 
 
@@ -120,7 +122,7 @@ def verify_prefill(reference: Reference, path: Path, *, threads: int | None = No
     comparison.add_logits(0, output.logits[:, -1], step.logits[:, -1])
     name = f"onnx {precision}{' for the CPU' if for_cpu else ''}, prefill graph"
     if reference.sensitivity is not None or (for_cpu and precision != "fp32"):
-        return comparison.check(name, _kl_bound(reference), bounded="kl")
+        return _bounded_by_kl(comparison, name, reference)
     return comparison.check(name, BOUNDS[activations])
 
 
@@ -150,14 +152,13 @@ def verify_free_run(
         comparison.add_logits(number, output.logits[step.valid], step.logits[step.valid])
         comparison.add_choices(output.logits[:, -1], step.logits[:, -1])
         on_step()
-    note = f"the torch model's own sensitivity to its last digits is {reference.sensitivity or 0.0:.3g} nats"
-    if reference.sensitivity is None:
-        note = "fast kernels round inputs to 8 bits; the exact run is checked by its largest difference"
-    return comparison.check(f"{name}, free run", _kl_bound(reference), bounded="kl", note=note)
+    note = _FREE_NOTE if reference.sensitivity is not None else _SERVED_NOTE
+    return _bounded_by_kl(comparison, f"{name}, free run", reference, note)
 
 
-def _kl_bound(reference: Reference) -> float:
-    return max(KL_PER_SENSITIVITY * (reference.sensitivity or 0.0), SMALLEST_KL_BOUND)
+def _bounded_by_kl(comparison: Comparison, name: str, reference: Reference, note: str | None = None) -> Check:
+    bound = max(KL_PER_SENSITIVITY * (reference.sensitivity or 0.0), SMALLEST_KL_BOUND)
+    return comparison.check(name, bound, "kl", reference.sensitivity, note)
 
 
 def verify_alone(name: str, session: Session, reference: Reference, bound: float) -> Check:
@@ -175,15 +176,8 @@ def verify_alone(name: str, session: Session, reference: Reference, bound: float
         output = session.run(ids_1T, torch.ones_like(ids_1T))
         comparison.add_logits(0, output.logits[0], step.logits[row, valid])
     if reference.sensitivity is not None:
-        return comparison.check(f"{name}, one prompt at a time", _kl_bound(reference), bounded="kl")
+        return _bounded_by_kl(comparison, f"{name}, one prompt at a time", reference)
     return comparison.check(f"{name}, one prompt at a time", bound)
-
-
-def longest_prompt(input_ids_BT: Tensor, attention_mask_BT: Tensor, length: int) -> dict[str, Tensor]:
-    """One prompt of so many tokens, from those of all prompts over and over: the longest that an artefact has to take."""
-    tokens = input_ids_BT[attention_mask_BT.bool()]
-    ids_1T = tokens.repeat(-(-length // len(tokens)))[None, :length]
-    return {"prompt_ids": ids_1T, "prompt_mask": torch.ones_like(ids_1T)}
 
 
 def verify_engine(
@@ -283,17 +277,3 @@ def _compare_step(
 
 def _metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
-
-
-def raise_on_failure(verification: Sequence[dict[str, Any]]) -> None:
-    """Raise `VerificationError` naming every failed check of a report, which output differed and by how much."""
-    failed = [f"{check['name']}: {check['reason']}" for check in verification if check["status"] == "failed"]
-    if failed:
-        raise VerificationError(
-            f"expected the exported files to compute what the model computes, found {len(failed)} failed checks "
-            f"({'; '.join(failed)}); do not use these files, and report the case with its report.json"
-        )
-
-
-class VerificationError(RuntimeError):
-    """An exported artefact does not compute what the torch model computes."""

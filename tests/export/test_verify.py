@@ -4,9 +4,9 @@ import torch
 from onnx import numpy_helper
 from tiny_models import left_padded_prompts
 
-from export.checks import Comparison
+from export.checks import Comparison, VerificationError, raise_on_failure
 from export.reference import record
-from export.verify import VerificationError, raise_on_failure, verify, verify_engine
+from export.verify import verify, verify_engine
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]
