@@ -39,7 +39,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import callbacks
 import datamodules
 import models
-from export.verify import VerificationError
+from export.checks import VerificationError
 from models.low_precision import admit_optimizer_states
 
 # Known, harmless on purpose, and otherwise the first thing a newcomer reads.
