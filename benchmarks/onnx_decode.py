@@ -91,9 +91,9 @@ def decode(ours: Path, theirs: Path, precision: str, threads: int, repetitions: 
     """Rows of tokens per second behind `PAST` tokens; ours comes first."""
     peers = {  # first, see `_in_a_new_process`
         "genai": _decoding_in_genai(theirs),
-        "genai's graph in onnxruntime": _decoding(theirs / "model.onnx", threads, large_pages=False),
+        "genai's graph in onnxruntime": decoding(theirs / "model.onnx", threads, large_pages=False),
     }
-    sides = {"ours": _decoding(ours, threads), **peers}
+    sides = {"ours": decoding(ours, threads), **peers}
     rows = []
     for name, seconds in interleave(sides, repetitions=repetitions).items():
         times = spread(seconds)
@@ -107,10 +107,10 @@ def first_token(ours: Path, theirs: dict[str, Path], threads: int, repetitions: 
     peers = {}  # first, see `_in_a_new_process`
     for name, folder in theirs.items():
         peers[f"genai {name}"] = _prefilling_in_genai(folder)
-        peers[f"genai {name}, graph in onnxruntime"] = _prefilling(
+        peers[f"genai {name}, graph in onnxruntime"] = prefilling(
             folder / "model.onnx", threads, piece=PROMPT, large_pages=False
         )
-    seconds = interleave({"ours": _prefilling(ours, threads, piece=128), **peers}, repetitions=repetitions)
+    seconds = interleave({"ours": prefilling(ours, threads, piece=128), **peers}, repetitions=repetitions)
     return [{"name": name, "what": "first token", **spread(times)} for name, times in seconds.items()]
 
 
@@ -147,7 +147,8 @@ def _divergence(exact_NV: Tensor, other_NV: Tensor) -> float:
     return float(functional.kl_div(other_NV, exact_NV, reduction="sum", log_target=True))
 
 
-def _decoding(path: Path, threads: int, *, large_pages: bool = True) -> Run:
+def decoding(path: Path, threads: int, *, large_pages: bool = True) -> Run:
+    """Decodes `NEW` tokens behind `PAST` tokens in one call."""
     length = PAST + NEW
     session = SharedCacheSession(path, length=length, threads=threads, head_dim=HEAD_DIM, large_pages=large_pages)
     session.run(torch.tensor(_prompt(PAST))[None])
@@ -174,7 +175,8 @@ def _decoding_in_genai(folder: Path) -> Run:
     return run
 
 
-def _prefilling(path: Path, threads: int, *, piece: int, large_pages: bool = True) -> Run:
+def prefilling(path: Path, threads: int, *, piece: int, large_pages: bool = True) -> Run:
+    """Computes a prompt of `PROMPT` tokens, `piece` at a time, and chooses a token in one call."""
     session = SharedCacheSession(
         path, length=PROMPT, threads=threads, piece=piece, head_dim=HEAD_DIM, large_pages=large_pages
     )

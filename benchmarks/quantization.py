@@ -1,45 +1,53 @@
-"""What does quantization leave of a model, before any training?  Formats and methods side by side, next to ModelOpt and torchao.
+"""What does quantization leave of a model, and what does training give back?  Side by side with ModelOpt and torchao.
 
     python -m benchmarks.quantization --quick [--json FILE]               our best against the others' presets, one format after the other
-    python -m benchmarks.quantization --qat [--json FILE]                 what training with quantizers gives back
-    python -m benchmarks.quantization [--formats ...] [--out FOLDER]      formats x methods, and a page; goes on where it stopped
+    python -m benchmarks.quantization --qat [--json FILE]                 our best before and after distillation with quantizers in place
+    python -m benchmarks.quantization [--formats ...] [--out FOLDER]      formats x methods, ways to train, graphs, and a page
 
 Everybody quantizes the projections of SmolLM2-135M and calibrates on the same 128 of the model's own answers to instructions.
-Students are judged on the model's own answers to the questions of MT-Bench: KL(unquantized || student) in nats per answer token,
-top-1 agreement, and perplexity of those answers.  All this is computed in float32: bfloat16 alone has a KL of 0.001.
-The quick command judges on every second batch of these conversations.
+Students are judged on every second batch of the model's own answers to the questions of MT-Bench: KL(unquantized || student) in nats
+per answer token, top-1 agreement, and perplexity of those answers.  All this is computed in float32: bfloat16 alone has a KL of 0.001.
 
-It takes about half an hour on two cores, the study about a day.  The others come with `pip install -e .[bench]`.
+The first two commands take about half an hour each on two cores, the third about a day.  It goes on where it stopped, and so do the others
+with `--out`.  The others' packages come with `pip install -e .[bench]`.
 """
 
 import argparse
 import copy
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
 
 from benchmarks.chats import answered, calibration_prompts, held_out_prompts
 from benchmarks.harness import report
-from benchmarks.quantization_arms import ARMS, COMPARISONS, Arm
+from benchmarks.quantization_arms import ARMS, COMPARISONS, INT4, Arm, best
+from benchmarks.quantization_graphs import graph_rows
 from benchmarks.quantization_page import write_page
 from benchmarks.quantization_peers import Peer
-from benchmarks.quantization_training import STEPS, training_rows
-from benchmarks.study import Row, Rows, flat, machine
+from benchmarks.quantization_training import DISTILLED, STEPS, WAYS, learning_rate, trained_row
+from benchmarks.study import Row, Rows, flat
+from benchmarks.study_training import quiet
 from models.evaluation import evaluate
 from models.pretrained import load_model, load_tokenizer
-from models.quantization.choice import bits_of
+from models.quantization.choice import UNQUANTIZED, bits_of
+from models.quantization.formats import FORMATS
 from models.teacher import RememberingTeacher, Teacher
 
 MODEL = "package:smollm2-135m-instruct"
+OUT = Path("docs/results/quantization")
 CALIBRATION_SAMPLES = 128
-QUICK_EVERY = 2
-PACKAGES = ("torch", "transformers", "nvidia-modelopt", "torchao")
+JUDGED_EVERY = 2
+TRAINED = ("fp8_e4m3", INT4)
+PACKAGES = ("torch", "transformers", "onnxruntime", "nvidia-modelopt", "torchao")
 
 
 class Bench:
@@ -47,121 +55,164 @@ class Bench:
 
     Args:
         samples: Conversations that everybody calibrates on.
-        every: 1 to judge on all batches of held-out conversations, 2 on every second one, and so on.
     """
 
-    def __init__(self, samples: int = CALIBRATION_SAMPLES, every: int = 1) -> None:
+    def __init__(self, samples: int) -> None:
         self.reference = MODEL
         self.model = load_model(MODEL).requires_grad_(False)
         self.tokenizer = load_tokenizer(MODEL)
         prompts = calibration_prompts(samples)
         self.calibration = answered(self.model, self.tokenizer, MODEL, prompts)
-        self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())[::every]
+        self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())[::JUDGED_EVERY]
         self.teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.float32))
+        self._latest: tuple[Arm | Peer, PreTrainedModel] | None = None
 
-    def row(self, arm: Arm | Peer) -> Row:
-        """One student, quantized and judged; `bits` are those of a stored weight, with its share of the scales."""
-        student = copy.deepcopy(self.model)
-        started = time.perf_counter()
-        arm.quantize(student, self.calibration)
-        made = {"seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
-        figures = evaluate(student, self.held_out, tokenizer=self.tokenizer, teacher=self.teacher, dtype=torch.float32)
-        return {"format": arm.format, "arm": arm.name, **made, **figures}
+    def quantized(self, arm: Arm | Peer) -> PreTrainedModel:
+        """A student of one's own; the latest is kept, for training that starts from it."""
+        if self._latest is None or self._latest[0] != arm:
+            student = copy.deepcopy(self.model)
+            arm.quantize(student, self.calibration)
+            self._latest = (arm, student)
+        return copy.deepcopy(self._latest[1])
 
-
-def quick(samples: int) -> list[Row]:
-    """The students that the project promises something about."""
-    arms = list(dict.fromkeys(arm for pair in COMPARISONS.values() for arm in pair))
-    _check_installed(arms)
-    bench, rows = Bench(samples, every=QUICK_EVERY), []
-    for arm in arms:
-        rows.append(bench.row(arm))
-        print(_line(rows[-1]), flush=True)
-    return rows
+    def judge(self, student: PreTrainedModel) -> dict[str, float]:
+        """`kl`, `top1_agreement` and `perplexity` on the held-out answers."""
+        return evaluate(student, self.held_out, tokenizer=self.tokenizer, teacher=self.teacher, dtype=torch.float32)
 
 
-def quick_ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """KL of ours over KL of what it is compared with."""
+class Study:
+    """Students of one command, each made once and kept as a row.
+
+    Args:
+        out: Folder of rows.
+        samples: Conversations that everybody calibrates on.
+    """
+
+    def __init__(self, out: Path, samples: int) -> None:
+        self.rows = Rows(out / "rows")
+        self.samples = samples
+        self.settings: dict[str, Any] = {"model": MODEL, "samples": samples, "judged_every": JUDGED_EVERY}
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Made when the first row is missing."""
+        return Bench(self.samples)
+
+    def calibrated(self, arms: Sequence[Arm | Peer]) -> list[Row]:
+        """Students after calibration alone; `bits` are those of a stored weight, with its share of the scales."""
+        for arm in arms:
+            if isinstance(arm, Peer):
+                arm.check_installed()
+
+        def make(arm: Arm | Peer) -> Row:
+            started = time.perf_counter()
+            student = self.bench.quantized(arm)
+            made = {"seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
+            return {"format": arm.format, "arm": arm.name, **made, **self.bench.judge(student)}
+
+        return [
+            self._row(f"{arm.format}, {arm.name}", asdict(arm), partial(make, arm))
+            for arm in tqdm(arms, desc="Calibration", unit="student")
+        ]
+
+    def trained(self, arms: Sequence[Arm], ways: Sequence[str], steps: int) -> list[Row]:
+        """Students after training from their calibrated start."""
+
+        def make(arm: Arm, way: str) -> Row:
+            return trained_row(self.bench, arm, way, steps)
+
+        runs = [(arm, way) for arm in arms for way in ways]
+        return [
+            self._row(
+                f"{arm.format}, {way}, {steps} steps",
+                {**asdict(arm), "way": way, "steps": steps, "learning_rate": learning_rate(arm.format)},
+                partial(make, arm, way),
+            )
+            for arm, way in tqdm(runs, desc="Ways to train", unit="student")
+        ]
+
+    def graphs(self, formats: Sequence[str], repetitions: int) -> Row:
+        """Size and speed of the formats' graphs in one run, under `graphs`."""
+        measured = [format for format in formats if format != UNQUANTIZED]
+        return self.rows.find_or_make(
+            "graphs",
+            {**self.settings, "formats": measured, "repetitions": repetitions},
+            PACKAGES,
+            lambda: {"graphs": graph_rows(self.bench, measured, repetitions)},
+        )
+
+    def _row(self, name: str, settings: dict[str, Any], make: Callable[[], Row]) -> Row:
+        known = {**self.settings, **settings}
+        row = self.rows.find_or_make(name.replace(",", "").replace(" ", "_"), known, PACKAGES, make)
+        tqdm.write(f"{name}: KL {row['kl']:.5f}")
+        return row
+
+
+def quick(study: Study) -> tuple[list[Row], dict[str, float]]:
+    """The students that the project promises something about, and KL of ours over KL of what it is compared with."""
+    rows = study.calibrated(list(dict.fromkeys(arm for pair in COMPARISONS.values() for arm in pair)))
     kl = {(row["format"], row["arm"]): row["kl"] for row in rows}
-    return {
+    return rows, {
         name: kl[ours.format, ours.name] / kl[theirs.format, theirs.name]
         for name, (ours, theirs) in COMPARISONS.items()
     }
 
 
-def trained(samples: int, steps: int) -> tuple[list[Row], dict[str, float]]:
+def trained(study: Study, steps: int) -> tuple[list[Row], dict[str, float]]:
     """Our calibrated FP8 and INT4, and what distillation with quantizers in place makes of them; KL after over KL before."""
-    bench, rows, ratios = Bench(samples, every=QUICK_EVERY), [], {}
-    for name, arm in (("fp8_qat_kl", COMPARISONS["fp8_kl"][0]), ("int4_qat_kl", COMPARISONS["int4_kl"][0])):
-        assert isinstance(arm, Arm)
-        before, after = training_rows(bench, arm, steps=steps)
+    rows, ratios = [], {}
+    for name, arm in (("fp8_qat_kl", best("fp8_e4m3")), ("int4_qat_kl", best(INT4))):
+        [before], [after] = study.calibrated([arm]), study.trained([arm], [DISTILLED], steps)
         rows += [before, after]
         ratios[name] = after["kl"] / before["kl"]
     return rows, ratios
 
 
-def study(formats: Sequence[str], out: Path) -> list[Row]:
-    """All rows of these formats, written as they finish."""
-    store, rows, bench = Rows(out / "rows"), [], None
-    wanted = [arm for format in formats for arm in ARMS[format]]
-    _check_installed(wanted)
-    for arm in (bar := tqdm(wanted, desc="Study", unit="student")):
-        bar.set_postfix_str(f"{arm.format}: {arm.name}")
-        name, made = _file_name(arm), {"model": MODEL, **asdict(arm)}
-        row = store.find(name, made)
-        if row is None:
-            bench = bench or Bench()
-            row = {**bench.row(arm), "settings": made, "machine": machine(PACKAGES)}
-            store.write(name, row)
-            tqdm.write(_line(row))
-        rows.append(row)
-    return rows
-
-
-def _check_installed(arms: Sequence[Arm | Peer]) -> None:
-    for arm in arms:
-        if isinstance(arm, Peer):
-            arm.check_installed()
-
-
-def _file_name(arm: Arm | Peer) -> str:
-    return f"{arm.format}, {arm.name}".replace(" ", "_").replace(",", "")
-
-
-def _line(row: Row) -> str:
-    return f"{row['format']}: {row['arm']}: KL {row['kl']:.5f} in {row['seconds']:.0f} s"
+def whole(study: Study, options: argparse.Namespace) -> tuple[list[Row], Path]:
+    """All rows of these formats, and the page."""
+    calibrated = study.calibrated([arm for format in options.formats for arm in ARMS[format]])
+    starts = [best(format) for format in options.formats if format in options.train]
+    after = study.trained(starts, options.ways, options.steps)
+    graphs = study.graphs(options.formats, options.repetitions) if options.repetitions else None
+    page = write_page(calibrated, after, graphs, options.out, options.command)
+    return [*calibrated, *after], page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark or the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="our best against the others' presets only")
-    parser.add_argument("--qat", action="store_true", help="quantization-aware training of our best FP8 and INT4")
-    text = "conversations that everybody calibrates on, with --quick and --qat (default: %(default)s)"
-    parser.add_argument("--samples", type=int, default=CALIBRATION_SAMPLES, help=text)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of that training (default: %(default)s)")
-    parser.add_argument(
-        "--formats", nargs="+", choices=ARMS, default=list(ARMS), metavar="FORMAT", help=", ".join(ARMS)
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/quantization"), help="rows and plot; the page lies beside it"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="our best against the others' presets only")
+    add("--qat", action="store_true", help="distillation with quantizers, of our best FP8 and INT4 only")
+    text = "conversations that everybody calibrates on (default: %(default)s)"
+    add("--samples", type=int, default=CALIBRATION_SAMPLES, help=text)
+    add("--formats", nargs="+", choices=ARMS, default=list(ARMS), metavar="FORMAT", help=", ".join(ARMS))
+    text = "which of the formats are trained (default: %(default)s)"
+    add("--train", nargs="*", choices=list(FORMATS), default=list(TRAINED), metavar="FORMAT", help=text)
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how they are trained (default: all ways)")
+    add("--steps", type=int, default=STEPS, help="of training, of eight conversations each (default: %(default)s)")
+    text = "of the timing of graphs; 0 leaves graphs out (default: %(default)s)"
+    add("--repetitions", type=int, default=15, help=text)
+    text = f"rows and plots; the study's page lies beside it (default: {OUT}; with --quick and --qat, nothing is kept)"
+    add("--out", type=Path, help=text)
+    add("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
     options = parser.parse_args(arguments)
-    disable_progress_bar()
-    if options.qat:
-        rows, ratios = trained(options.samples, options.steps)
-        report(rows, ratios, PACKAGES, options.json)
+    if options.quick and options.qat:
+        parser.error("expected --quick or --qat, found both; run one after the other")
+    options.command = " ".join(
+        ["python -m benchmarks.quantization", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    quiet()
+    if not (options.quick or options.qat):
+        options.out = options.out or OUT
+        rows, page = whole(Study(options.out, options.samples), options)
+        report(flat(rows), {}, PACKAGES, options.json)
+        print(f"wrote {page}")
         return
-    if options.quick:
-        rows = quick(options.samples)
-        report(rows, quick_ratios(rows), PACKAGES, options.json)
-        return
-    rows = study(options.formats, options.out)
-    words = sys.argv[1:] if arguments is None else arguments
-    page = write_page(rows, options.out, " ".join(["python -m benchmarks.quantization", *words]))
-    report(flat(rows), {}, PACKAGES, options.json)
-    print(f"wrote {page}")
+    with tempfile.TemporaryDirectory() as temporary:
+        study = Study(options.out or Path(temporary), options.samples)
+        rows, ratios = trained(study, options.steps) if options.qat else quick(study)
+    report(flat(rows), ratios, PACKAGES, options.json)
 
 
 if __name__ == "__main__":

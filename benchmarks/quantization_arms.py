@@ -66,18 +66,18 @@ _INT8 = Peer("int8", "torchao", "Int8DynamicActivationInt8WeightConfig")
 _AWQ = Peer(INT4, _MODELOPT, "INT4_AWQ_CFG")
 
 
-def _best(format: str) -> Arm:
+def best(format: str) -> Arm:
     """The defaults of `PostTrainingQuantization`."""
     return Arm(format, "quantease", "mse", smoothing=None, sensitive=True)
 
 
 # Name of a ratio of KLs -> what is above and below the line.
 COMPARISONS: dict[str, tuple[Arm | Peer, Arm | Peer]] = {
-    "fp8_kl": (_best(_FP8.format), _FP8),
-    "fp8_per_channel_kl": (_best(_FP8_PER_CHANNEL.format), _FP8_PER_CHANNEL),
-    "int8_kl": (_best(_INT8.format), _INT8),
-    "int4_kl": (_best(INT4), _AWQ),
-    "int4_kl_over_nearest": (_best(INT4), Arm(INT4)),
+    "fp8_kl": (best(_FP8.format), _FP8),
+    "fp8_per_channel_kl": (best(_FP8_PER_CHANNEL.format), _FP8_PER_CHANNEL),
+    "int8_kl": (best(_INT8.format), _INT8),
+    "int4_kl": (best(INT4), _AWQ),
+    "int4_kl_over_nearest": (best(INT4), Arm(INT4)),
 }
 
 PEERS = (
@@ -100,12 +100,6 @@ PEERS = (
         )
     ),
 )
-_WAYS: tuple[tuple[Method, Search], ...] = (
-    ("nearest", "max"),
-    ("nearest", "mse"),
-    ("gptq", "max"),
-    ("quantease", "max"),
-)
 _STATIC = ("fp8_e4m3", "int8_static")  # inputs with a calibrated scale
 _SEARCHES: tuple[Search, ...] = ("max", "mse")
 _CACHES: tuple[Arm | Peer, ...] = tuple(
@@ -113,10 +107,13 @@ _CACHES: tuple[Arm | Peer, ...] = tuple(
 )
 ARMS: dict[str, tuple[Arm | Peer, ...]] = {UNQUANTIZED: _CACHES} | {
     format: (
-        *(Arm(format, method, search, smoothing) for smoothing in (False, True) for method, search in _WAYS),
-        Arm(format, "gptq", "mse", sensitive=True),
-        _best(format),
-        *([Arm(format, "nearest", "percentile")] if format in _STATIC else []),
+        Arm(format),  # the control; each of the next adds one thing to the one before
+        Arm(format, search="mse"),
+        Arm(format, search="mse", smoothing=None),
+        Arm(format, "gptq", "mse", smoothing=None),
+        Arm(format, "quantease", "mse", smoothing=None),
+        best(format),
+        *([Arm(format, search="percentile")] if format in _STATIC else []),
         *(peer for peer in PEERS if peer.format == format),
     )
     for format in FORMATS

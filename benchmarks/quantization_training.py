@@ -1,85 +1,113 @@
-"""What distillation gives back of what quantization took: quantization-aware training from the calibrated student on.
+"""What training gives back of what quantization took: ways to train a calibrated student with its quantizers in place.
 
-The student starts as the best that calibration alone makes (the arm of `benchmarks/quantization_arms.py`), learns from the unquantized
-model with fake quantizers in place (QAT with distillation), on the model's own answers to instructions that calibration has not seen, and
-is judged on the same held-out answers before and after.
+| way                           | answers                | learns from             |
+|-------------------------------|------------------------|-------------------------|
+| QAT                           | the unquantized model's | the tokens of the answers |
+| QAT, distillation             | the same               | the unquantized model's probabilities |
+| QAT, distillation, learned scales | the same           | the same; scales are trained as well (LSQ) |
+| QAT, on-policy distillation   | the quantized student's own | the same           |
+
+The student starts as the best that calibration alone makes (`benchmarks/quantization_arms.py`).  Questions are instructions that calibration
+has not seen; all ways see them in the same order.
 """
 
+import time
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from tqdm import tqdm
 
-from benchmarks.chats import answered, calibration_prompts
+from benchmarks.chats import SAMPLING, answered, calibration_prompts
 from benchmarks.quantization_arms import Arm
 from benchmarks.study import Row
-from benchmarks.study_training import quiet
 from models.distillation import Distillation
-from models.evaluation import evaluate
+from models.losses import Objective
+from models.on_policy import OnPolicy
+from models.quantization.choice import bits_of
+from models.quantization.learning import learn_scales
 
-TRAINING_SAMPLES = 256
+DISTILLED = "QAT, distillation"
+LEARNED = "QAT, distillation, learned scales"
+TRAINING_SAMPLES = 160
 BATCH_SIZE = 8
 STEPS = 64
-LEARNING_RATES = {"fp8_e4m3": 1e-5}
+OWN_TOKENS = 128  # of the student's own answers, at most
+WAYS: dict[str, dict[str, Any]] = {
+    "QAT": {"objective": Objective({"cross_entropy": 1.0})},
+    DISTILLED: {},
+    LEARNED: {},
+    "QAT, on-policy distillation": {"on_policy": OnPolicy(start=0, tokens=OWN_TOKENS), "sampling": SAMPLING},
+}
+_LEARNING_RATES = {"fp8_e4m3": 1e-5}
 _LEARNING_RATE = 3e-5
 
 
-def training_rows(bench: Any, arm: Arm, *, steps: int, seed: int = 0) -> list[Row]:
-    """The student before and after training, both judged.
+def learning_rate(format: str) -> float:
+    """The highest of a run."""
+    return _LEARNING_RATES.get(format, _LEARNING_RATE)
+
+
+def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Row:
+    """A student after training.
 
     Args:
         bench: A `benchmarks.quantization.Bench`.
         arm: How it is calibrated.
+        way: One of `WAYS`.
         steps: Optimizer steps of eight conversations.
-        seed: Of the order of the conversations.
+        seed: Of the order of the conversations, and of sampling.
     """
-    quiet()
     lightning.seed_everything(seed, verbose=False)
     module = Distillation(
         teacher=bench.reference,
         student=bench.reference,
-        optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATES.get(arm.format, _LEARNING_RATE), weight_decay=0.0),
+        optimizer=partial(torch.optim.AdamW, lr=learning_rate(arm.format), weight_decay=0.0),
         warmup_steps=steps // 8,
         generate_tokens=0,
+        **WAYS[way],
     )
     module.configure_model()
-    arm.quantize(module.student, bench.calibration)
-    before = _judged(bench, arm, module.student, "calibrated")
-    batches = _batches(bench)
-    order = [
-        batches[index] for epoch in range(-(-steps // len(batches))) for index in _shuffled(len(batches), seed + epoch)
-    ]
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, DataLoader(order, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
-    return [before, _judged(bench, arm, module.student, f"after {steps} steps")]
+    module.student = bench.quantized(arm).requires_grad_(True)
+    if way == LEARNED:
+        learn_scales(module.student)
+    started = time.perf_counter()
+    _fit(module, _batches(bench, steps, seed), steps)
+    made = {"way": way, "steps": steps, "seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
+    return {"format": arm.format, "arm": f"{arm.name}, {way}, {steps} steps", **made, **bench.judge(module.student)}
 
 
-def _batches(bench: Any) -> list[Any]:
-    """Answers of the unquantized model to instructions behind those of calibration."""
+def _fit(module: LightningModule, batches: list[Any], steps: int) -> None:
+    with tqdm(total=steps, desc="Training", unit="step", leave=False) as bar:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            precision="bf16-mixed",
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            callbacks=[LambdaCallback(on_train_batch_end=lambda *_: bar.update())],
+        )
+        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
+    if trainer.global_step != steps:  # a signal ends a fit without an error
+        raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
+
+
+def _batches(bench: Any, steps: int, seed: int) -> list[Any]:
+    """Answers of the unquantized model to instructions behind those of calibration, shuffled anew in every epoch."""
     used = sum(len(batch["input_ids"]) for batch in bench.calibration)
     prompts = calibration_prompts(used + TRAINING_SAMPLES)[used:]
-    return answered(bench.model, bench.tokenizer, bench.reference, prompts, batch_size=BATCH_SIZE)
-
-
-def _shuffled(count: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
-
-
-def _judged(bench: Any, arm: Arm, student: PreTrainedModel, name: str) -> Row:
-    figures = evaluate(student, bench.held_out, tokenizer=bench.tokenizer, teacher=bench.teacher, dtype=torch.float32)
-    return {"format": arm.format, "arm": f"{arm.name}, {name}", **figures}
+    batches = answered(bench.model, bench.tokenizer, bench.reference, prompts, batch_size=BATCH_SIZE)
+    order: list[Any] = []
+    for epoch in range(-(-steps // len(batches))):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order += [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+    return order[:steps]

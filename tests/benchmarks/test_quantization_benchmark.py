@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_folder
 
-from benchmarks import chats, quantization, quantization_arms, quantization_training
-from benchmarks.quantization_arms import Arm
+from benchmarks import chats, onnx_decode, quantization, quantization_arms, quantization_training
+from benchmarks.quantization_arms import Arm, best
 from benchmarks.quantization_peers import Peer
+from benchmarks.quantization_training import WAYS
 from models.quantization.formats import FORMATS, format_of
 from models.quantization.post_training import PostTrainingQuantization
 from models.quantization.smoothing import STRENGTHS
@@ -19,10 +21,12 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model in the place of SmolLM2, and few conversations."""
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        quantization, "MODEL", tiny_folder(tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=16)
+        quantization,
+        "MODEL",
+        tiny_folder(tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=16, vocab_size=259),
     )
     monkeypatch.setattr(quantization, "CALIBRATION_SAMPLES", 4)
-    monkeypatch.setattr(quantization, "QUICK_EVERY", 1)
+    monkeypatch.setattr(quantization, "JUDGED_EVERY", 1)
     monkeypatch.setattr(quantization, "calibration_prompts", lambda count: [f"say {n}" for n in range(count)])
     monkeypatch.setattr(quantization, "held_out_prompts", lambda: [f"what is {n}?" for n in range(3)])
     monkeypatch.setattr(quantization, "PACKAGES", ("torch",))
@@ -105,7 +109,7 @@ def test_quick_with_peers(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_a_missing_peer_is_named_before_any_work(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.quantization_peers.find_spec", lambda _: None)
-    monkeypatch.setattr(quantization, "Bench", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr(quantization.Bench, "__init__", lambda *_: pytest.fail("work has begun"))
     with pytest.raises(ModuleNotFoundError, match="expected the package `nvidia-modelopt`"):
         quantization.main(["--quick"])
     with pytest.raises(ModuleNotFoundError, match="expected the package `torchao`"):
@@ -114,46 +118,95 @@ def test_a_missing_peer_is_named_before_any_work(bench: Path, monkeypatch: pytes
 
 @pytest.fixture
 def study(bench: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Two arms for each of two formats."""
-    formats = ("int8", "int4_g32", "none")
-    arms: dict[str, tuple[Arm, ...]] = {
-        format: (Arm(format), Arm(format, "gptq", "mse", True)) for format in formats[:2]
-    }
+    """Two arms for each of two formats, two ways to train one of them, and graphs."""
+    formats = ("int8", "int4_g32", "fp8_e4m3", "none")
+    arms: dict[str, tuple[Arm, ...]] = {format: (Arm(format), best(format)) for format in formats[:3]}
     arms["none"] = (Arm("none", kv_cache="int8"), Arm("none", kv_cache="fp8_e4m3"))
     monkeypatch.setattr(quantization, "ARMS", arms)
-    return ["--out", str(bench / "study"), "--formats", *formats]
+    monkeypatch.setattr(onnx_decode, "HEAD_DIM", 16)
+    monkeypatch.setattr(onnx_decode, "PAST", 4)
+    monkeypatch.setattr(onnx_decode, "NEW", 2)
+    monkeypatch.setattr(onnx_decode, "PROMPT", 8)
+    monkeypatch.setattr(onnx_decode, "_prompt", lambda length: [3] * length)
+    command = ["--out", str(bench / "study"), "--formats", *formats, "--samples", "4"]
+    return [*command, "--train", "int4_g32", "--ways", *WAYS, "--steps", "2", "--repetitions", "2"]
 
 
-def test_the_study_writes_a_page(bench: Path, study: list[str]) -> None:
+@pytest.fixture
+def training(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization_training, "calibration_prompts", lambda count: [f"say {n}" for n in range(count)])
+    monkeypatch.setattr(quantization_training, "answered", quantization.answered)
+    monkeypatch.setattr(quantization_training, "TRAINING_SAMPLES", 16)
+    monkeypatch.setattr(quantization_training, "_LEARNING_RATES", dict.fromkeys(FORMATS, 1e-3))
+
+
+@pytest.mark.usefixtures("training")
+def test_the_study_writes_a_page_and_goes_on_where_it_stopped(
+    bench: Path, study: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     notes = bench / "study/notes.md"
     notes.parent.mkdir()
     notes.write_text("Words of ours.\n")
     quantization.main(study)
-    rows = [json.loads(path.read_text()) for path in (bench / "study/rows").glob("*.json")]
-    assert len(rows) == 6 and all(row["kl"] > 0 and row["settings"] and row["machine"] for row in rows)
+    rows = {path.stem: json.loads(path.read_text()) for path in (bench / "study/rows").glob("*.json")}
+    graphs = rows.pop("graphs")
+    assert len(rows) == 8 + len(WAYS) and all(row["settings"] and row["machine"] for row in rows.values())
     page = (bench / "study.md").read_text()
-    assert all(f"| {row['arm']} | {row['kl']:.4f} |" in page for row in rows)
+    trained = [row for row in rows.values() if "way" in row]
+    start = rows["int4_g32_quantease_mse_smoothed_where_it_helps_sensitive"]["kl"]
+    for row in rows.values():
+        shown = row["way"] + f" | {start:.4f}" if "way" in row else row["arm"]
+        assert row["kl"] > 0 and f"| {shown} | {row['kl']:.4f} |" in page
+    assert len({row["kl"] for row in trained} | {start}) == len(WAYS) + 1  # every way moves it, elsewhere
     assert "### `int4_g32`: 4.5 bits a weight" in page and "### `int8`: 8 bits a weight" in page
     assert "### `none`: 16 bits a weight" in page and "| cache int8, max |" in page
     assert "Words of ours." in page and " ".join(study) in page and "](study/bits.png)" in page
     assert (bench / "study/bits.png").is_file()
+    sizes = {row["format"]: row["megabytes"] for row in graphs["graphs"]}
+    assert sizes["fp32"] > sizes["int8"] > sizes["int4_g32"] and "none" not in sizes
+    for row in graphs["graphs"]:
+        assert f"| `{row['format']}` | {row['megabytes']:.0f} |" in page
+        assert ("tokens_per_second" in row) == (row["format"] != "fp8_e4m3")
 
-
-def test_the_study_goes_on_where_it_stopped(bench: Path, study: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    quantization.main(study)
-    page = (bench / "study.md").read_text()
-    monkeypatch.setattr(quantization, "Bench", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(quantization.Bench, "__init__", lambda *_: pytest.fail("made again"))
     quantization.main(study)
     assert (bench / "study.md").read_text() == page
+    with pytest.raises(ValueError, match="expected .* to be made with samples = 5, found 4"):
+        quantization.main([*study, "--samples", "5"])
 
 
-def test_training_moves_the_calibrated_student(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization_training, "calibration_prompts", lambda count: [f"say {n}" for n in range(count)])
-    monkeypatch.setattr(quantization_training, "answered", quantization.answered)
-    monkeypatch.setattr(quantization_training, "TRAINING_SAMPLES", 8)
-    rows, ratios = quantization.trained(4, steps=2)
+def test_a_kept_student_is_not_changed_by_who_got_it(bench: Path) -> None:
+    kept = quantization.Bench(4)
+    first = kept.quantized(Arm("int8"))
+    before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    for parameter in first.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.quantized(Arm("int8")).state_dict().items())
+    other = kept.quantized(Arm("int4_g32")).state_dict()
+    assert any(name not in other or not torch.equal(tensor, other[name]) for name, tensor in before.items())
+
+
+@pytest.mark.usefixtures("training")
+def test_training_moves_the_calibrated_student(bench: Path) -> None:
+    quantization.main(["--qat", "--samples", "4", "--steps", "2", "--json", str(bench / "qat.json")])
+    found = json.loads((bench / "qat.json").read_text())
+    rows, ratios = found["results"], found["ratios"]
     assert [row["format"] for row in rows] == ["fp8_e4m3"] * 2 + ["int4_g128"] * 2
     assert set(ratios) == {"fp8_qat_kl", "int4_qat_kl"}
-    for before, after in (rows[:2], rows[2:]):
-        assert before["kl"] > 0
-        assert after["kl"] != before["kl"]
+    for (before, after), ratio in zip((rows[:2], rows[2:]), ratios.values(), strict=True):
+        assert ratio == pytest.approx(after["kl"] / before["kl"]) and ratio != 1
+        assert after["way"] == quantization_training.DISTILLED
+
+
+def test_batches_are_those_of_the_steps_in_a_new_order_each_epoch(bench: Path, training: None) -> None:
+    kept = quantization.Bench(4)
+    orders = [[batch["index"] for batch in quantization_training._batches(kept, 5, seed)] for seed in (0, 0, 1)]
+    for order in orders:
+        assert len(order) == 5 and sorted(order[:2]) == sorted(order[2:4]) and order[0] != order[1]
+    assert orders[0] == orders[1] and {str(order) for order in orders} != {str(orders[0])}
+
+
+def test_one_command_at_a_time(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quantization.main(["--quick", "--qat"])
+    assert "expected --quick or --qat, found both" in capsys.readouterr().err
