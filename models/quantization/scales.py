@@ -14,11 +14,15 @@ from models.quantization.fake_quantize import fake_quantize, in_blocks
 from models.quantization.formats import Grid
 
 Search = Literal["max", "percentile", "mse"]
-NUM_BINS = 2048  # of `histogram_of`: 8 bits of exponent and 3 of mantissa
+_SHIFT = 17  # bits of a float32 below those that name a bin
+NUM_BINS = 2 ** (31 - _SHIFT)  # of `histogram_of`: 8 bits of exponent and 6 of mantissa, three more than FP8 has
 PERCENTILE = 0.9999
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 _WEIGHT_SHARES = torch.linspace(1, 0.4, 13).tolist()  # of the largest magnitude, in a search
 _INPUT_SHARES = torch.linspace(1, 0.05, 96).tolist()
+_FP8_INPUT_SHARES = torch.linspace(
+    2, 0.05, 196
+).tolist()  # above 1: floats lose nothing there, and values meet other codes
 
 
 def scale_from_amax(amax: Tensor, high: float = 448.0) -> Tensor:
@@ -65,8 +69,11 @@ def weight_scales(weight_OI: Tensor, grid: Grid, search: Search = "max") -> tupl
 
 
 def histogram_of(x: Tensor) -> Tensor:
-    """How often each magnitude occurs: (H,) counts over bins that are eight to an octave, over all float32 numbers."""
-    bins = x.detach().abs().float().view(torch.int32).flatten() >> 20
+    """How often each magnitude occurs: (H,) counts over bins that are 64 to an octave, over all float32 numbers.
+
+    FP8 has eight steps to an octave: with bins as wide, a search would see all values of a bin on the grid or off it together.
+    """
+    bins = x.detach().abs().float().view(torch.int32).flatten() >> _SHIFT
     return torch.bincount(bins, minlength=NUM_BINS)
 
 
@@ -88,7 +95,8 @@ def amax_from_histogram(counts_H: Tensor, amax: Tensor, grid: Grid, search: Sear
         return middles_H[reached.nonzero()[0, 0]].clamp(min=torch.finfo(torch.float32).tiny)
     counted_H = counts_H > 0
     values, weights = middles_H[counted_H], counts_H[counted_H].double()
-    trials_C = amax * torch.tensor(_INPUT_SHARES, device=amax.device)
+    shares = _FP8_INPUT_SHARES if grid.numbers == "fp8_e4m3" else _INPUT_SHARES
+    trials_C = amax * torch.tensor(shares, device=amax.device)
     errors_C = [
         (
             weights * (fake_quantize(values, scale_from_amax(trial, grid.high), None, grid.numbers) - values).square()
@@ -99,8 +107,8 @@ def amax_from_histogram(counts_H: Tensor, amax: Tensor, grid: Grid, search: Sear
 
 
 def _bin_middles(device: torch.device) -> Tensor:
-    edges = torch.arange(NUM_BINS, dtype=torch.int32, device=device) << 20
-    middles = (edges + (1 << 19)).view(torch.float32)
+    edges = torch.arange(NUM_BINS, dtype=torch.int32, device=device) << _SHIFT
+    middles = (edges + (1 << (_SHIFT - 1))).view(torch.float32)
     return middles.nan_to_num(nan=torch.finfo(torch.float32).max, posinf=torch.finfo(torch.float32).max)
 
 

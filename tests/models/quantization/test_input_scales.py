@@ -7,16 +7,16 @@ from models.quantization import FORMATS, Grid, InputQuantizer, RowQuantizer, fak
 from models.quantization.quantizers import row_scales
 from models.quantization.scales import NUM_BINS, amax_from_histogram, histogram_of, scale_from_amax
 
-INT8 = Grid("int8")
+INT8, FP8 = Grid("int8"), Grid("fp8_e4m3")
 
 
-def test_histograms_count_magnitudes_in_eighths_of_octaves() -> None:
-    x = torch.tensor([1.0, -1.0, 1.124, 1.126, 2.0, 0.0, 1e-38, 3e38])
+def test_histograms_count_magnitudes_in_64ths_of_octaves() -> None:
+    x = torch.tensor([1.0, -1.0, 1.015, 1.016, 2.0, 0.0, 1e-38, 3e38])
     counts = histogram_of(x)
     assert counts.shape == (NUM_BINS,)
     assert int(counts.sum()) == 8
-    one = 127 * 8
-    assert (int(counts[one]), int(counts[one + 1]), int(counts[one + 8]), int(counts[0])) == (3, 1, 1, 1)
+    one = 127 * 64
+    assert (int(counts[one]), int(counts[one + 1]), int(counts[one + 64]), int(counts[0])) == (3, 1, 1, 1)
 
 
 def test_a_percentile_leaves_out_the_rare_outlier() -> None:
@@ -24,22 +24,31 @@ def test_a_percentile_leaves_out_the_rare_outlier() -> None:
     x[7] = 1000.0
     amax = amax_from_histogram(histogram_of(x), x.abs().max(), INT8, "percentile")
     exact = x.abs().quantile(0.9999)
-    assert abs(float(amax / exact) - 1) < 0.13  # the width of a bin
+    assert abs(float(amax / exact) - 1) < 0.02  # the width of a bin
     assert amax_from_histogram(histogram_of(x), x.abs().max(), INT8, "max") == 1000
 
 
-def test_the_least_squared_error_is_near_the_best_there_is() -> None:
+@pytest.mark.parametrize("grid", [INT8, FP8], ids=lambda grid: grid.numbers)
+def test_the_least_squared_error_is_near_the_best_there_is(grid: Grid) -> None:
     x = torch.randn(50_000, generator=torch.Generator().manual_seed(1)) ** 3
 
     def error(amax: float) -> float:
-        scale = scale_from_amax(torch.tensor(amax), INT8.high)
-        return float((fake_quantize(x, scale, None, "int8") - x).square().sum())
+        scale = scale_from_amax(torch.tensor(amax), grid.high)
+        return float((fake_quantize(x, scale, None, grid.numbers) - x).square().sum())
 
     largest = float(x.abs().max())
-    chosen = error(float(amax_from_histogram(histogram_of(x), x.abs().max(), INT8, "mse")))
-    best = min(error(share * largest) for share in torch.linspace(0.05, 1, 96).tolist())
-    assert chosen <= 1.1 * best
+    chosen = error(float(amax_from_histogram(histogram_of(x), x.abs().max(), grid, "mse")))
+    best = min(error(share * largest) for share in torch.linspace(0.05, 2, 196).tolist())
+    assert chosen <= 1.02 * best
     assert chosen < error(largest)
+
+
+def test_a_large_value_that_comes_often_meets_a_code_of_fp8() -> None:
+    """As the channel of a hidden state that has nearly the same value at every token, much larger than all others."""
+    x = torch.cat([torch.full((1000,), 0.95), torch.randn(9000) * 0.01, torch.tensor([1.0])])
+    amax = amax_from_histogram(histogram_of(x), x.abs().max(), FP8, "mse")
+    scale = scale_from_amax(amax, FP8.high)
+    assert abs(float(fake_quantize(x[:1], scale, None, "fp8_e4m3")) - 0.95) < 0.95 / 100  # up to 1/16 off the codes
 
 
 def test_a_quantizer_uses_all_batches_for_its_percentile() -> None:
@@ -48,7 +57,7 @@ def test_a_quantizer_uses_all_batches_for_its_percentile() -> None:
     quantizer(torch.full((4999,), 1.0))
     quantizer(torch.tensor([64.0]))
     quantizer.freeze("percentile")
-    assert float(quantizer.scale) == pytest.approx(1.0625 / 127, rel=1e-3)  # the middle of the bin of 1
+    assert float(quantizer.scale) == pytest.approx((1 + 1 / 128) / 127, rel=1e-3)  # the middle of the bin of 1
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3_per_channel"])
