@@ -12,23 +12,26 @@ class Phases:
     """Shows one bar a phase and remembers how long each took.
 
     Attributes:
-        seconds: Time of each finished phase by its name.
+        seconds: Time of each finished phase by its name; of all its parts together.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, steps: int = 1) -> Iterator[Callable[[], None]]:
-        """Run a phase of `steps` steps; call what is yielded after each of them (a phase of one step ends by itself)."""
+    def phase(self, name: str, steps: int = 1, part: str = "") -> Iterator[Callable[[], None]]:
+        """Run a phase of `steps` steps; call what is yielded after each of them (a phase of one step ends by itself).
+
+        `part` is shown behind the name: which part of the work this is.
+        """
         start = time.perf_counter()
         layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}"
         interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
-        with tqdm(total=steps, desc=name, bar_format=layout, mininterval=interval) as bar:
+        with tqdm(total=steps, desc=f"{name}{part}", bar_format=layout, mininterval=interval) as bar:
 
             def step() -> None:
                 bar.update()
 
             yield step
             bar.update(steps - bar.n)
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

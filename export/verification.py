@@ -82,26 +82,26 @@ def _verify_group(
     part: str,
 ) -> list[Check]:
     steps, threads = settings.decode_steps + 1, settings.threads
-    with phases.phase(f"Reference run in torch{part}", steps) as on_step:
+    with phases.phase("Reference run in torch", steps, part) as on_step:
         reference: Reference = record(
             model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=settings.decode_steps, on_step=on_step
         )
     runs = 2 if quantized_linears(model) or rounds_inputs(model) else 1
-    with phases.phase(f"Verification of model.onnx{part}", steps * runs) as on_step:
+    with phases.phase("Verification of model.onnx", steps * runs, part) as on_step:
         checks = verify_onnx(model, reference, folder / GRAPH, threads=threads, on_step=on_step)
         if settings.prefill:
             checks.append(verify_prefill(reference, folder / PREFILL_GRAPH, threads=threads))
     if settings.cpu:
-        with phases.phase(f"Verification of cpu.onnx{part}", steps) as on_step:
+        with phases.phase("Verification of cpu.onnx", steps, part) as on_step:
             checks += verify_cpu(reference, folder / CPU_GRAPH, threads=threads, on_step=on_step)
             if settings.prefill:
                 checks.append(verify_prefill(reference, folder / CPU_PREFILL_GRAPH, threads=threads, for_cpu=True))
     source = folder / ENGINE_SOURCE
     if source.is_file():
-        with phases.phase(f"Verification of engine-source.onnx{part}", steps) as on_step:
+        with phases.phase("Verification of engine-source.onnx", steps, part) as on_step:
             checks += verify_onnx(model, reference, source, threads=threads, free_run=False, on_step=on_step)
     if engine is not None:
-        with phases.phase(f"Verification of the engine{part}", steps) as on_step:
+        with phases.phase("Verification of the engine", steps, part) as on_step:
             checks += verify_engine(reference, engine.path, settings.precision, settings.tensorrt, on_step)
     return checks
 

@@ -29,7 +29,13 @@ def checks_of(groups_of: int, precision: str, tmp_path, monkeypatch) -> dict[str
         export_onnx(model, tmp_path / GRAPH, precision=precision)
     monkeypatch.setattr(verification, "PROMPTS_AT_ONCE", groups_of)
     settings = ExportSettings(precision=precision, formats=("onnx",), decode_steps=3)
-    checks = verify_artefacts(model, tmp_path, None, settings, PROMPTS, Phases())
+    phases = Phases()
+    checks = verify_artefacts(model, tmp_path, None, settings, PROMPTS, phases)
+    assert list(phases.seconds) == [
+        "Reference run in torch",
+        "Verification of model.onnx",
+        "Verification of the longest prompt",
+    ]
     return {check.name: check for check in checks}
 
 
