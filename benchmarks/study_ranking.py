@@ -4,8 +4,9 @@
 
 The teacher is SmolLM2-135M, fine-tuned on the labels of MovieLens 100K; it is kept in `--work` and taken from there next time.  Its
 students have half of its layers, or 20 or 40 % fewer MLP neurons (OSSCAR with sequential repair); each is judged as it is cut, and
-after equal steps by labels alone, by distillation, and by distillation that ends with FP8 quantizers.  Optimizer and precision are those
-of configs/ranking.yaml.  All figures come with bootstrap intervals over members of the test split.
+after equal steps by labels alone, by distillation, and by distillation that ends with FP8 quantizers.  All students see the same pairs, as
+many as they have steps for, in the order of their seed.  Optimizer and precision are those of configs/ranking.yaml.  All figures
+come with bootstrap intervals over members of the test split.
 
 An interrupted command goes on where it stopped.  The page lies beside `--out`.
 """
@@ -68,21 +69,21 @@ ARMS = {"labels": Arm(LabelObjective()), "distilled": Arm(DISTILLED), "distilled
 
 
 class _Student(RankingDistillation):
-    """Asks the teacher about the test split once in all runs.
+    """Asks the teacher once about a sample in all runs.
 
     Args:
-        remembered: What the teacher said so far.
+        remembered: What the teacher said so far, by stage.
         kwargs: See `RankingDistillation`.
     """
 
-    def __init__(self, remembered: dict[tuple[int, ...], Tensor], **kwargs: Any) -> None:
+    def __init__(self, remembered: dict[str, dict[int, Tensor]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._remembered = remembered
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "test" and self.teacher is not None:
-            self._remembering = RememberingTeacher(self.teacher, self._remembered)
+        if self.teacher is not None:
+            self.teacher = self._remembering = RememberingTeacher(self.teacher, self._remembered[stage])
 
 
 class Study:
@@ -94,7 +95,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.rows = options, Rows(options.out / "rows")
-        self._remembered: dict[tuple[int, ...], Tensor] = {}
+        self._remembered: dict[str, dict[int, Tensor]] = {"fit": {}, "test": {}}
         recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         self.trainer = {key: recipe["trainer"][key] for key in ("precision", "gradient_clip_val")}
         self.optimizer = recipe["model"]["init_args"]["optimizer"]["init_args"] | (
@@ -102,6 +103,8 @@ class Study:
         )
         sizes = {"history": options.history, "batch_size": options.batch_size, "test_size": options.test_size}
         self.data_settings = recipe["data"]["init_args"] | sizes | {"labels": options.labels, "folder": options.folder}
+        self.teacher_data = MovieLens(options.model, **self.data_settings)
+        self.data_settings["train_size"] = options.steps * options.batch_size
         self.data = MovieLens(options.model, **self.data_settings)
         self.data.setup("fit")  # now, with the recipe's seed: all runs get the same pairs, only their order differs
         self.data.setup("test")
@@ -116,7 +119,7 @@ class Study:
     def _teacher(self, folder: Path) -> Path:
         if not (folder / "config.json").is_file():
             module = self._module(self.options.model, None, LabelObjective(), self.options.teacher_steps)
-            self._fit(module, self.options.teacher_steps, seed=0)
+            self._fit(module, self.teacher_data, self.options.teacher_steps, seed=0)
             save_student(module.student, module.tokenizer, folder)
         return folder
 
@@ -164,7 +167,7 @@ class Study:
             module = self._module(self.student(name), self.teacher, arm.objective, steps)
             start = round((1 - _QUANTIZED_SHARE) * steps)
             callbacks = [QuantizationAwareTraining(start, method="quantease")] if arm.fp8 else []
-            trainer = self._fit(module, steps, seed, callbacks)
+            trainer = self._fit(module, self.data, steps, seed, callbacks)
             return {"student": name, "arm": arm_name, "seed": seed, "steps": steps, **self._test(trainer, module)}
 
         return self._row(f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm)}, make)
@@ -195,12 +198,15 @@ class Study:
             **self.trainer,
         )
 
-    def _fit(self, module: RankingDistillation, steps: int, seed: int, callbacks: Sequence[Any] = ()) -> Trainer:
-        self.data.seed = seed  # of the order; the pairs were drawn before
+    def _fit(
+        self, module: RankingDistillation, data: MovieLens, steps: int, seed: int, callbacks: Sequence[Any] = ()
+    ) -> Trainer:
+        data.setup("fit")
+        data.seed = seed  # of the order; the pairs were drawn before
         with tqdm(total=steps, desc="Training", unit="step", leave=False) as bar:
             counting = LambdaCallback(on_train_batch_end=lambda *_: bar.update())
             trainer = self._new_trainer(steps, [*callbacks, counting])
-            trainer.fit(module, datamodule=self.data)
+            trainer.fit(module, datamodule=data)
         if trainer.global_step != steps:  # a signal ends a fit without an error
             raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
         return trainer

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.forward import Batch, answer_hidden, answer_states
+from models.forward import Batch, answer_hidden, answer_lengths, answer_states
 from models.losses import FullTargets, Targets, check_head, head_of, logits_of
 from models.low_precision import quantize_weights
 from models.pretrained import check_same_tokenizer, load_model, load_tokenizer
@@ -71,25 +71,26 @@ class Teacher:
 
 
 class RememberingTeacher(Teacher):
-    """A teacher that runs its body once for each batch it is shown again, keyed by the samples' positions in their split.
+    """A teacher that runs its body once for each sample it is shown again, keyed by the sample's position in its split.
 
-    For repeated evaluation of changing students on the same held-out batches; it keeps D numbers per answer token.
+    For students that change while the samples do not: repeated evaluation, or several runs on the same data.  It keeps D numbers
+    per answer token.
 
     Args:
         teacher: The teacher to ask.
-        hidden: What it remembers from before, and adds to: final hidden states by positions.
+        hidden: What it remembers from before, and adds to: final hidden states (answer tokens, D) by position.
     """
 
-    def __init__(self, teacher: Teacher, hidden: dict[tuple[int, ...], Tensor] | None = None) -> None:
+    def __init__(self, teacher: Teacher, hidden: dict[int, Tensor] | None = None) -> None:
         self.model = teacher.model
-        self._hidden: dict[tuple[int, ...], Tensor] = {} if hidden is None else hidden
+        self._hidden: dict[int, Tensor] = {} if hidden is None else hidden
 
     def answer_hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states (N, D), from memory if the batch was seen before."""
-        key = tuple(batch["index"])
-        if key not in self._hidden:
-            self._hidden[key] = super().answer_hidden(batch)
-        return self._hidden[key]
+        """Final hidden states (N, D), from memory if all samples were seen before."""
+        if not all(index in self._hidden for index in batch["index"]):
+            parts = super().answer_hidden(batch).split(answer_lengths(batch))
+            self._hidden |= dict(zip(batch["index"], parts, strict=True))
+        return torch.cat([self._hidden[index] for index in batch["index"]])
 
 
 def load_teacher(

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_folder
 from torch import nn
 
-from models.forward import Batch, answer_hidden, answer_logits
+from models.forward import Batch, answer_hidden, answer_lengths, answer_logits
 from models.losses import forward_kl
 from models.pretrained import load_model
 from models.teacher import RememberingTeacher, Teacher
@@ -62,7 +62,7 @@ def test_to_returns_itself(teacher: Teacher) -> None:
     assert teacher.to(torch.device("cpu")) is teacher
 
 
-def test_remembering_teacher_runs_its_body_once_a_batch(teacher: Teacher, batch: Batch) -> None:
+def test_remembering_teacher_runs_its_body_once_a_sample(teacher: Teacher, batch: Batch) -> None:
     runs: list[int] = []
     teacher.model.base_model.register_forward_pre_hook(lambda *_: runs.append(1))
     remembering, other = RememberingTeacher(teacher), {**batch, "index": [7, 8, 9, 10, 11]}
@@ -71,6 +71,17 @@ def test_remembering_teacher_runs_its_body_once_a_batch(teacher: Teacher, batch:
     assert len(runs) == 2
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(first[0], teacher.answer_logits(batch))
+
+
+def test_remembered_samples_come_in_any_order_and_company(teacher: Teacher, batch: Batch) -> None:
+    memory: dict[int, torch.Tensor] = {}
+    exact_ND = teacher.answer_hidden(batch)
+    RememberingTeacher(teacher, memory).answer_hidden(batch)
+    parts = exact_ND.split(answer_lengths(batch))
+    assert len({len(part) for part in parts}) > 1
+    turned = {**batch, "index": batch["index"][::-1]}
+    teacher.model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("asked again"))
+    assert torch.equal(RememberingTeacher(teacher, memory).answer_hidden(turned), torch.cat(parts[::-1]))
 
 
 def test_int8_keeps_the_head_and_nearly_the_answers(teacher: Teacher, teacher_folder: str, batch: Batch) -> None:
