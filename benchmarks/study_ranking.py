@@ -104,8 +104,8 @@ class Study:
         sizes = {"history": options.history, "batch_size": options.batch_size, "test_size": options.test_size}
         self.data_settings = recipe["data"]["init_args"] | sizes | {"labels": options.labels, "folder": options.folder}
         self.teacher_data = MovieLens(options.model, **self.data_settings)
-        self.data_settings["train_size"] = options.steps * options.batch_size
-        self.data = MovieLens(options.model, **self.data_settings)
+        few = {"train_size": options.steps * options.batch_size}
+        self.data = MovieLens(options.model, **self.data_settings | few)
         self.data.setup("fit")  # now, with the recipe's seed: all runs get the same pairs, only their order differs
         self.data.setup("test")
         self.teacher = str(self._teacher(options.work / "teacher"))
@@ -138,7 +138,7 @@ class Study:
     def _prune(self, model: Any, share: float) -> None:
         multiple = self.options.multiple
         neurons = round((1 - share) * decoder_layers(model)[0].num_neurons / multiple) * multiple
-        batches = [{**batch} for batch in self.data.calibration_batches(CALIBRATION_BATCHES, seed=0)]
+        batches = [{**batch} for batch in self.teacher_data.calibration_batches(CALIBRATION_BATCHES, seed=0)]
         dense, settings = load_model(self.teacher), PruningSettings()
         edits = plan_cut(model, batches, Targets(neurons=neurons), settings)
         replay(model, edits)
