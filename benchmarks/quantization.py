@@ -4,7 +4,7 @@
     python -m benchmarks.quantization --qat [--json FILE]                 our best before and after distillation with quantizers in place
     python -m benchmarks.quantization [--formats ...] [--out FOLDER]      formats x methods, ways to train, graphs, and a page
 
-Everybody quantizes the projections of SmolLM2-135M and calibrates on the same 128 of the model's own answers to instructions.
+Everybody quantizes the projections of SmolLM2-135M and calibrates on the same 64 of the model's own answers to instructions.
 Students are judged on every second batch of the model's own answers to the questions of MT-Bench: KL(unquantized || student) in nats
 per answer token, top-1 agreement, and perplexity of those answers.  All this is computed in float32: bfloat16 alone has a KL of 0.001.
 
@@ -44,7 +44,7 @@ from models.teacher import RememberingTeacher, Teacher
 
 MODEL = "package:smollm2-135m-instruct"
 OUT = Path("docs/results/quantization")
-CALIBRATION_SAMPLES = 128
+CALIBRATION_SAMPLES = 64
 JUDGED_EVERY = 2
 TRAINED = ("fp8_e4m3", INT4)
 PACKAGES = ("torch", "transformers", "onnxruntime", "nvidia-modelopt", "torchao")

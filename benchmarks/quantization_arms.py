@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.quantization_peers import Peer
+from models.architecture import decoder_layers
 from models.forward import Batch
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED, formats_by_pattern
@@ -54,7 +56,10 @@ class Arm:
             sensitive=self.sensitive,
         )
         formats = formats_by_pattern(model, UNQUANTIZED, {}) if self.format == UNQUANTIZED else self.format
-        quantize_after_training(model, batches, formats, settings, kv_cache=self.kv_cache)
+        with tqdm(total=len(decoder_layers(model)), desc="Layers", unit="layer", leave=False) as bar:
+            quantize_after_training(
+                model, batches, formats, settings, kv_cache=self.kv_cache, on_layer=lambda _: bar.update()
+            )
 
 
 INT4 = "int4_g128"  # of SmolLM2-135M's 576 channels, the last group has 64, ours as ModelOpt's

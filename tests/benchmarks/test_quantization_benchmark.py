@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder
+from tiny import tiny_folder, tiny_model
 
 from benchmarks import chats, onnx_decode, quantization, quantization_arms, quantization_training
 from benchmarks.quantization_arms import Arm, best
@@ -60,8 +60,8 @@ def test_every_format_and_peer_has_its_place() -> None:
 )
 def test_an_arm_is_what_its_name_says(arm: Arm, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, PostTrainingQuantization]] = []
-    monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, *what, kv_cache: asked.append(what))
-    arm.quantize(None, [])
+    monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, *what, **___: asked.append(what))
+    arm.quantize(tiny_model(), [])
     [(format, settings)] = asked
     assert format == "int8" and {**vars(settings), **expected} == vars(settings)
     assert settings.sensitive == arm.sensitive
