@@ -92,7 +92,7 @@ def quantize_after_training(
     settings: PostTrainingQuantization = PostTrainingQuantization(),
     *,
     kv_cache: CacheFormat | None = None,
-    on_layer: Callable[[int], None] = lambda index: None,
+    on_layer: Callable[[int], object] = lambda index: None,
 ) -> list[Edit]:
     """Quantize the projections of every decoder layer, and its keys and values, in place; all quantizers are frozen afterwards.
 
@@ -125,7 +125,7 @@ def calibrate_quantizers(
     batches: Sequence[Batch],
     settings: PostTrainingQuantization = PostTrainingQuantization(),
     *,
-    on_layer: Callable[[int], None] = lambda index: None,
+    on_layer: Callable[[int], object] = lambda index: None,
 ) -> None:
     """Find the scales of quantizers that are in a model but not frozen yet, and round its weights; see `quantize_after_training`."""
     formats = {linear.format for linear in quantized_linears(model).values()}
