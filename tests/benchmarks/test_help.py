@@ -11,7 +11,7 @@ import benchmarks
 COMMANDS = [
     module.name
     for module in pkgutil.iter_modules(benchmarks.__path__)
-    if hasattr(import_module(f"benchmarks.{module.name}"), "main") and module.name != "workers"
+    if hasattr(import_module(f"benchmarks.{module.name}"), "main") and module.name not in ("workers", "chats")
 ]
 
 
