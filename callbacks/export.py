@@ -13,6 +13,7 @@ from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
+from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
 from export.checks import raise_on_failure
 from export.pipeline import export_all
@@ -36,6 +37,7 @@ class ExportOnFitEnd(Callback):
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
         compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
         prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
+        labels: Write also a graph on the same weights that returns the log-probabilities of these labels, for ranking.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx).
         output: Folder to write into; by default the run's folder.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
@@ -60,6 +62,7 @@ class ExportOnFitEnd(Callback):
         plain: bool = False,
         compressed: bool = False,
         prefill: bool = False,
+        labels: Sequence[str] = (),
         cpu: bool = False,
         output: str | None = None,
         tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
@@ -77,6 +80,7 @@ class ExportOnFitEnd(Callback):
             plain=plain,
             compressed=compressed,
             prefill=prefill,
+            labels=tuple(labels),
             cpu=cpu,
             tensorrt=tensorrt,
             compute_capability=tuple(map(str, compute_capability)),
@@ -102,7 +106,8 @@ class ExportOnFitEnd(Callback):
                 "expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher, found a captured one or one with "
                 "model.teacher_dtype int8; name the teacher's model with teacher_dtype auto, or leave the comparison out"
             )
-        data_of(trainer)
+        if self.settings.labels:
+            label_token_ids(data_of(trainer).tokenizer, self.settings.labels)
         unequal = any(isinstance(callback, GradualPruning) and callback.makes_layers_unequal for callback in callbacks)
         if self.settings.plain and "hf" in self.settings.formats and unequal:
             raise ValueError(

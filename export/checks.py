@@ -107,6 +107,10 @@ class Comparison:
     def add_logits(self, step: int, ours_NV: Tensor, theirs_NV: Tensor) -> None:
         """Compare logits, the greedy tokens and the distributions; N valid positions."""
         self.add(f"logits at step {step}", ours_NV, theirs_NV)
+        self.add_distributions(ours_NV, theirs_NV)
+
+    def add_distributions(self, ours_NV: Tensor, theirs_NV: Tensor) -> None:
+        """Compare the greedy tokens and the distributions of logits."""
         self._kl.append(forward_kl(ours_NV, theirs_NV))
         self._agreement.append(ours_NV.argmax(dim=-1) == theirs_NV.argmax(dim=-1))
 

@@ -10,10 +10,12 @@ OUTPUT/engine/model-*.engine       compiled, one for each package and target
 """
 
 from export.for_cpu import CPU, CPU_PREFILL
+from export.label_graph import LABELS
 from export.prefill import PREFILL
 
 STUDENT, COMPRESSED = "student", "compressed"
 GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
+LABEL_GRAPH = f"onnx/{LABELS}"
 CPU_GRAPH, CPU_PREFILL_GRAPH = f"onnx/{CPU}", f"onnx/{CPU_PREFILL}"
 WRITTEN = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
 """Patterns of all that an export writes, its reports included."""

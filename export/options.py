@@ -22,6 +22,7 @@ def settings_of(options: argparse.Namespace) -> ExportSettings:
         formats=("hf", "onnx") if options.engine == "none" else ("hf", "onnx", "engine"),
         plain=options.plain,
         prefill=options.prefill,
+        labels=tuple(options.labels),
         cpu=options.cpu,
         compressed=options.compressed,
         tensorrt="auto" if options.engine == "none" else options.engine,
@@ -170,6 +171,10 @@ def parser() -> argparse.ArgumentParser:
         "write also onnx/prefill.onnx: the same weights, and logits of the last position only (ranking, first tokens)"
     )
     add("--prefill", action="store_true", help=text)
+    text = (
+        "write also onnx/labels.onnx: the same weights, and the log-probabilities of these labels, for example no yes"
+    )
+    add("--labels", nargs="+", default=[], metavar="LABEL", help=text)
     text = "write also onnx/cpu.onnx, for ONNX Runtime on CPUs only: cache and products as they are fastest there"
     add("--cpu", action="store_true", help=text)
     add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")

@@ -15,13 +15,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datamodules.label_prompts import label_token_ids
 from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graphs
 from export.huggingface import check_plain, save_student, without_quantizers
-from export.layout import COMPRESSED, CPU_GRAPH, ENGINE_SOURCE, GRAPH, PREFILL_GRAPH, STUDENT, WRITTEN
+from export.label_graph import write_labels
+from export.layout import COMPRESSED, CPU_GRAPH, ENGINE_SOURCE, GRAPH, LABEL_GRAPH, PREFILL_GRAPH, STUDENT, WRITTEN
 from export.prefill import write_prefill
 from export.progress import Phases
 from export.settings import ExportSettings, check_settings
@@ -75,6 +77,7 @@ def export_all(
     check_settings(settings)
     if not overwrite:
         check_output_free(output)
+    labels = label_tokens(tokenizer, settings.labels)
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
@@ -99,7 +102,7 @@ def export_all(
         if settings.compressed:
             with phases.phase("Compressed folder"):
                 save_compressed(model, tokenizer, staging / COMPRESSED)
-        engine = _write_graphs(computed, staging, settings, phases) if settings.graph else None
+        engine = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
         checks: list[Check] = []
         benchmark: list[dict[str, Any]] = []
         if settings.graph:
@@ -140,16 +143,25 @@ def check_formats(
         check_engine_formats(quantized.values())
 
 
+def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, int]:
+    """The token of each label; see `label_token_ids` for which are refused.  No labels are none."""
+    return dict(zip(labels, label_token_ids(tokenizer, labels), strict=True)) if labels else {}
+
+
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return without_quantizers(model, keep_cache=True) if quantized_linears(model) else model
 
 
-def _write_graphs(model: PreTrainedModel, staging: Path, settings: ExportSettings, phases: Phases) -> Engine | None:
+def _write_graphs(
+    model: PreTrainedModel, staging: Path, settings: ExportSettings, labels: Mapping[str, int], phases: Phases
+) -> Engine | None:
     precision = settings.precision
     with phases.phase(f"ONNX {precision}"):
         export_onnx(model, staging / GRAPH, precision=precision, opset=settings.opset)
         if settings.prefill:
             write_prefill(staging / GRAPH)
+        if labels:
+            write_labels(staging / GRAPH, labels)
     if settings.cpu:
         with phases.phase(f"ONNX {precision} for the CPU"):
             write_cpu_graphs(staging / GRAPH, prefill=settings.prefill)
@@ -217,6 +229,9 @@ def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *,
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if settings.prefill:
         rows.append(artefact(PREFILL_GRAPH, "ONNX, last position only, on the weights of model.onnx"))
+    if settings.labels:
+        words = f"ONNX, log-probabilities of {', '.join(settings.labels)}, on the weights of model.onnx"
+        rows.append(artefact(LABEL_GRAPH, words))
     if settings.cpu:
         rows.append(artefact(CPU_GRAPH, f"ONNX {settings.precision} for ONNX Runtime on a CPU"))
     if (output / ENGINE_SOURCE).exists():

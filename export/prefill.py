@@ -3,6 +3,7 @@
 For ranking and for the first token of an answer: see `export/last_logits.py` for what it saves, and `export/scorer.py` for its use.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -23,12 +24,27 @@ def write_prefill(graph: Path) -> Path:
     Returns:
         The new file, of a few hundred kilobytes.
     """
-    model = ir.load(graph)  # weights stay where they are, and are referred to
-    keep_last_logits(model)
-    model.metadata_props["logits"] = "last position"
-    target = graph.with_name(PREFILL)
+
+    def edit(model: ir.Model) -> None:
+        keep_last_logits(model)
+        model.metadata_props["logits"] = "last position"
+
+    return write_beside(graph, PREFILL, edit)
+
+
+def write_beside(graph: Path, name: str, edit: Callable[[ir.Model], None]) -> Path:
+    """Write a changed version of a graph beside it; weights stay where they are, and both refer to them.
+
+    Args:
+        graph: The file, its weights beside it.
+        name: Of the new file.
+        edit: Changes the graph in place.
+    """
+    model = ir.load(graph)
+    edit(model)
+    target = graph.with_name(name)
     with staging_folder(graph.parent) as folder:
-        ir.save(model, folder / PREFILL)
-        move_into_place(folder / PREFILL, target)
+        ir.save(model, folder / name)
+        move_into_place(folder / name, target)
     onnx.checker.check_model(str(target))
     return target

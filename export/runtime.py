@@ -7,6 +7,7 @@ computes what is written.
 Letters: B batch, T new tokens, P past tokens, S = P + T, G key/value groups, E head width, V vocabulary.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Output:
     """What one run of a graph returns.
 
     Attributes:
-        logits: (B, T, V), in the graph's own type.
+        logits: (B, T, V), in the graph's own type; empty where a graph returns log-probabilities of labels in their place.
         cache: One (B, G, S, E) value a layer for keys and one for values: key, value, key, value, ...  Codes, in a quantized cache.
         others: Further outputs by name, if any were asked for.
     """
@@ -55,6 +56,9 @@ class OnnxSession:
         threads: Threads of one operator; None: ONNX Runtime's choice.
         graph: A changed version of the graph at `path` to run instead, with the same weights file.
         exact: Whether quantized weights are multiplied in floating point; FP8 graphs always are.
+
+    Attributes:
+        labels: Token by label, of a graph that returns their log-probabilities (`export/label_graph.py`).
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class OnnxSession:
         self._inputs = {item.name for item in self._session.get_inputs()}
         self._cache_inputs = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
         self._outputs = [item.name for item in self._session.get_outputs()]
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.labels: dict[str, int] = json.loads(metadata.get("labels", "{}"))
 
     def empty_cache(self, batch: int) -> list[OrtValue]:
         """The cache of B conversations without past tokens."""
@@ -113,7 +119,7 @@ class OnnxSession:
         results = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True))
         present = [results.pop(item.name.replace("past_key_values", "present")) for item in self._cache_inputs]
         tensors = {name: torch.from_numpy(value.numpy()) for name, value in results.items()}
-        return Output(tensors.pop("logits"), present, tensors)
+        return Output(tensors.pop("logits", torch.empty(0)), present, tensors)
 
 
 def has_fp8(model: onnx.ModelProto) -> bool:

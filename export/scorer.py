@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.label_prompts import Prompt, encode_prompts, frame_of, label_token_ids
+from export.label_graph import LOG_PROBS
 from export.runtime import Output
 
 
@@ -35,7 +36,8 @@ class Scorer:
     """Scores candidates one prefix at a time.
 
     Args:
-        session: Runs the model; a graph that keeps the logits of the last position only saves most of the head's work.
+        session: Runs the model; a graph that keeps the logits of the last position only saves most of the head's work, and one of
+            `export/label_graph.py` returns what is asked for.
         tokenizer: Of the model, with its chat template.
         labels: The classes in order; each has to be one token.
         system_prompt: As in the data that the model was trained on.
@@ -43,7 +45,7 @@ class Scorer:
         max_prefixes: Prefixes whose caches are kept; the one that was not used for longest leaves first.
 
     Raises:
-        ValueError: A label is not one token, or a number is below 1.
+        ValueError: A label is not one token, the session's graph has others, or a number is below 1.
     """
 
     def __init__(
@@ -63,7 +65,15 @@ class Scorer:
         self.session, self.tokenizer = session, tokenizer
         self.labels, self.batch_size, self.max_prefixes = tuple(labels), batch_size, max_prefixes
         self._frame = frame_of(tokenizer, system_prompt)
-        self._label_ids = torch.tensor(label_token_ids(tokenizer, labels, system_prompt))
+        label_ids = label_token_ids(tokenizer, labels, system_prompt)
+        self._computed: dict[str, int] = getattr(session, "labels", {})  # by the session's graph, with their tokens
+        if self._computed and not set(label_ids) <= set(self._computed.values()):
+            raise ValueError(
+                f"expected a graph for the labels {list(labels)}, found one for {list(self._computed)}; score these, or export again "
+                "with --labels"
+            )
+        columns = list(self._computed.values())
+        self._columns = torch.tensor([columns.index(token) for token in label_ids] if columns else label_ids)
         self._caches: OrderedDict[tuple[int, ...], list[Any]] = OrderedDict()
 
     def score(self, prefix: str, candidates: Sequence[str]) -> Tensor:
@@ -96,8 +106,8 @@ class Scorer:
             ids_BT[row, width - len(suffix) :] = suffix
             mask_BS[row, shared : shared + width - len(suffix)] = 0
         output = self.session.run(ids_BT, mask_BS, None if cache is None else self.session.repeat(cache, len(prompts)))
-        log_probs_BV = output.logits[:, -1].float().log_softmax(dim=-1)
-        return log_probs_BV[:, self._label_ids.to(log_probs_BV.device)].cpu()
+        every = output.others[LOG_PROBS] if self._computed else output.logits[:, -1].float().log_softmax(dim=-1)
+        return every[:, self._columns.to(every.device)].cpu()
 
     def _cache_of(self, prefix_ids: tuple[int, ...]) -> list[Any]:
         cache = self._caches.pop(prefix_ids, None)

@@ -5,6 +5,7 @@
     DIR/<name>_onnx/config.pbtxt               for the onnxruntime backend, on the CPU
     DIR/<name>_onnx/tokenizer.json, ...        for clients; the server does not look at them
     DIR/<name>_onnx/1/model.onnx, model.onnx.data
+    DIR/<name>_labels/...                      the same with the graph of --labels, which returns their log-probabilities
     DIR/<name>_engine/config.pbtxt             for the tensorrt backend
     DIR/<name>_engine/1/model.plan
 
@@ -14,7 +15,7 @@ adds itself (`max_batch_size`) so that it may put requests of equal shapes toget
 The cache stays a plain input and output, and the client hands it back.  Triton could keep it between calls (implicit state of
 its sequence batcher), but such a state starts with one entry where ours starts with none, each request of a sequence then is one
 conversation instead of a batch, and a conversation is bound to one instance.  Rankers and classifiers need no cache at all:
-they ask for `logits` only.
+they ask for `log_probs`, or for `logits`, only.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from export.files import move_into_place, staging_folder
+from export.label_graph import LABELS
 from export.serving_config import ServedModel, model_config
 from models.pretrained import load_tokenizer
 
@@ -47,7 +49,7 @@ def write_triton(
 
     Args:
         export_dir: Folder written by `python -m export`.
-        name: Models are called `<name>_onnx` and `<name>_engine`.
+        name: Models are called `<name>_onnx`, `<name>_labels` and `<name>_engine`.
         output: The repository, which may hold other models; None: `triton/` in the export folder.
         max_batch_size: Conversations that Triton may put together; an engine must have been built for as many.
         threads: Threads of one operator in ONNX Runtime; None: its choice.
@@ -103,7 +105,11 @@ def served_models(export_dir: Path) -> list[ServedModel]:
     graph = export_dir / _GRAPH
     if graph.is_file():
         data = graph.with_name(graph.name + ".data")
-        models.append(ServedModel("onnx", {path.name: path for path in (graph, data) if path.is_file()}, graph))
+        weights = {data.name: data} if data.is_file() else {}
+        models.append(ServedModel("onnx", {graph.name: graph, **weights}, graph))
+        labels = graph.with_name(LABELS)
+        if labels.is_file():
+            models.append(ServedModel("labels", {graph.name: labels, **weights}, labels))
     engines = _engines(export_dir)
     if len(engines) > 1:
         raise ValueError(
@@ -175,7 +181,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what `python -m export --output EXPORT_DIR` or a run has written",
     )
     add("--output", type=Path, metavar="DIR", help="the model repository (default: EXPORT_DIR/triton)")
-    add("--name", default="student", help="models are called NAME_onnx and NAME_engine (default: %(default)s)")
+    add(
+        "--name",
+        default="student",
+        help="models are called NAME_onnx, NAME_labels and NAME_engine (default: %(default)s)",
+    )
     add(
         "--max-batch-size",
         type=int,

@@ -29,7 +29,7 @@ class ServedModel:
     """One model of the repository.
 
     Attributes:
-        suffix: `onnx` or `engine`.
+        suffix: `onnx`, `labels` or `engine`.
         files: What to put into the version's folder, by the name it has there.
         graph: The graph that tells inputs and outputs.
     """

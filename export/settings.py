@@ -20,6 +20,7 @@ class ExportSettings:
         plain: Refuse to write a folder that plain transformers would not load.
         compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
         prefill: Write a second graph on the same weights that returns the logits of the last position only.
+        labels: Write a graph on the same weights that returns the log-probabilities of these labels, which have to be one token each.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs.
         tensorrt: Which package compiles the engine.
         compute_capability: Target GPUs such as "8.9"; none: portable.
@@ -38,6 +39,7 @@ class ExportSettings:
     plain: bool = False
     compressed: bool = False
     prefill: bool = False
+    labels: tuple[str, ...] = ()
     cpu: bool = False
     tensorrt: Flavour = "auto"
     compute_capability: tuple[str, ...] = ()

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from export.audit import audit
 from export.checks import Check, merged
-from export.layout import CPU_GRAPH, CPU_PREFILL_GRAPH, ENGINE_SOURCE, GRAPH, PREFILL_GRAPH
+from export.layout import CPU_GRAPH, CPU_PREFILL_GRAPH, ENGINE_SOURCE, GRAPH, LABEL_GRAPH, PREFILL_GRAPH
 from export.progress import Phases
 from export.reference import Reference, record
 from export.settings import ExportSettings
 from export.to_onnx import UNQUANTIZED
 from export.to_tensorrt import Engine
-from export.verify import verify_cpu, verify_engine, verify_longest, verify_onnx, verify_prefill
+from export.verify import verify_cpu, verify_engine, verify_onnx
+from export.verify_prompts import verify_labels, verify_longest, verify_prefill
 from models.quantization.linear import quantized_linears, rounds_inputs
 
 PROMPTS_AT_ONCE = 8
@@ -91,6 +92,8 @@ def _verify_group(
         checks = verify_onnx(model, reference, folder / GRAPH, threads=threads, on_step=on_step)
         if settings.prefill:
             checks.append(verify_prefill(reference, folder / PREFILL_GRAPH, threads=threads))
+        if settings.labels:
+            checks.append(verify_labels(reference, folder / LABEL_GRAPH, threads=threads))
     if settings.cpu:
         with phases.phase("Verification of cpu.onnx", steps, part) as on_step:
             checks += verify_cpu(reference, folder / CPU_GRAPH, threads=threads, on_step=on_step)

@@ -19,12 +19,8 @@ be expected to come closer.  Rows at padding positions are left out.  A check th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
-import onnx
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,23 +31,19 @@ from export.reference import Reference, Step, record
 from export.runtime import OnnxSession, Output, new_entries
 from export.to_tensorrt import Flavour
 from export.trace import cache_names
+from export.verify_prompts import (
+    KL_PER_SENSITIVITY,
+    SMALLEST_KL_BOUND,
+    Session,
+    bounded_by_kl,
+    metadata_of,
+    verify_alone,
+)
 from models.quantization.linear import quantized_linears, rounds_inputs
 
-KL_PER_SENSITIVITY = 2.0
-SMALLEST_KL_BOUND = (
-    0.01  # of small models, a run has a handful of rounding decisions that could fall either way, or none
-)
 _FREE_NOTE = f"bound: {KL_PER_SENSITIVITY:g} x the torch model's own sensitivity to its last digits, {SMALLEST_KL_BOUND} nats at least"
 _SERVED_NOTE = "fast kernels round inputs to 8 bits; the exact run is checked by its largest difference"
 _FED_NOTE = "each activation quantizer was fed the value that entered it in torch; see export/cut.py"
-
-
-class Session(Protocol):
-    """What runs an artefact: `OnnxSession`, or `EngineSession` on a GPU."""
-
-    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: list[Any] | None = None) -> Output:
-        """See `OnnxSession.run`."""
-        ...
 
 
 def verify(
@@ -88,7 +80,7 @@ def verify_onnx(
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Check]:
     """Compare an ONNX file with a recorded run; see `verify`.  `free_run` only matters where inputs are rounded."""
-    metadata = _metadata(path)
+    metadata = metadata_of(path)
     bound = BOUNDS[metadata["activations"]] if bound is None else bound
     name = f"onnx {metadata['precision']}"
     if quantized_linears(model) and metadata["activations"] == "float16":
@@ -106,26 +98,6 @@ def verify_onnx(
     return checks
 
 
-def verify_longest(reference: Reference, path: Path, *, threads: int | None = None) -> Check:
-    """Compare an ONNX file with the recorded run of `longest_prompt`."""
-    metadata, session = _metadata(path), OnnxSession(path, threads=threads, exact=True)
-    name = f"onnx {metadata['precision']}"
-    check = verify_alone(name, session, reference, BOUNDS[metadata["activations"]])
-    return replace(check, name=f"{name}, longest prompt ({reference.steps[0].input_ids.shape[1]} tokens)")
-
-
-def verify_prefill(reference: Reference, path: Path, *, threads: int | None = None, for_cpu: bool = False) -> Check:
-    """Compare a graph of the last position only with the recorded prompts; see `verify_alone` and `verify_cpu` for the bounds."""
-    precision, activations = _metadata(path)["precision"], _metadata(path)["activations"]
-    step, comparison = reference.steps[0], Comparison()
-    output = OnnxSession(path, threads=threads, exact=not for_cpu).run(step.input_ids, step.attention_mask)
-    comparison.add_logits(0, output.logits[:, -1], step.logits[:, -1])
-    name = f"onnx {precision}{' for the CPU' if for_cpu else ''}, prefill graph"
-    if reference.sensitivity is not None or (for_cpu and precision != "fp32"):
-        return _bounded_by_kl(comparison, name, reference)
-    return comparison.check(name, BOUNDS[activations])
-
-
 def verify_cpu(
     reference: Reference, path: Path, *, threads: int | None = None, on_step: Callable[[], None] = lambda: None
 ) -> list[Check]:
@@ -133,7 +105,7 @@ def verify_cpu(
 
     Keys behind padding are left out, as such a graph turns them by their place in the cache: logits tell whether that is right.
     """
-    precision, session = _metadata(path)["precision"], OnnxSession(path, threads=threads)
+    precision, session = metadata_of(path)["precision"], OnnxSession(path, threads=threads)
     name = f"onnx {precision} for the CPU"
     if precision == "fp32" and reference.sensitivity is None:
         return _compare_run(name, session, reference, BOUNDS["float32"], on_step, padded_keys=False)
@@ -153,31 +125,7 @@ def verify_free_run(
         comparison.add_choices(output.logits[:, -1], step.logits[:, -1])
         on_step()
     note = _FREE_NOTE if reference.sensitivity is not None else _SERVED_NOTE
-    return _bounded_by_kl(comparison, f"{name}, free run", reference, note)
-
-
-def _bounded_by_kl(comparison: Comparison, name: str, reference: Reference, note: str | None = None) -> Check:
-    bound = max(KL_PER_SENSITIVITY * (reference.sensitivity or 0.0), SMALLEST_KL_BOUND)
-    return comparison.check(name, bound, "kl", reference.sensitivity, note)
-
-
-def verify_alone(name: str, session: Session, reference: Reference, bound: float) -> Check:
-    """Compare each prompt alone, without padding, with torch's run of all of them together.
-
-    Args:
-        name: Of the artefact.
-        session: Runs it.
-        reference: Its first step is used.
-        bound: Of the relative difference; where inputs are rounded, distributions are compared as in a free run.
-    """
-    step, comparison = reference.steps[0], Comparison()
-    for row, valid in enumerate(step.valid):
-        ids_1T = step.input_ids[row, valid][None]
-        output = session.run(ids_1T, torch.ones_like(ids_1T))
-        comparison.add_logits(0, output.logits[0], step.logits[row, valid])
-    if reference.sensitivity is not None:
-        return _bounded_by_kl(comparison, f"{name}, one prompt at a time", reference)
-    return comparison.check(f"{name}, one prompt at a time", bound)
+    return bounded_by_kl(comparison, f"{name}, free run", reference, note)
 
 
 def verify_engine(
@@ -231,7 +179,7 @@ def _compare_fed(
     graph, entering = cut_at_quantizers(path)
     session = OnnxSession(path, threads=threads, graph=graph, exact=True)
     quantizers = dict(model.named_modules())
-    half = _metadata(path)["activations"] == "float16"
+    half = metadata_of(path)["activations"] == "float16"
     comparisons = {"prefill": Comparison(), "decode": Comparison()}
     cache = None
     for number, step in enumerate(reference.steps):
@@ -273,7 +221,3 @@ def _compare_step(
         if compared_BT.any():
             both = (tensor.transpose(1, 2)[compared_BT] for tensor in (ours, theirs))
             comparison.add_layer(f"{name} at step {number}", *both)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from pruning_runs import fit, make_places, pruning
 
 from callbacks import ExportOnFitEnd
@@ -23,3 +24,9 @@ def test_the_report_of_a_run_without_pruning(tmp_path: Path) -> None:
     fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd("fp32", ["hf"]), trainer_max_steps=1)
     assert json.loads((tmp_path / "run/report.json").read_text())["pruning"] == []
     assert "Pruning" not in (tmp_path / "run/report.md").read_text()
+
+
+def test_labels_that_are_no_tokens_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected every label as one token"):
+        fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd("fp32", ["onnx"], labels=["n", "yes"]))
+    assert not (tmp_path / "run/metrics.csv").exists()

@@ -12,7 +12,8 @@ from export.reference import record
 from export.runtime import OnnxSession
 from export.shared_cache import SharedCacheSession
 from export.to_onnx import export_onnx
-from export.verify import verify_cpu, verify_prefill
+from export.verify import verify_cpu
+from export.verify_prompts import verify_prefill
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]

@@ -1,0 +1,139 @@
+"""The graph that returns log-probabilities of labels: the same numbers as the whole logits give, and a scorer on it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from chat_doubles import byte_tokenizer
+from tiny_models import left_padded_prompts, quantized, tiny_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datamodules.label_prompts import label_token_ids
+from export.__main__ import main
+from export.huggingface import save_student
+from export.label_graph import LOG_PROBS, write_labels
+from export.runtime import OnnxSession
+from export.scorer import Scorer
+from export.serving import write_triton
+from export.to_onnx import export_onnx
+
+PROMPTS = left_padded_prompts()
+TOKENS = {"yes": 90, "no": 7, "maybe": 8}
+LABELS = ("n", "y")
+
+
+def log_probs_of(session: OnnxSession, *arguments: object) -> torch.Tensor:
+    return session.run(*arguments).logits[:, -1].float().log_softmax(-1)[:, list(TOKENS.values())]
+
+
+@pytest.fixture(params=["fp32", "fp16", "fp8", "fp8-half", "int8", "int4_g32_zp"])
+def graph(request: pytest.FixtureRequest, graphs: dict[str, Path], tmp_path: Path) -> Path:
+    """A graph of each kind, in a folder of its own."""
+    if request.param in graphs:
+        shutil.copytree(graphs[request.param].parent, tmp_path / "onnx")
+    else:
+        export_onnx(
+            quantized(tiny_model(), format=request.param), tmp_path / "onnx/model.onnx", precision=request.param
+        )
+    return tmp_path / "onnx/model.onnx"
+
+
+def test_log_probabilities_of_the_same_weights(graph: Path) -> None:
+    whole = OnnxSession(graph)
+    path = write_labels(graph, TOKENS)
+    assert path.name == "labels.onnx" and path.stat().st_size < 1_000_000
+    some = OnnxSession(path)
+    assert some.labels == TOKENS and not whole.labels
+    ids_BT, mask_BT = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]
+    output = some.run(ids_BT, mask_BT)
+    assert output.others[LOG_PROBS].shape == (3, 3) and output.others[LOG_PROBS].dtype == torch.float32
+    assert output.logits.numel() == 0
+    tolerance = {"atol": 1e-2 if whole.run(ids_BT, mask_BT).logits.dtype == torch.float16 else 1e-4, "rtol": 0}
+    torch.testing.assert_close(output.others[LOG_PROBS], log_probs_of(whole, ids_BT, mask_BT), **tolerance)
+
+    cache = whole.run(ids_BT[:, :5], mask_BT[:, :5]).cache  # and behind a shared beginning
+    rest = some.run(ids_BT[:, 5:], mask_BT, cache)
+    torch.testing.assert_close(rest.others[LOG_PROBS], log_probs_of(whole, ids_BT, mask_BT), **tolerance)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return tiny_model(vocab_size=len(tokenizer) + 4)
+
+
+@pytest.fixture(scope="module")
+def folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An export of the command line."""
+    root = tmp_path_factory.mktemp("labels")
+    save_student(model, tokenizer, root / "model")
+    words = [str(root / "model"), "--output", str(root / "out"), "--engine", "none", "--labels", *LABELS]
+    assert main([*words, "--decode-steps", "1", "--prompts", "2", "--benchmark-repetitions", "0"]) == 0
+    return root / "out"
+
+
+def test_the_command_writes_verifies_and_reports_it(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    [row] = [row for row in report["artefacts"] if row["path"] == "onnx/labels.onnx"]
+    assert "log-probabilities of n, y" in row["kind"]
+    [check] = [check for check in report["verification"] if check["name"] == "onnx fp32, label graph"]
+    assert check["status"] == "passed" and check["bound"] == 1e-4 and check["max_abs_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("labels", [LABELS, ("y", "n")])
+def test_a_scorer_on_it_gives_the_same_scores(
+    labels: tuple[str, ...], folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    candidates = ["Heat", "A much longer title (1999)", "Up", "Heat"]
+    scores = [
+        Scorer(OnnxSession(folder / f"onnx/{name}.onnx"), tokenizer, labels).score("Member 7", candidates)
+        for name in ("model", "labels")
+    ]
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-5, rtol=0)
+    assert scores[0].std() > 0.01 and (scores[0][:, 0] - scores[0][:, 1]).abs().min() > 1e-4
+
+
+def test_a_scorer_refuses_a_graph_for_other_labels(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    session = OnnxSession(folder / "onnx/labels.onnx")
+    with pytest.raises(ValueError, match=r"expected a graph for the labels \['n', 'x'\], found one for \['n', 'y'\]"):
+        Scorer(session, tokenizer, ("n", "x"))
+
+
+def test_labels_that_are_no_tokens_are_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(folder.parent / "model"), "--output", str(tmp_path / "out"), "--engine", "none", "--labels"]
+    assert main([*words, "n", "yes"]) == 2
+    assert "expected every label as one token" in capsys.readouterr().err
+    assert main([*words, "n"]) == 2
+    assert "expected at least two different labels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_graph_is_a_model_of_triton(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    pytest.importorskip("tritonclient.grpc")
+    repository = write_triton(folder, name="tiny", output=tmp_path / "triton")
+    assert {path.name for path in repository.iterdir()} == {"tiny_onnx", "tiny_labels"}
+    config = (repository / "tiny_labels/config.pbtxt").read_text()
+    assert 'name: "log_probs"' in config and "dims: 2" in config and 'name: "logits"' not in config
+    session = onnxruntime.InferenceSession(
+        str(repository / "tiny_labels/1/model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    ids_BT, mask_BT = torch.arange(3, 11)[None], torch.ones(1, 8, dtype=torch.long)
+    feeds = {"input_ids": ids_BT.numpy(), "attention_mask": mask_BT.numpy(), "position_ids": np.arange(8)[None]}
+    past = [item for item in session.get_inputs() if item.name.startswith("past")]
+    feeds |= {item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32) for item in past}
+    [log_probs_BC] = session.run([LOG_PROBS], feeds)
+    logits_BTV = OnnxSession(folder / "onnx/model.onnx").run(ids_BT, mask_BT).logits
+    expected = logits_BTV[:, -1].log_softmax(-1)[:, label_token_ids(tokenizer, LABELS)]
+    torch.testing.assert_close(torch.from_numpy(log_probs_BC), expected, atol=1e-5, rtol=0)
