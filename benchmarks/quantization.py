@@ -65,15 +65,21 @@ class Bench:
         self.calibration = answered(self.model, self.tokenizer, MODEL, prompts)
         self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())[::JUDGED_EVERY]
         self.teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.float32))
-        self._latest: tuple[Arm | Peer, PreTrainedModel] | None = None
+        self._start: tuple[Arm, PreTrainedModel] | None = None
 
     def quantized(self, arm: Arm | Peer) -> PreTrainedModel:
-        """A student of one's own; the latest is kept, for training that starts from it."""
-        if self._latest is None or self._latest[0] != arm:
+        """A student after calibration."""
+        student = copy.deepcopy(self.model)
+        arm.quantize(student, self.calibration)
+        return student
+
+    def start(self, arm: Arm) -> PreTrainedModel:
+        """A student of one's own to train; the latest is kept, as several ways start from it."""
+        if self._start is None or self._start[0] != arm:
             student = copy.deepcopy(self.model)
-            arm.quantize(student, self.calibration)
-            self._latest = (arm, student)
-        return copy.deepcopy(self._latest[1])
+            arm.quantize(student, self.calibration, latent=True)
+            self._start = (arm, student)
+        return copy.deepcopy(self._start[1])
 
     def judge(self, student: PreTrainedModel) -> dict[str, float]:
         """`kl`, `top1_agreement` and `perplexity` on the held-out answers."""

@@ -7,7 +7,8 @@
 | QAT, distillation, learned scales | the same           | the same; scales are trained as well (LSQ) |
 | QAT, on-policy distillation   | the quantized student's own | the same           |
 
-The student starts as the best that calibration alone makes (`benchmarks/quantization_arms.py`).  Questions are instructions that calibration
+The student starts as the best that calibration alone makes (`benchmarks/quantization_arms.py`), with latent weights
+(`models/quantization/latent.py`).  Questions are instructions that calibration
 has not seen; all ways see them in the same order.
 """
 
@@ -43,8 +44,8 @@ WAYS: dict[str, dict[str, Any]] = {
     LEARNED: {},
     "QAT, on-policy distillation": {"on_policy": OnPolicy(start=0, tokens=OWN_TOKENS), "sampling": SAMPLING},
 }
-_LEARNING_RATES = {"fp8_e4m3": 1e-5}
-_LEARNING_RATE = 3e-5
+_LEARNING_RATES = {"fp8_e4m3": 5e-5}  # its steps are finer
+_LEARNING_RATE = 2e-4
 
 
 def learning_rate(format: str) -> float:
@@ -72,7 +73,7 @@ def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Ro
         **WAYS[way],
     )
     module.configure_model()
-    module.student = bench.quantized(arm).requires_grad_(True)
+    module.student = bench.start(arm).requires_grad_(True)
     if way == LEARNED:
         learn_scales(module.student)
     started = time.perf_counter()

@@ -175,15 +175,21 @@ def test_the_study_writes_a_page_and_goes_on_where_it_stopped(
         quantization.main([*study, "--samples", "5"])
 
 
-def test_a_kept_student_is_not_changed_by_who_got_it(bench: Path) -> None:
+def test_a_kept_start_is_not_changed_by_who_got_it(bench: Path) -> None:
     kept = quantization.Bench(4)
-    first = kept.quantized(Arm("int8"))
+    first = kept.start(Arm("int8"))
     before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     for parameter in first.parameters():
         parameter.data.zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.quantized(Arm("int8")).state_dict().items())
-    other = kept.quantized(Arm("int4_g32")).state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.start(Arm("int8")).state_dict().items())
+    other = kept.start(Arm("int4_g32")).state_dict()
     assert any(name not in other or not torch.equal(tensor, other[name]) for name, tensor in before.items())
+
+
+def test_training_starts_with_the_calibrated_figures(bench: Path) -> None:
+    kept = quantization.Bench(4)
+    figures = [kept.judge(make(Arm("int4_g32", "gptq", "mse"))) for make in (kept.quantized, kept.start)]
+    assert figures[0]["kl"] == pytest.approx(figures[1]["kl"], rel=1e-4)
 
 
 @pytest.mark.usefixtures("training")
