@@ -73,7 +73,7 @@ def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Ro
         **WAYS[way],
     )
     module.configure_model()
-    module.student = bench.start(arm).requires_grad_(True)
+    module.student = bench.start(arm).requires_grad_(True).train()
     if way == LEARNED:
         learn_scales(module.student)
     started = time.perf_counter()
