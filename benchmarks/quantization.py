@@ -76,9 +76,7 @@ class Bench:
     def start(self, arm: Arm) -> PreTrainedModel:
         """A student of one's own to train; the latest is kept, as several ways start from it."""
         if self._start is None or self._start[0] != arm:
-            student = copy.deepcopy(self.model)
-            arm.quantize(student, self.calibration, latent=True)
-            self._start = (arm, student)
+            self._start = (arm, self.quantized(arm))
         return copy.deepcopy(self._start[1])
 
     def judge(self, student: PreTrainedModel) -> dict[str, float]:

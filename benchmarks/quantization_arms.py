@@ -46,15 +46,14 @@ class Arm:
             return f"cache {self.kv_cache}, {self.search}"
         return f"{self.method}, {self.search}{smoothed}" + ", sensitive" * self.sensitive
 
-    def quantize(self, model: PreTrainedModel, batches: Sequence[Batch], *, latent: bool = False) -> None:
-        """Quantize a model in place; `latent` is for training to go on from, see `models/quantization/latent.py`."""
+    def quantize(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        """Quantize a model in place."""
         settings = PostTrainingQuantization(
             smoothing={True: STRENGTHS, False: (), None: None}[self.smoothing],
             method=self.method,
             weight_search=self.search,
             input_search=self.search,
             sensitive=self.sensitive,
-            latent=latent,
         )
         formats = formats_by_pattern(model, UNQUANTIZED, {}) if self.format == UNQUANTIZED else self.format
         with tqdm(total=len(decoder_layers(model)), desc="Layers", unit="layer", leave=False) as bar:

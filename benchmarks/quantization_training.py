@@ -7,8 +7,7 @@
 | QAT, distillation, learned scales | the same           | the same; scales are trained as well (LSQ) |
 | QAT, on-policy distillation   | the quantized student's own | the same           |
 
-The student starts as the best that calibration alone makes (`benchmarks/quantization_arms.py`), with latent weights
-(`models/quantization/latent.py`).  Questions are instructions that calibration
+The student starts as the best that calibration alone makes (`benchmarks/quantization_arms.py`).  Questions are instructions that calibration
 has not seen; all ways see them in the same order.
 """
 

@@ -176,9 +176,7 @@ class QuantizationAwareTraining(Callback):
         """Quantize the student after training batches, the same ones on every device; all end with rank 0's weights and scales."""
         drawn = data_of(trainer).calibration_batches(self.calibration_batches, seed=self.seed)
         batches = [{**batch} for batch in drawn]
-        settings = PostTrainingQuantization(
-            method=method, weight_search=self.search, input_search=self.search, latent=True
-        )
+        settings = PostTrainingQuantization(method=method, weight_search=self.search, input_search=self.search)
         with Phases().phase(
             f"Quantizing after {len(batches)} batches", len(decoder_layers(module.student))
         ) as on_layer:

@@ -21,7 +21,6 @@ from models.pruning.observe import evaluating, hooked, input_of, on_device
 from models.quantization.cache import CacheFormat, cache_quantizers
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import Format, format_of
-from models.quantization.latent import within_cells
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
 from models.quantization.rounding import Rounded, gptq, nearest, quantease
@@ -46,8 +45,6 @@ class PostTrainingQuantization:
         smoothing: Strengths that the search for smoothing factors tries; empty: no smoothing; None: `STRENGTHS` where it was
             found to help, which is where inputs are rounded to integers, and where weights alone are rounded to nearest.
         sensitive: Tokens count by what the predictions owe to them, which takes a backward pass; otherwise all alike.
-        latent: Weights keep what rounding took off them as far as their codes stay the same, for training to go on from, see
-            `models/quantization/latent.py`; otherwise they lie on their grids.
         damping: Share of the mean diagonal of a Gram matrix that is added to it.
         sweeps: Passes of `quantease`, at most.
         smoothing_tokens: Calibration tokens on which smoothing factors are tried, at most.
@@ -58,7 +55,6 @@ class PostTrainingQuantization:
     input_search: Search = "mse"
     smoothing: tuple[float, ...] | None = None
     sensitive: bool = True
-    latent: bool = False
     damping: float = 0.01
     sweeps: int = 4
     smoothing_tokens: int = 512
@@ -101,8 +97,7 @@ def quantize_after_training(
     """Quantize the projections of every decoder layer, and its keys and values, in place; all quantizers are frozen afterwards.
 
     Args:
-        model: Without quantizers.  Weights of norms and projections change; those of quantized projections lie on their grids
-            (but see `PostTrainingQuantization.latent`).
+        model: Without quantizers.  Weights of norms and projections change; those of quantized projections lie on their grids.
         batches: Calibration batches (`input_ids`, `attention_mask`, `labels`).
         formats: A number format for all projections (see `models/quantization/formats.py`), or one for each of them by its name
             (see `models/quantization/choice.py`).
@@ -206,11 +201,8 @@ def _quantize(
         if linear.format not in grams and settings.method != "nearest":
             grams[linear.format] = _gram(linear, valid, roots)
         rounded = _rounded(linear, grams.get(linear.format), settings)
+        linear.weight.copy_(rounded.weight_OI)
         linear.weight_quantizer.set_scales(rounded.scale, rounded.zero_point)
-        weight_OI = rounded.weight_OI
-        if settings.latent:
-            weight_OI = within_cells(linear.weight_quantizer, weight_OI, linear.weight)
-        linear.weight.copy_(weight_OI)
 
 
 def _gram(linear: FakeQuantizedLinear, inputs: Sequence[Tensor], roots: Sequence[Tensor]) -> Tensor:
