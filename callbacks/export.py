@@ -106,8 +106,9 @@ class ExportOnFitEnd(Callback):
                 "expected a teacher in floating point for ExportOnFitEnd.compare_with_teacher, found a captured one or one with "
                 "model.teacher_dtype int8; name the teacher's model with teacher_dtype auto, or leave the comparison out"
             )
+        data = data_of(trainer)
         if self.settings.labels:
-            label_token_ids(data_of(trainer).tokenizer, self.settings.labels)
+            label_token_ids(data.tokenizer, self.settings.labels)
         unequal = any(isinstance(callback, GradualPruning) and callback.makes_layers_unequal for callback in callbacks)
         if self.settings.plain and "hf" in self.settings.formats and unequal:
             raise ValueError(
