@@ -66,6 +66,12 @@ def check_settings(settings: ExportSettings) -> None:
             raise ValueError(
                 f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
             )
+    further = [name for name in ("prefill", "labels", "cpu") if getattr(settings, name)]
+    if further and not settings.graph:
+        raise ValueError(
+            f"expected onnx or engine among formats for {further[0]}, which asks for a further graph, found {list(settings.formats)}; "
+            "add onnx, or leave it out"
+        )
     if settings.cpu:
         check_cpu(settings.precision, settings.opset)
     if "engine" in settings.formats:

@@ -30,3 +30,9 @@ def test_labels_that_are_no_tokens_are_refused_before_training(tmp_path: Path) -
     with pytest.raises(ValueError, match="expected every label as one token"):
         fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd("fp32", ["onnx"], labels=["n", "yes"]))
     assert not (tmp_path / "run/metrics.csv").exists()
+
+
+@pytest.mark.parametrize("further", [{"labels": ["n", "y"]}, {"prefill": True}, {"cpu": True}])
+def test_further_graphs_want_a_graph(further: dict) -> None:
+    with pytest.raises(ValueError, match=f"expected onnx or engine among formats for {next(iter(further))}"):
+        ExportOnFitEnd("fp32", ["hf"], **further)
