@@ -47,6 +47,10 @@ from models.teacher import RememberingTeacher
 RECIPE = Path(__file__).parent.parent / "configs/ranking.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics")
 CALIBRATION_BATCHES = 16
+FP8: dict[str, Any] = {
+    "method": "nearest",
+    "calibration_batches": 4,
+}  # a solver of weights takes longer than all of the training
 STUDENTS = {"half": 0.0, "pruned_20": 0.2, "pruned_40": 0.4}  # share of the neurons that go; 0: half of the layers
 _QUANTIZED_SHARE = 0.25  # of the steps, at their end
 
@@ -166,11 +170,11 @@ class Study:
             lightning.seed_everything(seed, verbose=False)
             module = self._module(self.student(name), self.teacher, arm.objective, steps)
             start = round((1 - _QUANTIZED_SHARE) * steps)
-            callbacks = [QuantizationAwareTraining(start, method="quantease")] if arm.fp8 else []
+            callbacks = [QuantizationAwareTraining(start, **FP8)] if arm.fp8 else []
             trainer = self._fit(module, self.data, steps, seed, callbacks)
             return {"student": name, "arm": arm_name, "seed": seed, "steps": steps, **self._test(trainer, module)}
 
-        return self._row(f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm)}, make)
+        return self._row(f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm), **(FP8 if arm.fp8 else {})}, make)
 
     def _module(self, student: str, teacher: str | None, objective: LabelObjective, steps: int) -> RankingDistillation:
         return _Student(

@@ -37,7 +37,7 @@ class ExportOnFitEnd(Callback):
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
         compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
         prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
-        labels: Write also a graph on the same weights that returns the log-probabilities of these labels, for ranking.
+        labels: Write also a graph on the same weights, and an engine, that return the log-probabilities of these labels, for ranking.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx).
         output: Folder to write into; by default the run's folder.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.

@@ -52,19 +52,19 @@ def inspect(trt: ModuleType, network: Any) -> dict[str, Any]:
     }
 
 
-def audit(model: PreTrainedModel, products: dict[str, int], precision: str) -> Check:
+def audit(model: PreTrainedModel, products: dict[str, int], engine: str) -> Check:
     """Whether the network has a quantized product for every quantized layer of the model.
 
     Args:
         model: With the quantizers that were exported.
         products: What `inspect` counted.
-        precision: Of the engine.
+        engine: What to call it, such as its precision.
     """
     wanted = Counter(_operands(linear) for linear in quantized_linears(model).values())
     missing = {name: (count, products.get(name, 0)) for name, count in wanted.items() if products.get(name, 0) < count}
     found = ", ".join(f"{count} {name}" for name, count in sorted(products.items()))
     return Check(
-        name=f"engine {precision}, quantized products in the parsed network",
+        name=f"engine {engine}, quantized products in the parsed network",
         status="failed" if missing else "passed",
         reason=f"expected {'; '.join(f'{count} {name}, found {has}' for name, (count, has) in missing.items())}"
         if missing

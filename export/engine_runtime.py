@@ -4,6 +4,7 @@ Letters as in `export/runtime.py`.  `EngineSession` has the same `run` as `OnnxS
 cache stays on the GPU.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class EngineSession:
         path: The engine's file.
         flavour: The package that built it: an engine runs only there.
 
+    Attributes:
+        labels: Token by label, of an engine that returns their log-probabilities.
+
     Raises:
         ValueError: The package refuses the file, for example because it was built for another GPU.
     """
@@ -54,6 +58,7 @@ class EngineSession:
         self._inputs = [name for name, yes in zip(names, is_input, strict=True) if yes]
         self._outputs = [name for name, yes in zip(names, is_input, strict=True) if not yes]
         self._cache_inputs = [name for name in self._inputs if name.startswith("past_key_values.")]
+        self.labels: dict[str, int] = _labels(self._engine.name)
         self._contexts: dict[int, Any] = {}
         self._stream = torch.cuda.Stream()
 
@@ -82,7 +87,8 @@ class EngineSession:
             raise RuntimeError("the engine stopped with an error, see the messages above")
         self._stream.synchronize()
         present = [results.pop(name.replace("past_key_values", "present")) for name in self._cache_inputs]
-        return Output(results["logits"].cpu(), present, {})
+        tensors = {name: tensor.cpu() for name, tensor in results.items()}
+        return Output(tensors.pop("logits", torch.empty(0)), present, tensors)
 
     def repeat(self, cache: list[Tensor], batch: int) -> list[Tensor]:
         """The cache of one conversation, for B conversations that begin alike."""
@@ -127,6 +133,13 @@ class EngineSession:
             if not all(least <= size <= most for least, size, most in zip(low, tensor.shape, high, strict=True)):
                 return False
         return True
+
+
+def _labels(name: str) -> dict[str, int]:
+    """From the name that `build_engine` gives; others, as of engines of other tools, have no labels."""
+    metadata = json.loads(name) if name.startswith("{") else {}
+    labels: dict[str, int] = json.loads(metadata.get("labels", "{}"))
+    return labels
 
 
 def _address(tensor: Tensor) -> int:

@@ -22,12 +22,13 @@ LOG_PROBS = "log_probs"
 METADATA = "labels"  # token by label, in the order of the columns, as JSON
 
 
-def write_labels(graph: Path, tokens: Mapping[str, int]) -> Path:
-    """Write `labels.onnx` beside a graph of `export_onnx`; it reads the weights of that graph, which must stay where they are.
+def write_labels(graph: Path, tokens: Mapping[str, int], name: str = LABELS) -> Path:
+    """Write a graph for labels beside one of `export_onnx`; it reads the weights of that graph, which must stay where they are.
 
     Args:
         graph: The file, its weights beside it.
         tokens: The token of each label, see `datamodules.label_prompts.label_token_ids`.
+        name: Of the new file.
 
     Returns:
         The new file, of a few hundred kilobytes.  In the place of logits it has `log_probs` (B, C) in float32.
@@ -37,7 +38,7 @@ def write_labels(graph: Path, tokens: Mapping[str, int]) -> Path:
         keep_label_log_probs(model, list(tokens.values()))
         model.metadata_props[METADATA] = json.dumps(dict(tokens))
 
-    return write_beside(graph, LABELS, edit)
+    return write_beside(graph, name, edit)
 
 
 def keep_label_log_probs(model: ir.Model, token_ids: Sequence[int]) -> None:

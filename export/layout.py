@@ -4,9 +4,12 @@ OUTPUT/student/                    Hugging Face folder, see `models/folder.py` f
 OUTPUT/compressed/                 only if asked for: the same student as codes and scales, see `export/compressed.py`
 OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
 OUTPUT/onnx/prefill.onnx           only if asked for: the same weights, logits of the last position
+OUTPUT/onnx/labels.onnx            only if asked for: the same weights, log-probabilities of labels
 OUTPUT/onnx/cpu.onnx (+ .data)     only if asked for: the same student for ONNX Runtime on a CPU, see `export/for_cpu.py`
 OUTPUT/onnx/engine-source.onnx     only for quantized engines: the same graph with float16 between the matrix products
+OUTPUT/onnx/engine-source-labels.onnx  only for quantized engines with labels: on the weights of engine-source.onnx
 OUTPUT/engine/model-*.engine       compiled, one for each package and target
+OUTPUT/engine/labels-*.engine      only with labels: the same for labels.onnx
 """
 
 from export.for_cpu import CPU, CPU_PREFILL
@@ -15,7 +18,9 @@ from export.prefill import PREFILL
 
 STUDENT, COMPRESSED = "student", "compressed"
 GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
-LABEL_GRAPH = f"onnx/{LABELS}"
+LABEL_GRAPH, ENGINE_LABEL_SOURCE = f"onnx/{LABELS}", "onnx/engine-source-labels.onnx"
 CPU_GRAPH, CPU_PREFILL_GRAPH = f"onnx/{CPU}", f"onnx/{CPU_PREFILL}"
-WRITTEN = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", "engine/model-*.engine", "report.json", "report.md")
+MODEL_ENGINE_NAME, LABEL_ENGINE_NAME = "model", "labels"
+ENGINES, LABEL_ENGINES = f"engine/{MODEL_ENGINE_NAME}-*.engine", f"engine/{LABEL_ENGINE_NAME}-*.engine"
+WRITTEN = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", ENGINES, LABEL_ENGINES, "report.json", "report.md")
 """Patterns of all that an export writes, its reports included."""

@@ -171,9 +171,7 @@ def parser() -> argparse.ArgumentParser:
         "write also onnx/prefill.onnx: the same weights, and logits of the last position only (ranking, first tokens)"
     )
     add("--prefill", action="store_true", help=text)
-    text = (
-        "write also onnx/labels.onnx: the same weights, and the log-probabilities of these labels, for example no yes"
-    )
+    text = "write also onnx/labels.onnx (the same weights), and an engine, that return the log-probabilities of these labels, such as no yes"
     add("--labels", nargs="+", default=[], metavar="LABEL", help=text)
     text = "write also onnx/cpu.onnx, for ONNX Runtime on CPUs only: cache and products as they are fastest there"
     add("--cpu", action="store_true", help=text)

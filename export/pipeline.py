@@ -6,7 +6,6 @@ and is moved into place at the end.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,26 @@ from datamodules.label_prompts import label_token_ids
 from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
+from export.engines import Engines, write_engines
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graphs
 from export.huggingface import check_plain, save_student, without_quantizers
 from export.label_graph import write_labels
-from export.layout import COMPRESSED, CPU_GRAPH, ENGINE_SOURCE, GRAPH, LABEL_GRAPH, PREFILL_GRAPH, STUDENT, WRITTEN
+from export.layout import (
+    COMPRESSED,
+    CPU_GRAPH,
+    ENGINE_LABEL_SOURCE,
+    ENGINE_SOURCE,
+    GRAPH,
+    LABEL_GRAPH,
+    PREFILL_GRAPH,
+    STUDENT,
+    WRITTEN,
+)
 from export.prefill import write_prefill
 from export.progress import Phases
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
-from export.to_tensorrt import Engine, build_engine, default_profiles, import_tensorrt
 from export.verification import verify_artefacts
 from models.folder import why_not_plain
 from models.lora import merged
@@ -69,7 +78,8 @@ def export_all(
         overwrite: Replace what an earlier export wrote.
 
     Returns:
-        `artefacts` (path in `output`, bytes, kind), `verification`, `benchmark`, `versions`, `seconds` of each phase.
+        `artefacts` (path in `output`, bytes, kind), `verification`, `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
+        phase.
 
     Raises:
         ValueError, ModuleNotFoundError: Settings, model and output do not fit; found before anything is written.
@@ -102,20 +112,22 @@ def export_all(
         if settings.compressed:
             with phases.phase("Compressed folder"):
                 save_compressed(model, tokenizer, staging / COMPRESSED)
-        engine = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
+        engines = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
         checks: list[Check] = []
         benchmark: list[dict[str, Any]] = []
         if settings.graph:
-            checks = verify_artefacts(computed, staging, engine, settings, prompts, phases)
+            checks = verify_artefacts(computed, staging, engines, settings, prompts, phases)
             if settings.repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
         _move(staging, output)
+    engines = engines.moved(output / "engine") if engines else None
     return {
-        "artefacts": _artefacts(output, settings, engine, plain=reason is None),
+        "artefacts": _artefacts(output, settings, engines, plain=reason is None),
         "verification": [check.as_dict() for check in checks],
         "benchmark": benchmark,
-        "engine": replace(engine, path=output / "engine" / engine.path.name).as_dict() if engine else None,
-        "versions": _versions(engine),
+        "engine": engines.model.as_dict() if engines else None,
+        "label_engine": engines.labels.as_dict() if engines and engines.labels else None,
+        "versions": _versions(engines),
         "seconds": phases.seconds,
     }
 
@@ -154,7 +166,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 def _write_graphs(
     model: PreTrainedModel, staging: Path, settings: ExportSettings, labels: Mapping[str, int], phases: Phases
-) -> Engine | None:
+) -> Engines | None:
     precision = settings.precision
     with phases.phase(f"ONNX {precision}"):
         export_onnx(model, staging / GRAPH, precision=precision, opset=settings.opset)
@@ -167,21 +179,7 @@ def _write_graphs(
             write_cpu_graphs(staging / GRAPH, prefill=settings.prefill)
     if "engine" not in settings.formats:
         return None
-    source = staging / GRAPH
-    if precision not in UNQUANTIZED:
-        source = staging / ENGINE_SOURCE
-        with phases.phase(f"ONNX {precision}, float16 between (for the engine)"):
-            export_onnx(model, source, precision=precision, opset=settings.opset, activations="float16")
-    flavour = import_tensorrt(settings.tensorrt).__name__
-    target = "+".join(settings.compute_capability) or "portable"
-    with phases.phase(f"Engine ({flavour}, {target})"):
-        return build_engine(
-            source,
-            staging / "engine" / f"model-{flavour}-{target}.engine",
-            profiles=default_profiles(settings.batch, settings.sequence, settings.past),
-            compute_capabilities=settings.compute_capability,
-            flavour=settings.tensorrt,
-        )
+    return write_engines(model, staging, settings, labels, phases)
 
 
 def _benchmark(
@@ -216,7 +214,7 @@ def _move(staging: Path, output: Path) -> None:
             move_into_place(source, target)
 
 
-def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *, plain: bool) -> list[dict[str, Any]]:
+def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, *, plain: bool) -> list[dict[str, Any]]:
     def artefact(path: str, kind: str) -> dict[str, Any]:
         files = [output / path, output / f"{path}.data"]
         return {"path": path, "bytes": sum(folder_bytes(file) for file in files if file.exists()), "kind": kind}
@@ -238,11 +236,17 @@ def _artefacts(output: Path, settings: ExportSettings, engine: Engine | None, *,
         rows.append(
             artefact(ENGINE_SOURCE, f"ONNX {settings.precision}, float16 between (what the engine was built from)")
         )
-    if engine is not None:
-        rows.append(artefact(f"engine/{engine.path.name}", f"{engine.flavour} engine {settings.precision}"))
+    if (output / ENGINE_LABEL_SOURCE).exists():
+        rows.append(artefact(ENGINE_LABEL_SOURCE, "the same for labels, on the weights of engine-source.onnx"))
+    if engines is not None:
+        words = f"{engines.model.flavour} engine {settings.precision}"
+        titles = [words, f"{words}, log-probabilities of labels"]
+        rows += [artefact(f"engine/{one.path.name}", title) for one, title in zip(engines.all(), titles, strict=False)]
     return rows
 
 
-def _versions(engine: Engine | None) -> dict[str, str]:
+def _versions(engines: Engines | None) -> dict[str, str]:
     packages: Sequence[str] = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-    return {name: version(name) for name in packages} | ({engine.flavour: engine.version} if engine else {})
+    return {name: version(name) for name in packages} | (
+        {engines.model.flavour: engines.model.version} if engines else {}
+    )

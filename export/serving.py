@@ -8,6 +8,7 @@
     DIR/<name>_labels/...                      the same with the graph of --labels, which returns their log-probabilities
     DIR/<name>_engine/config.pbtxt             for the tensorrt backend
     DIR/<name>_engine/1/model.plan
+    DIR/<name>_labels_engine/...               the same with the engine of --labels
 
 Names, types and sizes of all inputs and outputs are those of the graph.  The first dimension of each is the batch, which Triton
 adds itself (`max_batch_size`) so that it may put requests of equal shapes together; -1 stands for every other dynamic one.
@@ -28,12 +29,19 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from export.files import move_into_place, staging_folder
-from export.label_graph import LABELS
+from export.layout import (
+    ENGINE_LABEL_SOURCE,
+    ENGINE_SOURCE,
+    GRAPH,
+    LABEL_ENGINE_NAME,
+    LABEL_GRAPH,
+    MODEL_ENGINE_NAME,
+)
 from export.serving_config import ServedModel, model_config
 from models.pretrained import load_tokenizer
 
 MAX_BATCH_SIZE = 16  # the largest batch of engines built with the settings that `python -m export` starts from
-_GRAPH, _ENGINE_SOURCE = "onnx/model.onnx", "onnx/engine-source.onnx"
+_SOURCES_OF_ENGINES = {"engine": (ENGINE_SOURCE, GRAPH), "labels_engine": (ENGINE_LABEL_SOURCE, LABEL_GRAPH)}
 
 
 def write_triton(
@@ -49,7 +57,7 @@ def write_triton(
 
     Args:
         export_dir: Folder written by `python -m export`.
-        name: Models are called `<name>_onnx`, `<name>_labels` and `<name>_engine`.
+        name: Models are called `<name>_onnx`, `<name>_labels`, `<name>_engine` and `<name>_labels_engine`.
         output: The repository, which may hold other models; None: `triton/` in the export folder.
         max_batch_size: Conversations that Triton may put together; an engine must have been built for as many.
         threads: Threads of one operator in ONNX Runtime; None: its choice.
@@ -102,31 +110,31 @@ def served_models(export_dir: Path) -> list[ServedModel]:
         ValueError: Several engines.
     """
     models = []
-    graph = export_dir / _GRAPH
+    graph = export_dir / GRAPH
     if graph.is_file():
         data = graph.with_name(graph.name + ".data")
         weights = {data.name: data} if data.is_file() else {}
         models.append(ServedModel("onnx", {graph.name: graph, **weights}, graph))
-        labels = graph.with_name(LABELS)
+        labels = export_dir / LABEL_GRAPH
         if labels.is_file():
             models.append(ServedModel("labels", {graph.name: labels, **weights}, labels))
-    engines = _engines(export_dir)
-    if len(engines) > 1:
-        raise ValueError(
-            f"expected one engine of tensorrt, found {engines[0].name} and {engines[1].name}; remove all but one"
-        )
-    if engines:
-        source = export_dir / _ENGINE_SOURCE
-        source = source if source.is_file() else graph
-        if not source.is_file():
-            raise FileNotFoundError(
-                f"expected {_GRAPH} beside the engine to read its inputs from, found none in {str(export_dir)!r}; export both"
+    for suffix, sources in _SOURCES_OF_ENGINES.items():
+        engines = _engines(export_dir, suffix)
+        if len(engines) > 1:
+            raise ValueError(
+                f"expected one engine of tensorrt, found {engines[0].name} and {engines[1].name}; remove all but one"
             )
-        models.append(ServedModel("engine", {"model.plan": engines[0]}, source))
+        if engines:
+            found = [path for source in sources if (path := export_dir / source).is_file()]
+            if not found:
+                raise FileNotFoundError(
+                    f"expected {sources[-1]} beside the engine to read its inputs from, found none in {str(export_dir)!r}; export both"
+                )
+            models.append(ServedModel(suffix, {"model.plan": engines[0]}, found[0]))
     if not models:
         reasons = "".join(f"; {sentence}" for sentence in left_out(export_dir))
         raise FileNotFoundError(
-            f"expected an export with {_GRAPH} or an engine of tensorrt at {str(export_dir)!r}, found none{reasons}; check the "
+            f"expected an export with {GRAPH} or an engine of tensorrt at {str(export_dir)!r}, found none{reasons}; check the "
             "path, or write one with `python -m export`"
         )
     return models
@@ -136,14 +144,15 @@ def left_out(export_dir: Path) -> list[str]:
     """What of an export Triton can not serve: one sentence each."""
     return [
         f"{path.relative_to(export_dir).as_posix()} is left out: Triton's TensorRT backend loads engines of the package tensorrt "
-        "only (model-tensorrt-*.engine); build one with --engine tensorrt on the machine that serves"
+        "only (*-tensorrt-*.engine); build one with --engine tensorrt on the machine that serves"
         for path in sorted(export_dir.glob("engine/*.engine"))
-        if path not in _engines(export_dir)
+        if not any(path in _engines(export_dir, suffix) for suffix in _SOURCES_OF_ENGINES)
     ]
 
 
-def _engines(export_dir: Path) -> list[Path]:
-    return sorted(export_dir.glob("engine/model-tensorrt-*.engine"))
+def _engines(export_dir: Path, suffix: str) -> list[Path]:
+    name = MODEL_ENGINE_NAME if suffix == "engine" else LABEL_ENGINE_NAME
+    return sorted(export_dir.glob(f"engine/{name}-tensorrt-*.engine"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--name",
         default="student",
-        help="models are called NAME_onnx, NAME_labels and NAME_engine (default: %(default)s)",
+        help="models are called NAME_onnx, NAME_labels, NAME_engine and NAME_labels_engine (default: %(default)s)",
     )
     add(
         "--max-batch-size",

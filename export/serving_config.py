@@ -29,7 +29,7 @@ class ServedModel:
     """One model of the repository.
 
     Attributes:
-        suffix: `onnx`, `labels` or `engine`.
+        suffix: `onnx`, `labels`, `engine` or `labels_engine`.
         files: What to put into the version's folder, by the name it has there.
         graph: The graph that tells inputs and outputs.
     """
@@ -53,7 +53,7 @@ def model_config(model: ServedModel, name: str, *, max_batch_size: int, threads:
         config.input.add(name=tensor.name, data_type=_data_type(schema, tensor), dims=_dims(tensor))
     for tensor in graph.graph.output:
         config.output.add(name=tensor.name, data_type=_data_type(schema, tensor), dims=_dims(tensor))
-    if model.suffix == "engine":
+    if model.suffix.endswith("engine"):
         config.backend, config.default_model_filename = "tensorrt", "model.plan"
         profiles = [str(index) for index, _ in enumerate(default_profiles())]
         config.instance_group.add(count=1, kind=schema.ModelInstanceGroup.KIND_GPU, profile=profiles)

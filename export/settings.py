@@ -20,7 +20,7 @@ class ExportSettings:
         plain: Refuse to write a folder that plain transformers would not load.
         compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
         prefill: Write a second graph on the same weights that returns the logits of the last position only.
-        labels: Write a graph on the same weights that returns the log-probabilities of these labels, which have to be one token each.
+        labels: Write a graph on the same weights, and an engine, that return the log-probabilities of these labels, one token each.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs.
         tensorrt: Which package compiles the engine.
         compute_capability: Target GPUs such as "8.9"; none: portable.

@@ -6,6 +6,7 @@ QuantizeLinear / DequantizeLinear pairs.
 """
 
 import importlib
+import json
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,9 @@ from export.files import move_into_place, staging_folder
 Flavour = Literal["auto", "tensorrt", "tensorrt_rtx"]
 Range = tuple[int, int, int]
 _FP8_CAPABILITY = (8, 9)
+_CANDIDATE_TOKENS = 32  # of a film, an article or an answer, about
+ENGINE_METADATA = ("precision", "labels")
+"""What an engine keeps of its graph's metadata: as JSON in its name, the one text that TensorRT stores in an engine."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,19 @@ def default_profiles(
 ) -> list[Profile]:
     """One profile for prompts and one for single tokens after a cache; engines choose their kernels for each."""
     return [Profile(batch, sequence, (past[0], past[0], past[2])), Profile(batch, (1, 1, 1), past)]
+
+
+def label_profiles(
+    batch: Range = (1, 1, 8), sequence: Range = (1, 128, 1024), past: Range = (0, 128, 1024)
+) -> list[Profile]:
+    """One profile for whole prompts and one for candidates, which are short, behind a prefix that they share."""
+    smallest, usual, largest = sequence
+    candidate = max(smallest, min(usual, _CANDIDATE_TOKENS))
+    behind = (max(past[0], 1), max(past[1], 1), max(past[2], 1))
+    return [
+        Profile(batch, sequence, (past[0], past[0], past[2])),
+        Profile(batch, (smallest, candidate, largest), behind),
+    ]
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,8 @@ def build_engine(
         ModuleNotFoundError: TensorRT is not installed.
         ValueError: The target can't run the file's precision, or TensorRT refuses the file.
     """
-    precision = _precision(onnx_path)
+    metadata = _metadata(onnx_path)
+    precision = metadata.get("precision", "fp32")
     check_target(precision, compute_capabilities)
     trt = import_tensorrt(flavour)
     start = time.perf_counter()
@@ -139,6 +157,7 @@ def build_engine(
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(1 << int(flag) if flag is not None else 0)
     _parse(trt, network, logger, onnx_path)
+    network.name = json.dumps({key: metadata[key] for key in ENGINE_METADATA if key in metadata})
     config = builder.create_builder_config()
     for profile in profiles or default_profiles():
         config.add_optimization_profile(_optimization_profile(builder, network, profile))
@@ -165,9 +184,9 @@ def build_engine(
     )
 
 
-def _precision(onnx_path: Path) -> str:
+def _metadata(onnx_path: Path) -> dict[str, str]:
     model = onnx.load(onnx_path, load_external_data=False)
-    return {entry.key: entry.value for entry in model.metadata_props}.get("precision", "fp32")
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _parse(trt: ModuleType, network: Any, logger: Any, onnx_path: Path) -> None:

@@ -16,13 +16,21 @@ from transformers import PreTrainedModel
 
 from export.audit import audit
 from export.checks import Check, merged
-from export.layout import CPU_GRAPH, CPU_PREFILL_GRAPH, ENGINE_SOURCE, GRAPH, LABEL_GRAPH, PREFILL_GRAPH
+from export.engines import Engines
+from export.layout import (
+    CPU_GRAPH,
+    CPU_PREFILL_GRAPH,
+    ENGINE_LABEL_SOURCE,
+    ENGINE_SOURCE,
+    GRAPH,
+    LABEL_GRAPH,
+    PREFILL_GRAPH,
+)
 from export.progress import Phases
 from export.reference import Reference, record
 from export.settings import ExportSettings
 from export.to_onnx import UNQUANTIZED
-from export.to_tensorrt import Engine
-from export.verify import verify_cpu, verify_engine, verify_onnx
+from export.verify import verify_cpu, verify_engine, verify_label_engine, verify_onnx
 from export.verify_prompts import verify_labels, verify_longest, verify_prefill
 from models.quantization.linear import quantized_linears, rounds_inputs
 
@@ -32,7 +40,7 @@ PROMPTS_AT_ONCE = 8
 def verify_artefacts(
     model: PreTrainedModel,
     folder: Path,
-    engine: Engine | None,
+    engines: Engines | None,
     settings: ExportSettings,
     prompts: Mapping[str, Tensor],
     phases: Phases,
@@ -42,7 +50,7 @@ def verify_artefacts(
     Args:
         model: The torch model, with the quantizers that were exported.
         folder: Has the files of `export/layout.py`.
-        engine: What was built, if anything.
+        engines: What was compiled, if anything.
         settings: What was exported.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P).
         phases: Show the progress.
@@ -51,15 +59,16 @@ def verify_artefacts(
         One check for each artefact and part; see `export/verify.py`.
     """
     found = [
-        _verify_group(model, folder, engine, settings, group, phases, part)
+        _verify_group(model, folder, engines, settings, group, phases, part)
         for part, group in _groups(prompts, PROMPTS_AT_ONCE)
     ]
     with phases.phase("Verification of the longest prompt"):
         longest = longest_prompt(prompts["prompt_ids"], prompts["prompt_mask"], _longest(model, settings))
         alone = record(model, longest["prompt_ids"], longest["prompt_mask"], decode_steps=0)
         found.append([verify_longest(alone, folder / GRAPH, threads=settings.threads)])
-    if engine is not None and settings.precision not in UNQUANTIZED:
-        found.append([audit(model, engine.products, settings.precision)])
+    if engines is not None and settings.precision not in UNQUANTIZED:
+        names = (settings.precision, f"{settings.precision}, labels")
+        found.append([audit(model, one.products, name) for one, name in zip(engines.all(), names, strict=False)])
     return merged(found)
 
 
@@ -77,7 +86,7 @@ def _groups(prompts: Mapping[str, Tensor], size: int) -> Iterator[tuple[str, dic
 def _verify_group(
     model: PreTrainedModel,
     folder: Path,
-    engine: Engine | None,
+    engines: Engines | None,
     settings: ExportSettings,
     prompts: Mapping[str, Tensor],
     phases: Phases,
@@ -104,9 +113,14 @@ def _verify_group(
     if source.is_file():
         with phases.phase("Verification of engine-source.onnx", steps, part) as on_step:
             checks += verify_onnx(model, reference, source, threads=threads, free_run=False, on_step=on_step)
-    if engine is not None:
+            if settings.labels:
+                checks.append(verify_labels(reference, folder / ENGINE_LABEL_SOURCE, threads=threads))
+    if engines is not None:
         with phases.phase("Verification of the engine", steps, part) as on_step:
-            checks += verify_engine(reference, engine.path, settings.precision, settings.tensorrt, on_step)
+            checks += verify_engine(reference, engines.model.path, settings.precision, settings.tensorrt, on_step)
+            if engines.labels is not None:
+                path = engines.labels.path
+                checks.append(verify_label_engine(reference, path, settings.precision, settings.tensorrt))
     return checks
 
 

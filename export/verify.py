@@ -36,6 +36,7 @@ from export.verify_prompts import (
     SMALLEST_KL_BOUND,
     Session,
     bounded_by_kl,
+    compare_labels,
     metadata_of,
     verify_alone,
 )
@@ -143,7 +144,19 @@ def verify_engine(
     session = EngineSession(path, flavour)
     if reference.sensitivity is not None:
         return [verify_free_run(name, session, reference, on_step)]
-    return _compare_run(name, session, reference, BOUNDS["float32" if precision == "fp32" else "float16"], on_step)
+    return _compare_run(name, session, reference, _engine_bound(precision), on_step)
+
+
+def verify_label_engine(reference: Reference, path: Path, precision: str, flavour: Flavour = "auto") -> Check:
+    """Compare an engine that returns log-probabilities of labels with the recorded prompts; see `verify_engine`."""
+    name, reason = f"engine {precision}, labels", why_not_runnable(flavour)
+    if reason is not None:
+        return Check(name, "not_run", reason=reason)
+    return compare_labels(name, EngineSession(path, flavour), reference, _engine_bound(precision))
+
+
+def _engine_bound(precision: str) -> float:
+    return BOUNDS["float32" if precision == "fp32" else "float16"]
 
 
 def _compare_run(

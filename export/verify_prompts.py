@@ -12,6 +12,7 @@ from export.checks import BOUNDS, Check, Comparison
 from export.label_graph import LOG_PROBS
 from export.reference import Reference
 from export.runtime import OnnxSession, Output
+from export.to_onnx import UNQUANTIZED
 
 KL_PER_SENSITIVITY = 2.0
 SMALLEST_KL_BOUND = (
@@ -66,21 +67,33 @@ def verify_prefill(reference: Reference, path: Path, *, threads: int | None = No
     return comparison.check(name, BOUNDS[activations])
 
 
-def verify_labels(reference: Reference, path: Path, *, threads: int | None = None) -> Check:
-    """Compare a graph of labels' log-probabilities with the recorded prompts; see `verify_alone` for the bounds.
+class LabelSession(Session, Protocol):
+    """The same for an artefact that returns log-probabilities of labels."""
 
-    Distributions are over the labels and one bucket for all other tokens.
-    """
-    step, comparison, metadata = reference.steps[0], Comparison(), metadata_of(path)
+    labels: dict[str, int]
+
+
+def verify_labels(reference: Reference, path: Path, *, threads: int | None = None) -> Check:
+    """Compare a graph of labels' log-probabilities with the recorded prompts; see `verify_alone` for the bounds."""
+    precision, activations = metadata_of(path)["precision"], metadata_of(path)["activations"]
+    between = " (float16 between)" if activations == "float16" and precision not in UNQUANTIZED else ""
     session = OnnxSession(path, threads=threads, exact=True)
+    return compare_labels(f"onnx {precision}{between}, label graph", session, reference, BOUNDS[activations])
+
+
+def compare_labels(name: str, session: LabelSession, reference: Reference, bound: float) -> Check:
+    """Compare what is said of labels with the recorded prompts.
+
+    Distributions are over the labels and one bucket for all other tokens.  Arguments as of `verify_alone`.
+    """
+    step, comparison = reference.steps[0], Comparison()
     ours_BC = session.run(step.input_ids, step.attention_mask).others[LOG_PROBS]
     theirs_BC = step.logits[:, -1].float().log_softmax(-1)[:, list(session.labels.values())]
     comparison.add("log-probabilities", ours_BC, theirs_BC)
     comparison.add_distributions(_with_rest(ours_BC), _with_rest(theirs_BC))
-    name = f"onnx {metadata['precision']}, label graph"
     if reference.sensitivity is not None:
         return bounded_by_kl(comparison, name, reference)
-    return comparison.check(name, BOUNDS[metadata["activations"]])
+    return comparison.check(name, bound)
 
 
 def _with_rest(log_probs_BC: Tensor) -> Tensor:

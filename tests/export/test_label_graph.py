@@ -1,5 +1,6 @@
 """The graph that returns log-probabilities of labels: the same numbers as the whole logits give, and a scorer on it."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.label_prompts import label_token_ids
 from export.__main__ import main
+from export.engine_runtime import EngineSession
 from export.huggingface import save_student
 from export.label_graph import LOG_PROBS, write_labels
 from export.runtime import OnnxSession
@@ -21,6 +23,7 @@ from export.scorer import Scorer
 from export.serving import write_triton
 from export.to_onnx import export_onnx
 
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 PROMPTS = left_padded_prompts()
 TOKENS = {"yes": 90, "no": 7, "maybe": 8}
 LABELS = ("n", "y")
@@ -118,6 +121,63 @@ def test_labels_that_are_no_tokens_are_refused_before_anything_is_written(
     assert main([*words, "n"]) == 2
     assert "expected at least two different labels" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def engine_folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a quantized model with engines."""
+    root = tmp_path_factory.mktemp("label_engine")
+    save_student(quantized(tiny_model(layers=1, vocab_size=len(tokenizer) + 4)), tokenizer, root / "model")
+    words = [str(root / "model"), "--output", str(root / "out"), "--precision", "fp8", "--engine", "tensorrt_rtx"]
+    words += ["--labels", *LABELS, "--sequence", "1", "16", "256", "--past", "0", "16", "256"]
+    assert main([*words, "--decode-steps", "1", "--prompts", "2", "--benchmark-repetitions", "0"]) == 0
+    return root / "out"
+
+
+@needs_rtx
+def test_an_engine_is_compiled_from_it(engine_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    report = json.loads((engine_folder / "report.json").read_text())
+    paths = [row["path"] for row in report["artefacts"]]
+    assert {"onnx/engine-source-labels.onnx", "engine/labels-tensorrt_rtx-portable.engine"} <= set(paths)
+    assert report["label_engine"]["products"] == report["engine"]["products"] == {"FP8 x FP8": 7, "HALF x HALF": 1}
+    statuses = {check["name"]: check["status"] for check in report["verification"]}
+    assert statuses["engine fp8, labels, quantized products in the parsed network"] == "passed"
+    assert statuses["onnx fp8 (float16 between), label graph"] == statuses["onnx fp8, label graph"] == "passed"
+    if not torch.cuda.is_available():
+        assert statuses["engine fp8, labels"] == "not_run"
+    written = (engine_folder / "engine/labels-tensorrt_rtx-portable.engine").read_bytes()
+    tokens = dict(zip(LABELS, label_token_ids(tokenizer, LABELS), strict=True))
+    assert json.dumps({"precision": "fp8", "labels": json.dumps(tokens)}).encode() in written
+
+
+@needs_rtx
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_scorer_on_the_engine(engine_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    sessions = [
+        EngineSession(engine_folder / "engine/labels-tensorrt_rtx-portable.engine", "tensorrt_rtx"),
+        OnnxSession(engine_folder / "onnx/engine-source-labels.onnx", exact=True),
+    ]
+    ours, theirs = (Scorer(session, tokenizer, LABELS).score("Member 7", ["Heat", "Up"]) for session in sessions)
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
+
+
+@needs_rtx
+def test_the_engine_is_a_model_of_triton(engine_folder: Path, tmp_path: Path) -> None:
+    """As far as a machine without a GPU can show: the file is named as if `tensorrt` had built it."""
+    pytest.importorskip("tritonclient.grpc")
+    shutil.copytree(engine_folder / "onnx", tmp_path / "onnx")
+    (tmp_path / "engine").mkdir()
+    for name in ("model", "labels"):
+        engine = engine_folder / f"engine/{name}-tensorrt_rtx-portable.engine"
+        shutil.copyfile(engine, tmp_path / f"engine/{name}-tensorrt-9.0.engine")
+    repository = write_triton(tmp_path, name="tiny")
+    assert {path.name for path in repository.iterdir()} == {
+        *("tiny_onnx", "tiny_labels", "tiny_engine", "tiny_labels_engine")
+    }
+    config = (repository / "tiny_labels_engine/config.pbtxt").read_text()
+    assert 'name: "log_probs"' in config and 'backend: "tensorrt"' in config and 'name: "logits"' not in config
+    assert (repository / "tiny_labels_engine/1/model.plan").stat().st_size > 0
 
 
 def test_the_graph_is_a_model_of_triton(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
