@@ -129,8 +129,9 @@ def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFi
     weights = sum(p.numel() * p.element_size() for p in module.student.parameters())
     trained = sum(p.numel() * p.element_size() for p in module.student.parameters() if p.requires_grad)
     # A checkpoint holds weights and two moments, and the new one is complete before the old one goes; an export writes the
-    # folder, one or two graphs and an engine.
-    disk = 2 * (weights + 2 * trained) + (4 * exported if export else 0)
+    # folder, one or two graphs and an engine, or two with labels.
+    written = (5 if export.settings.labels else 4) * exported if export else 0
+    disk = 2 * (weights + 2 * trained) + written
     free_disk = shutil.disk_usage(_existing_parent(Path(trainer.default_root_dir))).free
     if free_disk < disk:
         raise ValueError(

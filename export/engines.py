@@ -29,13 +29,13 @@ class Engines:
     model: Engine
     labels: Engine | None = None
 
-    def all(self) -> list[Engine]:
-        """Those that are there."""
-        return [self.model] if self.labels is None else [self.model, self.labels]
+    def titled(self) -> list[tuple[str, Engine]]:
+        """Those that are there, each with what reports add to its precision."""
+        return [("", self.model), *([(", labels", self.labels)] if self.labels else [])]
 
     def moved(self, folder: Path) -> "Engines":
         """The same with their files in another folder."""
-        model, *labels = (replace(engine, path=folder / engine.path.name) for engine in self.all())
+        model, *labels = (replace(engine, path=folder / engine.path.name) for _, engine in self.titled())
         return Engines(model, *labels)
 
 

@@ -239,9 +239,10 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
     if (output / ENGINE_LABEL_SOURCE).exists():
         rows.append(artefact(ENGINE_LABEL_SOURCE, "the same for labels, on the weights of engine-source.onnx"))
     if engines is not None:
-        words = f"{engines.model.flavour} engine {settings.precision}"
-        titles = [words, f"{words}, log-probabilities of labels"]
-        rows += [artefact(f"engine/{one.path.name}", title) for one, title in zip(engines.all(), titles, strict=False)]
+        rows += [
+            artefact(f"engine/{engine.path.name}", f"{engine.flavour} engine {settings.precision}{title}")
+            for title, engine in engines.titled()
+        ]
     return rows
 
 

@@ -67,8 +67,8 @@ def verify_artefacts(
         alone = record(model, longest["prompt_ids"], longest["prompt_mask"], decode_steps=0)
         found.append([verify_longest(alone, folder / GRAPH, threads=settings.threads)])
     if engines is not None and settings.precision not in UNQUANTIZED:
-        names = (settings.precision, f"{settings.precision}, labels")
-        found.append([audit(model, one.products, name) for one, name in zip(engines.all(), names, strict=False)])
+        precision = settings.precision
+        found.append([audit(model, engine.products, precision + title) for title, engine in engines.titled()])
     return merged(found)
 
 
