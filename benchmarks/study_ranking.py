@@ -47,10 +47,8 @@ from models.teacher import RememberingTeacher
 RECIPE = Path(__file__).parent.parent / "configs/ranking.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics")
 CALIBRATION_BATCHES = 16
-FP8: dict[str, Any] = {
-    "method": "nearest",
-    "calibration_batches": 4,
-}  # a solver of weights takes longer than all of the training
+# A solver of weights would take longer than all of the training.
+FP8: dict[str, Any] = {"method": "nearest", "calibration_batches": 4}
 STUDENTS = {"half": 0.0, "pruned_20": 0.2, "pruned_40": 0.4}  # share of the neurons that go; 0: half of the layers
 _QUANTIZED_SHARE = 0.25  # of the steps, at their end
 

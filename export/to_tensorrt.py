@@ -23,6 +23,7 @@ from export.files import move_into_place, staging_folder
 Flavour = Literal["auto", "tensorrt", "tensorrt_rtx"]
 Range = tuple[int, int, int]
 _FP8_CAPABILITY = (8, 9)
+_LONGEST_NAME = 4095  # TensorRT logs an error for a longer one, and keeps the old
 _CANDIDATE_TOKENS = 32  # of a film, an article or an answer, about
 ENGINE_METADATA = ("precision", "labels")
 """What an engine keeps of its graph's metadata: as JSON in its name, the one text that TensorRT stores in an engine."""
@@ -145,10 +146,10 @@ def build_engine(
 
     Raises:
         ModuleNotFoundError: TensorRT is not installed.
-        ValueError: The target can't run the file's precision, or TensorRT refuses the file.
+        ValueError: The target can't run the file's precision, its labels are too many, or TensorRT refuses the file.
     """
     metadata = _metadata(onnx_path)
-    precision = metadata.get("precision", "fp32")
+    precision, name = metadata.get("precision", "fp32"), _engine_name(metadata)
     check_target(precision, compute_capabilities)
     trt = import_tensorrt(flavour)
     start = time.perf_counter()
@@ -157,7 +158,7 @@ def build_engine(
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(1 << int(flag) if flag is not None else 0)
     _parse(trt, network, logger, onnx_path)
-    network.name = json.dumps({key: metadata[key] for key in ENGINE_METADATA if key in metadata})
+    network.name = name
     config = builder.create_builder_config()
     for profile in profiles or default_profiles():
         config.add_optimization_profile(_optimization_profile(builder, network, profile))
@@ -187,6 +188,16 @@ def build_engine(
 def _metadata(onnx_path: Path) -> dict[str, str]:
     model = onnx.load(onnx_path, load_external_data=False)
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _engine_name(metadata: dict[str, str]) -> str:
+    name = json.dumps({key: metadata[key] for key in ENGINE_METADATA if key in metadata})
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"expected labels whose texts and tokens fit into an engine's name of {_LONGEST_NAME} characters, found {len(name)}; "
+            "export fewer or shorter labels, or leave the engine out"
+        )
+    return name
 
 
 def _parse(trt: ModuleType, network: Any, logger: Any, onnx_path: Path) -> None:

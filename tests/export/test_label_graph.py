@@ -22,6 +22,7 @@ from export.runtime import OnnxSession
 from export.scorer import Scorer
 from export.serving import write_triton
 from export.to_onnx import export_onnx
+from export.to_tensorrt import build_engine
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 PROMPTS = left_padded_prompts()
@@ -148,6 +149,19 @@ def test_an_engine_is_compiled_from_it(engine_folder: Path, tokenizer: PreTraine
     written = (engine_folder / "engine/labels-tensorrt_rtx-portable.engine").read_bytes()
     tokens = dict(zip(LABELS, label_token_ids(tokenizer, LABELS), strict=True))
     assert json.dumps({"precision": "fp8", "labels": json.dumps(tokens)}).encode() in written
+
+
+@needs_rtx
+def test_labels_that_an_engine_can_not_keep_are_refused(graphs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(graphs["fp16"].parent, tmp_path / "onnx")
+    path = write_labels(
+        tmp_path / "onnx/model.onnx", {f"a label with a long name, number {number}": 7 for number in range(100)}
+    )
+    with pytest.raises(
+        ValueError, match="expected labels whose texts and tokens fit into an engine's name of 4095 characters, found"
+    ):
+        build_engine(path, tmp_path / "labels.engine", flavour="tensorrt_rtx")
+    assert not (tmp_path / "labels.engine").exists()
 
 
 @needs_rtx
