@@ -74,7 +74,7 @@ def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Ro
     module.configure_model()
     module.student = bench.start(arm).requires_grad_(True).train()
     if way == LEARNED:
-        learn_scales(module.student)
+        learn_scales(module.student, weights_follow=True)
     started = time.perf_counter()
     _fit(module, _batches(bench, steps, seed), steps)
     made = {"way": way, "steps": steps, "seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}

@@ -18,7 +18,7 @@ from models.quantization import freeze_inputs, freeze_weights, merge_observation
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import FormatName
-from models.quantization.learning import learned_scales
+from models.quantization.learning import check_can_follow, learned_scales
 from models.quantization.post_training import Method, PostTrainingQuantization, calibrate_quantizers
 from models.quantization.scales import Search
 from models.student import StudentModule
@@ -47,14 +47,16 @@ class QuantizationAwareTraining(Callback):
         method: Instead of observing, calibrate at start_step and round weights by nearest, gptq or quantease.
         calibration_batches: Training batches for that.
         seed: Of the choice of these batches.
-        learn_scales: Train the scales of weights and calibrated inputs together with the weights (LSQ, arXiv 1902.08153), after they
-            have been frozen; a step changes a scale by about the learning rate's share of it. Values that are clipped then pass no
-            gradient.
+        learn_scales: Train the scales of weights and calibrated inputs together with the weights, after they have been frozen (LSQ, arXiv
+            1902.08153); a step changes a scale by about ten times the learning rate's share of it. Values that are clipped then pass
+            no gradient. After gptq and quantease, weights are multiplied with their scales, so that their codes stay (PEQA,
+            arXiv 2305.14152).
 
     Raises:
         ValueError: Steps out of range, a method together with steps of observation, quantization before the last pruning event,
             callbacks in the wrong order or one that averages weights, a strategy that shards the model, scales to learn where
-            exceptions leave no layer to quantize, or a checkpoint with learned scales without learn_scales.
+            exceptions leave no layer to quantize or where weights that have to follow are not in float32, or a checkpoint with
+            learned scales without learn_scales.
     """
 
     needs_whole_student = True
@@ -95,6 +97,7 @@ class QuantizationAwareTraining(Callback):
         self.calibration_batches = calibration_batches
         self.seed = seed
         self.learn_scales = learn_scales
+        self._weights_follow = method in ("gptq", "quantease")  # they leave weights on the grid
         self._boundary = StepBoundary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,6 +124,9 @@ class QuantizationAwareTraining(Callback):
                     f"expected layers to quantize for QuantizationAwareTraining.learn_scales, found exceptions that leave all "
                     f"{len(formats)} as they are; change the exceptions, or set learn_scales to false"
                 )
+
+        if self.learn_scales and self._weights_follow:
+            check_can_follow(pl_module.student.parameters())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was done before a checkpoint was saved is in the checkpoint; scales that were frozen there can be learned from now on."""
@@ -167,7 +173,7 @@ class QuantizationAwareTraining(Callback):
             self._learn_scales(trainer, pl_module)
 
     def _learn_scales(self, trainer: Trainer, module: StudentModule) -> None:
-        edit_on_all_ranks(trainer, module, [{"op": "learn_scales"}])
+        edit_on_all_ranks(trainer, module, [{"op": "learn_scales", "weights_follow": self._weights_follow}])
         rank_zero_info(f"Learning {len(learned_scales(module.student))} scales from step {trainer.global_step} on")
 
     # Compiled code would be compiled anew for every set of hooks, to read a few batches.

@@ -12,7 +12,7 @@ The module saves its list in the checkpoint and replays it before the weights lo
 | `drop_layers`        | `layers`                              | removes these decoder layers; the others move up               |
 | `fake_quantize`      | `format`, `modules` (qualified names) | linear layers become `FakeQuantizedLinear`, observing at first |
 | `quantize_cache`     | `format`                              | attention rounds new keys and values, observing at first       |
-| `learn_scales`       | none                                  | scales of quantized weights and calibrated inputs are trained  |
+| `learn_scales`       | `weights_follow`                      | scales of quantized weights and calibrated inputs are trained  |
 | `lora`               | `rank`, `alpha`, `dropout`, `modules` | adapters beside these projections; all else is frozen          |
 
 Layers, units and names are those of the model as the edits before have left it.

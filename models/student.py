@@ -125,8 +125,7 @@ class StudentModule(EvaluatedModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Move the parameters, and round learned scales to numbers to compute with."""
         super().optimizer_step(*args, **kwargs)
-        if {"op": "learn_scales"} in self.edits:
-            round_learned_scales(self.student)
+        round_learned_scales(self.student)
 
     def configure_gradient_clipping(
         self,

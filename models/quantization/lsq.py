@@ -8,6 +8,11 @@ its zero point (equations 3 and 4):
 | v in the range of the codes   | q(v) - v                | 1             |
 | v outside                     | q(v), the outermost one | 0             |
 
+That is for a given x.  A weight that a solver has left on the grid has q(v) = v: its scale would receive nothing but rounding noise.
+Such a weight *follows* its scale: its codes stay as they are while the scale moves, x = v s for a given v, and the gradient of s is q(v)
+everywhere (scales trained over fixed codes: PEQA, arXiv 2305.14152, equation 2).  Who moves the scale then multiplies the weight, see
+`learning.py`.
+
 The ends belong to the range, as in `torch.clamp`: rounding methods leave weights exactly there, and these must be able to move.
 
 What the optimizer moves is the natural *logarithm* of the scale, and it is given the gradient of the scale itself.  AdamW moves any
@@ -48,6 +53,7 @@ def fake_quantize_learned(
     numbers: str = "fp8_e4m3",
     axis: int = 0,
     block_size: int = 0,
+    follows: bool = False,
 ) -> Tensor:
     """`fake_quantize` with the gradients of the module's table, that of the scale multiplied by `factor`.
 
@@ -60,6 +66,7 @@ def fake_quantize_learned(
         numbers: See `fake_quantize`.
         axis: See `fake_quantize`.
         block_size: See `fake_quantize`.
+        follows: Whether x is multiplied when the scale moves, so that its codes stay.
     """
     return fake_quantize(x, scale, zero_point, numbers, axis, block_size)
 
@@ -74,12 +81,13 @@ def _(
     numbers: str = "fp8_e4m3",
     axis: int = 0,
     block_size: int = 0,
+    follows: bool = False,
 ) -> Tensor:
     return torch.empty_like(x)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, scale, _, ctx.factor, zero_point, *ctx.layout = inputs  # type: ignore[attr-defined]
+    x, scale, _, ctx.factor, zero_point, *ctx.layout, ctx.follows = inputs  # type: ignore[attr-defined]
     ctx.save_for_backward(x, scale, zero_point)  # type: ignore[arg-type]
 
 
@@ -97,9 +105,9 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[
     quotient = (in_blocks(x, block_size) if block_size else x).float() / spread_scale
     inside = (quotient >= low) & (quotient <= high)
     grad_x = in_shape_of(x, grad_in_blocks.masked_fill(~inside, 0))
-    slope = codes.sub_(quotient.masked_fill_(~inside, 0))
+    slope = codes if ctx.follows else codes.sub_(quotient.masked_fill_(~inside, 0))  # type: ignore[attr-defined]
     grad_scale = slope.mul_(grad_in_blocks).sum_to_size(spread_scale.shape).view_as(scale).mul(ctx.factor)  # type: ignore[attr-defined]
-    return grad_x, None, grad_scale, None, None, None, None, None
+    return grad_x, None, grad_scale, None, None, None, None, None, None
 
 
 fake_quantize_learned.register_autograd(_gradients, setup_context=_save)

@@ -38,6 +38,7 @@ class FakeQuantizer(nn.Module):
         frozen: Whether it rounds.
         log_scale: Parameter of the shape of `scale`, only where the scale is learned: its logarithm, see `lsq.py`.
         has_own_scales: Whether `scale` holds scales that could be learned.
+        followed: Whether what it rounds is multiplied when a learned scale moves, see `lsq.py`.
     """
 
     scale: Tensor
@@ -51,6 +52,7 @@ class FakeQuantizer(nn.Module):
         self.register_buffer("scale", torch.zeros(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int8) if grid.zero_point else None)
         self.register_parameter("log_scale", None)
+        self.followed = False
         self.frozen = False  # mirrors `scale > 0` without asking the device for it at every call
 
     def set_scales(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
@@ -74,7 +76,9 @@ class FakeQuantizer(nn.Module):
         if self.log_scale is None or not torch.is_grad_enabled():  # exports see the one operator in both cases
             return fake_quantize(x, self.scale, self.zero_point, *self._layout())
         factor = (self._sharing(x) * self.grid.high) ** -0.5
-        return fake_quantize_learned(x, self.scale, self.log_scale, factor, self.zero_point, *self._layout())
+        return fake_quantize_learned(
+            x, self.scale, self.log_scale, factor, self.zero_point, *self._layout(), self.followed
+        )
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of x: float8_e4m3fn, or int8 for all integers."""

@@ -251,7 +251,7 @@ def test_scales_are_learned_after_the_last_freeze(folders: dict[str, str], tmp_p
     )
     assert any(not torch.equal(now, then) for now, then in zip(first, frozen, strict=True))
     assert all(not torch.equal(now, then) for now, then in zip(last[1::2], frozen[1::2], strict=True))  # of weights
-    assert trainer.lightning_module.edits[-1] == {"op": "learn_scales"}
+    assert trainer.lightning_module.edits[-1] == {"op": "learn_scales", "weights_follow": False}
 
 
 def test_learning_scales_wants_layers_that_have_some(folders: dict[str, str], tmp_path: Path) -> None:

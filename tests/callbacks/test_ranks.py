@@ -121,7 +121,7 @@ def test_a_resume_equals_the_uninterrupted_run(moment: str, ranks: list[dict[str
 
 def test_ranks_learn_the_same_scales(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["learning"] for rank in ranks)
-    assert first["edits"][-1] == {"op": "learn_scales"}
+    assert first["edits"][-1] == {"op": "learn_scales", "weights_follow": False}
     for step in range(1, 11):  # of the weights, and of what is learned beside them
         assert torch.equal(first["weights"][step], second["weights"][step])
     assert_same(first["state"], second["state"])

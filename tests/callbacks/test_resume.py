@@ -19,7 +19,7 @@ from models import Distillation
 from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
 from models.quantization.cache import cache_scales
-from models.quantization.learning import learned_scales
+from models.quantization.learning import SCALE_RATE, learned_scales
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 12, (3, 5), 7, 9
 
@@ -169,26 +169,32 @@ def observed() -> QuantizationAwareTraining:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "learning_from", "steps"),
+    ("quantization", "weights_follow", "learning_from", "steps"),
     [
-        (observed, FREEZE_AT, (FREEZE_AT - 1, FREEZE_AT, FREEZE_AT + 2)),
-        (partial(calibrated, learn_scales=True), QUANTIZE_AT, (QUANTIZE_AT, QUANTIZE_AT + 3)),
+        (observed, False, FREEZE_AT, (FREEZE_AT - 1, FREEZE_AT, FREEZE_AT + 2)),
+        (partial(calibrated, learn_scales=True), True, QUANTIZE_AT, (QUANTIZE_AT, QUANTIZE_AT + 3)),
     ],
     ids=["observed", "calibrated"],
 )
 def test_learned_scales_resume_as_the_weights_do(
-    quantization: Any, learning_from: int, steps: tuple[int, ...], places: dict[str, str], tmp_path: Path
+    quantization: Any,
+    weights_follow: bool,
+    learning_from: int,
+    steps: tuple[int, ...],
+    places: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     scales = Scales()
     whole, losses = fit(places, tmp_path / "whole", quantization=quantization(), others=[scales])
     module = whole.lightning_module
-    assert module.edits[-1] == {"op": "learn_scales"}
+    assert module.edits[-1] == {"op": "learn_scales", "weights_follow": weights_follow}
     learned = learned_scales(module.student)
     assert len(learned) == 28  # of the weight and the input of 14 layers
     groups = whole.optimizers[0].param_groups
     assert [len(group["params"]) for group in groups] == [len(list(module.student.parameters())) - 28, 28]
     assert [group["weight_decay"] for group in groups] == [0.01, 0]
-    assert groups[0]["lr"] == groups[1]["lr"] < 3e-3
+    assert groups[0]["lr"] < 3e-3
+    assert groups[1]["lr"] == pytest.approx(SCALE_RATE * groups[0]["lr"])
     # Steps may be smaller than the distance of float16 numbers, and add up.
     assert (scales.seen[learning_from] != scales.seen[STEPS]).float().mean() > 0.8
     assert all(torch.equal(seen.half().float(), seen) for seen in scales.seen.values())
@@ -214,7 +220,7 @@ def test_frozen_scales_can_be_learned_after_a_resume_but_not_the_other_way_round
     shutil.copytree(tmp_path, tmp_path / "copy")
     trainer, _ = fit(places, tmp_path, resume=True, quantization=observed())
     frozen = torch.load(tmp_path / "copy/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert trainer.lightning_module.edits[-1] == {"op": "learn_scales"}
+    assert trainer.lightning_module.edits[-1] == {"op": "learn_scales", "weights_follow": False}
     now = trainer.lightning_module.state_dict()
     scales = [name for name in frozen if name.endswith("quantizer.scale")]
     assert sum(not torch.equal(now[name], frozen[name]) for name in scales) > len(scales) / 2

@@ -32,7 +32,7 @@ FORMATS = ["fp8_e4m3", "int8", "int8_static", "int4_g32_zp"]
 def learned(format: str, **settings: object) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A student whose scales have moved, and one with these very scales that were never learned."""
     student, frozen = (quantized(tiny_model(**{"layers": 1, **settings}), format=format) for _ in range(2))  # type: ignore[arg-type]
-    learn_scales(student)
+    learn_scales(student, weights_follow=True)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in learned_scales(student):
@@ -40,6 +40,7 @@ def learned(format: str, **settings: object) -> tuple[PreTrainedModel, PreTraine
     round_learned_scales(student)
     assert not torch.equal(logits(student), logits(frozen))
     for ours, theirs in zip(quantized_linears(student).values(), quantized_linears(frozen).values(), strict=True):
+        theirs.weight.data.copy_(ours.weight)  # it has followed its scales
         for quantizer, other in zip(ours.quantizers(), theirs.quantizers(), strict=True):
             other.set_scales(quantizer.scale, quantizer.zero_point)
     return student, frozen

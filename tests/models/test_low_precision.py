@@ -21,7 +21,7 @@ from models.forward import answer_labels, answer_logits
 from models.low_precision import check_rounding
 from models.pretrained import load_model
 from models.pruning.slicing import narrow_parameter
-from models.quantization.learning import learned_scales
+from models.quantization.learning import SCALE_RATE, learned_scales
 
 optim = pytest.importorskip("torchao.optim")
 
@@ -66,9 +66,16 @@ def test_scales_are_learned_in_float32_and_resume_exactly(dtype: str, student_fo
     whole = fit(tmp_path, student_folder, dtype, callbacks=[quantization(), Save()])
     assert {p.dtype for p in learned_scales(whole.student)} == {torch.float32}
     assert [float(group["weight_decay"]) for group in whole.optimizers().param_groups] == [0.01, 0]
-    assert len({float(group["lr"]) for group in whole.optimizers().param_groups}) == 1
+    main, scales = (float(group["lr"]) for group in whole.optimizers().param_groups)
+    assert scales == pytest.approx(SCALE_RATE * main)
     resumed = fit(tmp_path, student_folder, dtype, callbacks=[quantization()], ckpt_path=str(tmp_path / "three.ckpt"))
     assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_bfloat16_weights_cannot_follow_their_scales(student_folder: str, tmp_path: Path) -> None:
+    quantization = QuantizationAwareTraining(1, method="gptq", format="int4_g32", learn_scales=True)
+    with pytest.raises(ValueError, match="expected float32 weights to follow scales .* found torch.bfloat16"):
+        fit(tmp_path, student_folder, "bfloat16", callbacks=[quantization])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -20,6 +20,7 @@ from models.quantization import (
 )
 from models.quantization.formats import RANGES
 from models.quantization.learning import (
+    SCALE_RATE,
     add_scale_group,
     cover_new_groups,
     learn_scales,
@@ -29,15 +30,20 @@ from models.quantization.learning import (
 from models.quantization.lsq import fake_quantize_learned, log_of, scale_of
 
 
-def naive(x: Tensor, scale: Tensor, zero_point: Tensor | None, numbers: str, factor: float) -> Tensor:
+def naive(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, numbers: str, factor: float, follows: bool = False
+) -> Tensor:
     """Equation 1 of LSQ with its gradients by autograd: the rounding alone passes gradients straight through.
 
-    `scale` and `zero_point` have the shape of x, or one that broadcasts; codes are counted from the zero point.
+    `scale` and `zero_point` have the shape of x, or one that broadcasts; codes are counted from the zero point.  What follows its
+    scale is the scale times a number of its own.
     """
     low, high = RANGES[numbers]
     zero = 0 if zero_point is None else zero_point
     scale = scale.detach() + factor * (scale - scale.detach())  # the paper's gradient scale
-    clipped = (x / scale).clamp(torch.as_tensor(low - zero), torch.as_tensor(high - zero))
+    clipped = (x / (scale.detach() if follows else scale)).clamp(
+        torch.as_tensor(low - zero), torch.as_tensor(high - zero)
+    )
     rounded = clipped.to(torch.float8_e4m3fn).float() if numbers == "fp8_e4m3" else clipped.round()
     return (clipped + (rounded - clipped).detach()) * scale
 
@@ -65,8 +71,11 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("follows", [False, True], ids=["stays", "follows"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_gradients_are_those_of_the_definition(case: tuple[str, tuple[int, ...], int, int, bool]) -> None:
+def test_gradients_are_those_of_the_definition(
+    case: tuple[str, tuple[int, ...], int, int, bool], follows: bool
+) -> None:
     numbers, shape, axis, block_size, with_zero_points = case
     low, high = RANGES[numbers]
     generator = torch.Generator().manual_seed(0)
@@ -80,13 +89,13 @@ def test_gradients_are_those_of_the_definition(case: tuple[str, tuple[int, ...],
     upstream = torch.randn(6, 30, generator=generator)
 
     ours_x, log_scale = x.clone().requires_grad_(), log_of(scale).requires_grad_()
-    ours = fake_quantize_learned(ours_x, scale, log_scale, 0.37, zero_point, numbers, axis, block_size)
+    ours = fake_quantize_learned(ours_x, scale, log_scale, 0.37, zero_point, numbers, axis, block_size, follows)
     assert torch.equal(ours, fake_quantize(x, scale, zero_point, numbers, axis, block_size))
     (ours * upstream).sum().backward()
 
     naive_x, naive_scale = x.clone().requires_grad_(), scale.clone().requires_grad_()
     zeros_like_x = None if zero_point is None else spread(zero_point.float(), x, axis, block_size)
-    theirs = naive(naive_x, spread(naive_scale, x, axis, block_size), zeros_like_x, numbers, 0.37)
+    theirs = naive(naive_x, spread(naive_scale, x, axis, block_size), zeros_like_x, numbers, 0.37, follows)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     (theirs * upstream).sum().backward()
     torch.testing.assert_close(log_scale.grad, naive_scale.grad, rtol=1e-4, atol=1e-4)
@@ -114,7 +123,7 @@ def test_the_gradient_of_a_half_precision_input_is_summed_in_float32(numbers: st
 
 def test_the_operator_keeps_torch_s_rules() -> None:
     arguments = (torch.randn(4, 10), torch.full((4, 3), 0.25), torch.full((4, 3), 0.25).log().requires_grad_(), 0.5)
-    torch.library.opcheck(fake_quantize_learned, (*arguments, None, "int4", 0, 4))
+    torch.library.opcheck(fake_quantize_learned, (*arguments, None, "int4", 0, 4, True))
 
 
 def test_logarithms_hold_the_scale() -> None:
@@ -126,12 +135,12 @@ def test_logarithms_hold_the_scale() -> None:
     assert torch.isfinite(log_of(torch.zeros(2))).all()
 
 
-def learning_layer(format: str, seed: int = 0, bias: bool = True) -> FakeQuantizedLinear:
+def learning_layer(format: str, seed: int = 0, bias: bool = True, weights_follow: bool = False) -> FakeQuantizedLinear:
     torch.manual_seed(seed)
     layer = FakeQuantizedLinear(nn.Linear(64, 8, bias=bias), format)
     layer(torch.randn(20, 64))
     freeze_scales(layer)
-    learn_scales(layer)
+    learn_scales(layer, weights_follow=weights_follow)
     return layer
 
 
@@ -214,9 +223,9 @@ def test_scales_that_are_set_are_where_learning_goes_on() -> None:
 
 def test_there_has_to_be_something_to_learn() -> None:
     with pytest.raises(ValueError, match="not learned yet, found 0 scales of weights and inputs; learn scales once"):
-        learn_scales(nn.Linear(3, 3))
+        learn_scales(nn.Linear(3, 3), weights_follow=False)
     with pytest.raises(ValueError, match="found 2 scales of weights and inputs, which are learned already; learn"):
-        learn_scales(learning_layer("fp8_e4m3"))
+        learn_scales(learning_layer("fp8_e4m3"), weights_follow=False)
     assert not RowQuantizer(Grid("int8", "row")).has_own_scales
     assert WeightQuantizer(Grid("int8", "row"), torch.randn(2, 2)).has_own_scales
 
@@ -232,16 +241,67 @@ def test_the_optimizer_gets_a_group_without_decay_that_its_schedule_covers() -> 
     cover_new_groups(schedule)
     main, scales = optimizer.param_groups
     assert scales["params"] == learned_scales(layer)
-    assert (scales["weight_decay"], scales["lr"], scales["betas"]) == (0, 0.1 / 4, (0.8, 0.9))
+    assert (scales["weight_decay"], scales["lr"], scales["betas"]) == (0, SCALE_RATE * 0.1 / 4, (0.8, 0.9))
     cover_new_groups(schedule)
     schedule.step()
-    assert main["lr"] == scales["lr"] == pytest.approx(0.1 / 5)
-    assert schedule.get_last_lr() == [main["lr"]] * 2
+    assert main["lr"] == pytest.approx(0.1 / 5)
+    assert scales["lr"] == pytest.approx(SCALE_RATE * 0.1 / 5)
+    assert schedule.get_last_lr() == [main["lr"], scales["lr"]]
     assert main["weight_decay"] == 0.5
     other = torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD([layer.weight], lr=1.0), 0.9)
     add_scale_group(other.optimizer, learned_scales(layer))
     with pytest.raises(ValueError, match="for learned scales, found ExponentialLR; set"):
         cover_new_groups(other)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_that_follow_keep_their_codes(format: str) -> None:
+    """The scale alone decides then what the codes stand for; other weights keep their values and get other codes."""
+    following, staying = (learning_layer(format, weights_follow=follows) for follows in (True, False))
+    generator = torch.Generator().manual_seed(3)
+    move = 0.2 * torch.randn(following.weight_quantizer.scale.shape, generator=generator)
+    for layer in (following, staying):
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach().clone()
+        codes = quantizer.codes(weight)
+        with torch.no_grad():
+            quantizer.log_scale.add_(move)
+        round_learned_scales(layer)
+        assert torch.equal(quantizer.scale, scale_of(quantizer.log_scale.detach()))
+        same = (quantizer.codes(layer.weight) == codes).float().mean()
+        if layer is following:
+            # A weight may lie so near to the middle of two codes that rounding decides.
+            assert same > 0.99
+            ratios = spread(
+                quantizer.scale / learning_layer(format).weight_quantizer.scale, weight, 0, quantizer.grid.group_size
+            )
+            torch.testing.assert_close(layer.weight.detach(), weight * ratios)
+        else:
+            assert same < 0.99
+            assert torch.equal(layer.weight, weight)
+
+
+def test_weights_on_the_grid_show_their_scales_only_by_following() -> None:
+    """What a solver leaves: values equal to their rounding, of which LSQ's own gradient sees nothing."""
+    gradients = {}
+    for follows in (True, False):
+        layer = learning_layer("int4_g32", weights_follow=follows)
+        quantizer = layer.weight_quantizer
+        with torch.no_grad():
+            layer.weight.copy_(quantizer(layer.weight))
+        layer(torch.randn(20, 64, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        gradients[follows] = quantizer.log_scale.grad.abs().mean()
+    assert gradients[False] < 1e-5 * gradients[True]
+
+
+def test_only_float32_weights_can_follow() -> None:
+    layer = FakeQuantizedLinear(nn.Linear(64, 8), "int4_g32").bfloat16()
+    freeze_scales(layer)
+    with pytest.raises(
+        ValueError, match="expected float32 weights to follow .* found torch.bfloat16, .*student_dtype to float32"
+    ):
+        learn_scales(layer, weights_follow=True)
+    assert not learned_scales(layer)
+    learn_scales(layer, weights_follow=False)
 
 
 # The steps of FP8 grow with its values, so only scales that clip are bad ones.
