@@ -11,7 +11,9 @@ from benchmarks import chats, onnx_decode, quantization, quantization_arms, quan
 from benchmarks.quantization_arms import Arm, best
 from benchmarks.quantization_peers import Peer
 from benchmarks.quantization_training import WAYS
+from models.quantization import quantized_linears
 from models.quantization.formats import FORMATS, format_of
+from models.quantization.lsq import scale_of
 from models.quantization.post_training import PostTrainingQuantization
 from models.quantization.smoothing import STRENGTHS
 
@@ -202,6 +204,18 @@ def test_training_moves_the_calibrated_student(bench: Path) -> None:
     for (before, after), ratio in zip((rows[:2], rows[2:]), ratios.values(), strict=True):
         assert ratio == pytest.approx(after["kl"] / before["kl"]) and ratio != 1
         assert after["way"] == quantization_training.DISTILLED
+
+
+@pytest.mark.usefixtures("training")
+def test_learned_scales_are_those_that_are_judged(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, judged = quantization.Bench(4), []
+    monkeypatch.setattr(kept, "judge", lambda student: judged.append(student) or {})
+    quantization_training.trained_row(kept, Arm("int4_g32", "gptq", "mse"), quantization_training.LEARNED, 2)
+    before, after = (quantized_linears(model) for model in (kept.start(Arm("int4_g32", "gptq", "mse")), *judged))
+    for name, linear in after.items():
+        scale = linear.weight_quantizer.scale
+        assert not torch.equal(scale, before[name].weight_quantizer.scale)
+        assert torch.equal(scale, scale_of(linear.weight_quantizer.log_scale.detach()))
 
 
 def test_batches_are_those_of_the_steps_in_a_new_order_each_epoch(bench: Path, training: None) -> None:
