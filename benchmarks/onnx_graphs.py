@@ -4,7 +4,7 @@
 |-----------|--------------------------------------------------------------------|------------------------------|
 | `fp32`    | float32                                                            | float32                      |
 | `int8`    | `int8_g64`: 8-bit blocks of 64, smoothed, rounded to nearest       | 8-bit blocks, to nearest     |
-| `int4`    | `int4_g64`: 4-bit blocks of 64, QuantEase                          | 4-bit blocks, to nearest     |
+| `int4`    | `int4_g128`: 4-bit blocks of 128, QuantEase                        | 4-bit blocks, to nearest     |
 | `prefill` | `int8`: products of whole numbers, QuantEase; the last position only | 8-bit blocks, to nearest   |
 
 Students are quantized by `models/quantization/post_training.py` and written by `export/for_cpu.py`.
@@ -29,7 +29,7 @@ MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES, CALIBRATION_BATCHES = 128, 4
 Graph = Literal["fp32", "int8", "int4", "prefill"]
 GRAPHS: tuple[Graph, ...] = ("fp32", "int8", "int4", "prefill")
-_PRECISION: dict[Graph, Precision] = {"fp32": "fp32", "int8": "int8_g64", "int4": "int4_g64", "prefill": "int8"}
+_PRECISION: dict[Graph, Precision] = {"fp32": "fp32", "int8": "int8_g64", "int4": "int4_g128", "prefill": "int8"}
 _METHOD: dict[Graph, Method] = {"int8": "nearest", "int4": "quantease", "prefill": "quantease"}
 
 

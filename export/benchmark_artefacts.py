@@ -11,6 +11,7 @@ import torch
 from export.benchmark_measure import Session, TorchSession
 from export.engine_runtime import EngineSession, why_not_runnable
 from export.files import folder_bytes
+from export.layout import ENGINES, GRAPH, MODEL_ENGINE_NAME, STUDENT
 from export.runtime import OnnxSession
 from export.to_tensorrt import Flavour
 from models.pretrained import load_model
@@ -18,9 +19,9 @@ from models.pretrained import load_model
 Runtime = Literal["torch", "onnx", "engine"]
 RUNTIMES: tuple[Runtime, ...] = ("torch", "onnx", "engine")
 _MISSING: dict[Runtime, str] = {
-    "torch": "there is no student/ (the export left `hf` out)",
-    "onnx": "there is no onnx/model.onnx (the export left `onnx` out)",
-    "engine": "there is no engine/model-*.engine (the export left `engine` out)",
+    "torch": f"there is no {STUDENT}/ (the export left `hf` out)",
+    "onnx": f"there is no {GRAPH} (the export left `onnx` out)",
+    "engine": f"there is no {ENGINES} (the export left `engine` out)",
 }
 
 
@@ -67,7 +68,7 @@ def find_artefacts(
         there = [runtime for runtime in RUNTIMES if _paths(folder, runtime)]
         if not there:
             raise FileNotFoundError(
-                f"expected an export folder (with student/, onnx/model.onnx or engine/) at {str(folder)!r}, found none; "
+                f"expected an export folder (with {STUDENT}/, {GRAPH} or engine/) at {str(folder)!r}, found none; "
                 "check the path, or write one with `python -m export`"
             )
         for runtime in runtimes:
@@ -116,10 +117,10 @@ def _labels(folders: Sequence[Path]) -> dict[Path, str]:
 
 def _paths(folder: Path, runtime: Runtime) -> list[Path]:
     if runtime == "engine":
-        return sorted(folder.glob("engine/model-*.engine"))
+        return sorted(folder.glob(ENGINES))
     path, proof = {
-        "torch": (folder / "student", folder / "student/config.json"),
-        "onnx": (folder / "onnx/model.onnx", folder / "onnx/model.onnx"),
+        "torch": (folder / STUDENT, folder / STUDENT / "config.json"),
+        "onnx": (folder / GRAPH, folder / GRAPH),
     }[runtime]
     return [path] if proof.is_file() else []
 
@@ -130,7 +131,7 @@ def _why_not(artefact: Artefact) -> str | None:
 
 def _artefacts(label: str, runtime: Runtime, path: Path) -> list[Artefact]:
     if runtime == "engine":
-        return [Artefact(f"{label} {path.stem.removeprefix('model-')}", runtime, "cuda", str(path))]
+        return [Artefact(f"{label} {path.stem.removeprefix(f'{MODEL_ENGINE_NAME}-')}", runtime, "cuda", str(path))]
     cpu = Artefact(f"{label} {runtime}", runtime, "cpu", str(path))
     if runtime == "torch" and torch.cuda.is_available():
         return [cpu, Artefact(f"{label} torch float16 on the GPU", runtime, "cuda", str(path))]
@@ -140,4 +141,4 @@ def _artefacts(label: str, runtime: Runtime, path: Path) -> list[Artefact]:
 def _flavour(path: Path) -> Flavour:
     """The package that built an engine, from its name: `model-PACKAGE-TARGET.engine`, or without PACKAGE in `baseline/`."""
     flavours: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
-    return next((flavour for flavour in flavours if path.name.startswith(f"model-{flavour}-")), "auto")
+    return next((flavour for flavour in flavours if path.name.startswith(f"{MODEL_ENGINE_NAME}-{flavour}-")), "auto")
