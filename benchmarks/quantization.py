@@ -33,7 +33,7 @@ from benchmarks.quantization_arms import ARMS, COMPARISONS, INT4, Arm, best
 from benchmarks.quantization_graphs import graph_rows
 from benchmarks.quantization_page import write_page
 from benchmarks.quantization_peers import Peer
-from benchmarks.quantization_training import DISTILLED, STEPS, WAYS, learning_rate, trained_row
+from benchmarks.quantization_training import DISTILLED, LEARNED, STEPS, WAYS, learning_rate, trained_row
 from benchmarks.study import Row, Rows, flat
 from benchmarks.study_training import quiet
 from models.evaluation import evaluate
@@ -165,8 +165,8 @@ def quick(study: Study) -> tuple[list[Row], dict[str, float]]:
 def trained(study: Study, steps: int) -> tuple[list[Row], dict[str, float]]:
     """Our calibrated FP8 and INT4, and what distillation with quantizers in place makes of them; KL after over KL before."""
     rows, ratios = [], {}
-    for name, arm in (("fp8_qat_kl", best("fp8_e4m3")), ("int4_qat_kl", best(INT4))):
-        [before], [after] = study.calibrated([arm]), study.trained([arm], [DISTILLED], steps)
+    for name, arm, way in (("fp8_qat_kl", best("fp8_e4m3"), DISTILLED), ("int4_qat_kl", best(INT4), LEARNED)):
+        [before], [after] = study.calibrated([arm]), study.trained([arm], [way], steps)
         rows += [before, after]
         ratios[name] = after["kl"] / before["kl"]
     return rows, ratios

@@ -45,7 +45,7 @@ def _method(rows: Sequence[Row]) -> str:
         "token, perplexity of the answers.  Bits are those of a stored weight with its share of the scales of its group.\n\n"
         "| word | what |\n|---|---|\n"
         "| nearest, gptq, quantease | how weights are rounded: each to nearest, or layer after layer so that what follows is disturbed least |\n"
-        "| max, mse, percentile | scales: no value is clipped; least squared error of weights and inputs; 99.9 % of the inputs fit |\n"
+        "| max, mse, percentile | scales: no value is clipped; least squared error of weights and inputs; 99.99 % of the inputs fit |\n"
         "| smoothed where it helps | channels are scaled before rounding, folded into the layer before |\n"
         "| sensitive | tokens count by what the predictions owe to them |\n"
         "| cache | only keys and values are rounded, weights keep 16 bits |\n\n"
