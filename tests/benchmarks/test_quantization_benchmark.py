@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_folder, tiny_model
+from transformers import PreTrainedModel
 
 from benchmarks import chats, onnx_decode, quantization, quantization_arms, quantization_training
 from benchmarks.quantization_arms import Arm, best
@@ -208,8 +209,13 @@ def test_training_moves_the_calibrated_student(bench: Path) -> None:
 
 @pytest.mark.usefixtures("training")
 def test_learned_scales_are_those_that_are_judged(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, judged = quantization.Bench(4), []
-    monkeypatch.setattr(kept, "judge", lambda student: judged.append(student) or {})
+    kept, judged = quantization.Bench(4), list[PreTrainedModel]()
+
+    def judge(student: PreTrainedModel) -> dict[str, float]:
+        judged.append(student)
+        return {}
+
+    monkeypatch.setattr(kept, "judge", judge)
     quantization_training.trained_row(kept, Arm("int4_g32", "gptq", "mse"), quantization_training.LEARNED, 2)
     before, after = (quantized_linears(model) for model in (kept.start(Arm("int4_g32", "gptq", "mse")), *judged))
     for name, linear in after.items():
