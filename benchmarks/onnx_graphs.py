@@ -26,7 +26,7 @@ from models.pretrained import load_model, load_tokenizer
 from models.quantization.post_training import Method, PostTrainingQuantization, quantize_after_training
 
 MODEL = "package:smollm2-135m-instruct"
-CALIBRATION_SAMPLES, CALIBRATION_BATCHES = 128, 4
+CALIBRATION_SAMPLES, CALIBRATION_BATCHES = 128, 8
 Graph = Literal["fp32", "int8", "int4", "prefill"]
 GRAPHS: tuple[Graph, ...] = ("fp32", "int8", "int4", "prefill")
 _PRECISION: dict[Graph, Precision] = {"fp32": "fp32", "int8": "int8_g64", "int4": "int4_g128", "prefill": "int8"}

@@ -32,7 +32,7 @@ def speeds(reference: str, rows: Sequence[Row], store: Rows) -> list[Row]:
     """
     shapes = {(row["hidden"], tuple(map(tuple, row["layers"]))): row for row in reversed(rows)}
     found = []
-    model = None
+    model, whole = None, dict[str, Run]()
     for row in (bar := tqdm(list(reversed(shapes.values())), desc="Speed", unit="shape")):
         bar.set_postfix_str(f"{row['cut']}: {row['arm']}")
         sizes = {"hidden": row["hidden"], "layers": row["layers"]}
@@ -41,16 +41,15 @@ def speeds(reference: str, rows: Sequence[Row], store: Rows) -> list[Row]:
         name = f"speed {row['cut']}{' per layer' if unequal else ''}".replace(" ", "_").replace("%", "percent")
         timed = store.find(name, made)
         if timed is None:
-            model = model or load_model(reference)
-            dense = shape_of(model)
-            shape = replace(dense, hidden=row["hidden"], layers=tuple(LayerShape(*layer) for layer in row["layers"]))
+            if model is None:
+                model = load_model(reference)
+                whole = {backend: run(model, batch=BATCH, length=LENGTH) for backend, run in BACKENDS.items()}
+            layers = tuple(LayerShape(*layer) for layer in row["layers"])
+            shape = replace(shape_of(model), hidden=row["hidden"], layers=layers)
             timed = {"speed_of": row["cut"], "unequal_layers": unequal, **_sizes(shape), **sizes}
             for backend, run in BACKENDS.items():
-                timed |= _timed(
-                    backend,
-                    run(model, batch=BATCH, length=LENGTH),
-                    run(sliced(model, shape), batch=BATCH, length=LENGTH),
-                )
+                student = run(sliced(model, shape), batch=BATCH, length=LENGTH)
+                timed |= _timed(backend, whole[backend], student)
             timed |= {"settings": made, "machine": machine(("torch", "transformers", "onnxruntime"))}
             store.write(name, timed)
         found.append(timed)

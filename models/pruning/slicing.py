@@ -2,7 +2,8 @@
 
 Replacing a `Parameter` in the middle of `fit` would leave the optimizer training the old one without any error.  Here the
 object stays and only its storage changes, so the optimizer, its step counters and the LR schedule go on as if nothing had
-happened.  Valid only between optimizer steps, with no live autograd graph that still refers to the old shape.
+happened.  Valid only between optimizer steps; a graph from before may still be alive (a loss that a logger or `torch.compile` keeps),
+but nothing can be propagated through it any more.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,10 @@ def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers
     """
     old_shape = parameter.shape
     keep = keep.to(parameter.device)
-    parameter.data = parameter.data.index_select(dim, keep)
+    kept = parameter.data.index_select(dim, keep)
+    # autograd's node for a parameter remembers its shape for as long as any graph holds the node; a change of type makes it anew
+    parameter.data = kept.new_empty(0, dtype=torch.float32 if kept.dtype == torch.float64 else torch.float64)
+    parameter.data = kept
     parameter.grad = None
     for optimizer in optimizers:
         for name, value in optimizer.state.get(parameter, {}).items():

@@ -71,18 +71,14 @@ def test_quick_prints_ratios_and_writes_json(bench: Path, capsys: pytest.Capture
     assert "osscar_kl_over_activation_kl_mlp" in capsys.readouterr().out
 
 
-@pytest.fixture
-def study(bench: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def test_the_study_writes_a_page_and_goes_on_where_it_stopped(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arms for each of the tiny model's cuts, timed twice."""
     arms = (pruning_arms.BASELINE, pruning_arms.Arm("osscar", "sequential", "per_layer"))
     for module in (pruning, pruning_page):
         monkeypatch.setattr(module, "ARMS", {**dict.fromkeys(pruning.CUTS, arms), "mlp 25 %": arms})
         monkeypatch.setattr(module, "CUTS", pruning.CUTS)
     monkeypatch.setattr(pruning_speed, "REPETITIONS", 2)
-    return ["--out", str(bench / "study"), "--cuts", *pruning.CUTS]
-
-
-def test_the_study_writes_a_page(bench: Path, study: list[str]) -> None:
+    study = ["--out", str(bench / "study"), "--cuts", *pruning.CUTS]
     notes = bench / "study/notes.md"
     notes.parent.mkdir()
     notes.write_text("Words of ours.\n")
@@ -99,10 +95,6 @@ def test_the_study_writes_a_page(bench: Path, study: list[str]) -> None:
     assert all(f"| {row['arm']} | {row['kl']:.3f} |" in page for row in students)
     assert "Words of ours." in page and " ".join(study) in page and "## Speed" in page and "Recovery" not in page
 
-
-def test_the_study_goes_on_where_it_stopped(bench: Path, study: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pruning.main(study)
-    page = (bench / "study.md").read_text()
     for module, name in ((pruning, "Bench"), (pruning_speed, "load_model")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("made again"))
     pruning.main(study)

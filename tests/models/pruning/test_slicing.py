@@ -106,5 +106,17 @@ def test_parameter_unknown_to_the_optimizer() -> None:
     assert len(other) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_loss_that_is_kept_from_before_does_not_spoil_the_next_gradient(dtype: torch.dtype) -> None:
+    linear, kept = nn.Linear(4, 3, dtype=dtype), torch.tensor([0, 2])
+    narrowed = linear.weight.detach()[kept]
+    before = linear(torch.ones(1, 4, dtype=dtype)).sum()
+    narrow_linear(linear, kept, 0)
+    linear(torch.full((1, 4), 2.0, dtype=dtype)).sum().backward()
+    assert before.grad_fn is not None
+    assert linear.weight.dtype == dtype and torch.equal(linear.weight, narrowed)
+    assert torch.equal(linear.weight.grad, torch.full((2, 4), 2.0, dtype=dtype))
+
+
 def test_group_indices() -> None:
     assert group_indices(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
