@@ -118,10 +118,6 @@ class ReasoningTasks(ChatDataModule):
             for item, prediction in zip(items, predictions, strict=True)
         ]
 
-    def task_names(self, batch: Batch, split: str) -> list[str]:
-        """The task of every row of a batch."""
-        return [self.items(split)[i].task for i in batch["index"]]
-
     def constant_answer_score(self, split: str) -> float:
         """The mean over tasks of the exact match that each task's most common answer reaches."""
         answers: dict[str, list[str]] = {}

@@ -7,8 +7,6 @@ For inputs X with the Gram matrix H = X^T X, rounding W to V changes the outputs
 - `quantease` improves what another method gave: input after input takes the grid value that is best while all others stay
   (arXiv 2309.01885), and between them every scale takes its best value, too.
 
-`following_outputs` gives a weight to be rounded in the place of W where the inputs are not those that W had.
-
 The values returned lie on the grid of the scales returned: rounding them again changes no bit.
 
 Legend: O outputs, I inputs, K inputs of a block, G blocks.
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.pruning.least_squares import damped, refit
+from models.pruning.least_squares import damped
 from models.quantization.fake_quantize import fake_quantize
 from models.quantization.formats import Grid
 from models.quantization.scales import Search, weight_scales
@@ -151,29 +149,6 @@ def quantease(
         if torch.equal(values_OI, before_OI):
             break
     return Rounded(values_OI, columns.scale, columns.zero_point)
-
-
-def following_outputs(weight_OI: Tensor, gram_II: Tensor, product_IO: Tensor, *, ridge: float) -> Tensor:
-    """The weight (O, I) whose outputs come closest to given ones, which other inputs had produced.
-
-    Args:
-        weight_OI: The weight that the ridge pulls towards.
-        gram_II: X^T X of the inputs it will have.
-        product_IO: X^T Y with the outputs Y wanted, without the bias.
-        ridge: Share of the mean diagonal of X^T X.
-
-    Raises:
-        ValueError: The Gram matrix with the ridge is not positive definite.
-    """
-    hessian_II = damped(gram_II, ridge)
-    product_IO = product_IO.double() + (hessian_II - gram_II.double()) @ weight_OI.T.double()
-    return refit(hessian_II, product_IO, torch.arange(len(gram_II), device=gram_II.device)).T.to(weight_OI.dtype)
-
-
-def output_error(weight_OI: Tensor, values_OI: Tensor, gram_II: Tensor) -> float:
-    """tr((V - W) H (V - W)^T): the squared change of the outputs, summed over tokens and outputs."""
-    difference_OI = (values_OI - weight_OI).double()
-    return float((difference_OI @ gram_II.double() * difference_OI).sum())
 
 
 class _Columns:

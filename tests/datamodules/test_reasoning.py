@@ -90,7 +90,6 @@ def test_scores(data: ReasoningTasks) -> None:
     assert data.gym_score(batch["answers"], batch, "test") == [1.0] * len(wrong)
     assert max(data.gym_score([""] * len(wrong), batch, "test")) < 1
     items = data.items("test")
-    assert data.task_names(batch, "test") == [items[i].task for i in batch["index"]]
     assert batch["prompts"] == [items[i].question for i in batch["index"]]
     assert batch["answers"] == [items[i].entry["answer"] for i in batch["index"]]
 
