@@ -23,7 +23,8 @@ from export.for_cpu import CPU, CPU_PREFILL, write_cpu_graphs
 from export.to_onnx import Precision, export_onnx
 from models.forward import Batch
 from models.pretrained import load_model, load_tokenizer
-from models.quantization.post_training import Method, PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import quantize_after_training
+from models.quantization.settings import Method, PostTrainingQuantization
 
 MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES, CALIBRATION_BATCHES = 128, 8

@@ -13,8 +13,9 @@ from models.forward import Batch
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED, formats_by_pattern
 from models.quantization.formats import FORMATS
-from models.quantization.post_training import Method, PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import quantize_after_training
 from models.quantization.scales import Search
+from models.quantization.settings import Method, PostTrainingQuantization
 from models.quantization.smoothing import STRENGTHS
 
 
@@ -28,6 +29,7 @@ class Arm:
         search: How scales of weights and of inputs are found, see the same.
         smoothing: Whether channels are smoothed first, see the same; None: where it helps.
         sensitive: The same.
+        compensate: The same.
         kv_cache: Format of keys and values, if they are rounded.
     """
 
@@ -36,6 +38,7 @@ class Arm:
     search: Search = "max"
     smoothing: bool | None = False
     sensitive: bool = False
+    compensate: bool = False
     kv_cache: CacheFormat | None = None
 
     @property
@@ -44,7 +47,8 @@ class Arm:
         smoothed = {True: ", smoothed", False: "", None: ", smoothed where it helps"}[self.smoothing]
         if self.format == UNQUANTIZED:
             return f"cache {self.kv_cache}, {self.search}"
-        return f"{self.method}, {self.search}{smoothed}" + ", sensitive" * self.sensitive
+        added = ", sensitive" * self.sensitive + ", compensating" * self.compensate
+        return f"{self.method}, {self.search}{smoothed}{added}"
 
     def quantize(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Quantize a model in place."""
@@ -54,6 +58,7 @@ class Arm:
             weight_search=self.search,
             input_search=self.search,
             sensitive=self.sensitive,
+            compensate=self.compensate,
         )
         formats = formats_by_pattern(model, UNQUANTIZED, {}) if self.format == UNQUANTIZED else self.format
         with tqdm(total=len(decoder_layers(model)), desc="Layers", unit="layer", leave=False) as bar:
@@ -73,7 +78,8 @@ _AWQ = Peer(INT4, _MODELOPT, "INT4_AWQ_CFG")
 
 def best(format: str) -> Arm:
     """The defaults of `PostTrainingQuantization`."""
-    return Arm(format, "quantease", "mse", smoothing=None, sensitive=True)
+    compensate = PostTrainingQuantization().compensates(format)
+    return Arm(format, "quantease", "mse", smoothing=None, sensitive=True, compensate=compensate)
 
 
 # Name of a ratio of KLs -> what is above and below the line.
@@ -117,7 +123,7 @@ ARMS: dict[str, tuple[Arm | Peer, ...]] = {UNQUANTIZED: _CACHES} | {
         Arm(format, search="mse", smoothing=None),
         Arm(format, "gptq", "mse", smoothing=None),
         Arm(format, "quantease", "mse", smoothing=None),
-        best(format),
+        *dict.fromkeys([Arm(format, "quantease", "mse", smoothing=None, sensitive=True), best(format)]),
         *([Arm(format, search="percentile")] if format in _STATIC else []),
         *(peer for peer in PEERS if peer.format == format),
     )

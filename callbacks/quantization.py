@@ -19,8 +19,9 @@ from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import FormatName
 from models.quantization.learning import check_can_follow, learned_scales
-from models.quantization.post_training import Method, PostTrainingQuantization, calibrate_quantizers
+from models.quantization.post_training import calibrate_quantizers
 from models.quantization.scales import Search
+from models.quantization.settings import Method, PostTrainingQuantization
 from models.student import StudentModule
 
 

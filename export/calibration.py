@@ -17,8 +17,9 @@ from models.forward import Batch
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
 from models.quantization.linear import freeze_scales
-from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import quantize_after_training
 from models.quantization.quantizers import FakeQuantizer
+from models.quantization.settings import PostTrainingQuantization
 
 BATCH_SIZE = 8
 _SENSITIVITY_BATCHES = 4

@@ -10,7 +10,7 @@ from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED as NO_FORMAT
 from models.quantization.formats import FORMATS
-from models.quantization.post_training import Method, PostTrainingQuantization
+from models.quantization.settings import Method, PostTrainingQuantization
 
 _CALIBRATION_OPTIONS = ("--method", "--calibration-conversations", "--layer-formats", "--average-bits", "--kv-cache")
 

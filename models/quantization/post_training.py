@@ -1,14 +1,16 @@
 """Quantization after training: smoothing, scales of inputs and rounding, layer after layer, from a few calibration batches.
 
 Every layer is fitted to the inputs that it will have, which come from the quantized layers before it; each projection in it sees
-those of the projections before it.  A token counts as much as the predictions depend on it, see `models/quantization/sensitivity.py`.
+those of the projections before it, and may make good what they have changed, see `models/quantization/compensation.py`.  A token counts as
+much as the predictions depend on it, see `models/quantization/sensitivity.py`.
 
 Legend: B samples, T tokens, S valid tokens, I inputs, O outputs, D hidden, G key/value groups, K head width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,52 +22,19 @@ from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, input_of, on_device
 from models.quantization.cache import CacheFormat, cache_quantizers
 from models.quantization.choice import formats_by_pattern, quantization_edits
+from models.quantization.compensation import DenseHalf, compensating
 from models.quantization.formats import Format, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
 from models.quantization.rounding import Rounded, gptq, nearest, quantease
 from models.quantization.scales import Search
 from models.quantization.sensitivity import readers_of, token_weights
-from models.quantization.smoothing import STRENGTHS, Pair, best_factors, fold, pairs_of
+from models.quantization.settings import PostTrainingQuantization
+from models.quantization.smoothing import Pair, best_factors, fold, pairs_of
 from models.structure import Edit, apply_edit
 
-Method = Literal["nearest", "gptq", "quantease"]
+_DEFAULT = PostTrainingQuantization()
 _SMOOTHING_BATCHES = 2  # that smoothing factors are searched on
-
-
-@dataclass(frozen=True)
-class PostTrainingQuantization:
-    """How a model is quantized after training.
-
-    Attributes:
-        method: How weights are rounded: `nearest`, `gptq`, or `quantease`, which starts from `gptq` and takes three times as long;
-            see `models/quantization/rounding.py`.
-        weight_search: How scales of weights are chosen: `max` or `mse`.
-        input_search: How calibrated scales of inputs are chosen: `max`, `percentile` or `mse`.
-        smoothing: Strengths that the search for smoothing factors tries; empty: no smoothing; None: `STRENGTHS` where it was
-            found to help, which is where inputs are rounded to integers, and where weights alone are rounded to nearest.
-        sensitive: Tokens count by what the predictions owe to them, which takes a backward pass; otherwise all alike.
-        damping: Share of the mean diagonal of a Gram matrix that is added to it.
-        sweeps: Passes of `quantease`, at most.
-        smoothing_tokens: Calibration tokens on which smoothing factors are tried, at most.
-    """
-
-    method: Method = "quantease"
-    weight_search: Search = "mse"
-    input_search: Search = "mse"
-    smoothing: tuple[float, ...] | None = None
-    sensitive: bool = True
-    damping: float = 0.01
-    sweeps: int = 4
-    smoothing_tokens: int = 512
-
-    def strengths(self, format: str) -> tuple[float, ...]:
-        """The strengths that the search for smoothing factors tries where layers have this format."""
-        if self.smoothing is not None:
-            return self.smoothing
-        inputs = format_of(format).input
-        helps = self.method == "nearest" if inputs is None else inputs.numbers != "fp8_e4m3"
-        return STRENGTHS if helps else ()
 
 
 @dataclass
@@ -77,19 +46,21 @@ class _Reading:
         arguments: What the model gives to each of its layers beside the hidden states.
         weights: How much each token counts, (B, T), for every layer and every entry of `readers_of`.
         stream_BTD: The residual stream of the quantized model at the next layer.
+        dense_BTD: That of the unquantized model; None where no format wants to know.
     """
 
     mask_BT: Tensor
     arguments: list[dict[str, Any]]
     weights: list[list[Tensor]]
     stream_BTD: Tensor
+    dense_BTD: Tensor | None = None
 
 
 def quantize_after_training(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     formats: str | Mapping[str, str],
-    settings: PostTrainingQuantization = PostTrainingQuantization(),
+    settings: PostTrainingQuantization = _DEFAULT,
     *,
     kv_cache: CacheFormat | None = None,
     on_layer: Callable[[int], object] = lambda index: None,
@@ -123,7 +94,7 @@ def quantize_after_training(
 def calibrate_quantizers(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    settings: PostTrainingQuantization = PostTrainingQuantization(),
+    settings: PostTrainingQuantization = _DEFAULT,
     *,
     on_layer: Callable[[int], object] = lambda index: None,
 ) -> None:
@@ -136,6 +107,9 @@ def calibrate_quantizers(
             _read(model, batch, number, sensitive=sensitive)
             for number, batch in enumerate(on_device(batches, model.device))
         ]
+        if any(settings.compensates(format) for format in formats):
+            for reading in readings:
+                reading.dense_BTD = reading.stream_BTD
         for layer in decoder_layers(model):
             _quantize_layer(layer, readings, settings)
             on_layer(layer.index)
@@ -168,17 +142,25 @@ def _quantize_layer(layer: DecoderLayer, readings: Sequence[_Reading], settings:
     halves = ((layer.attention, qkv, o_proj), (layer.mlp, gate_up, down_proj))
     for half, (module, readers, writer) in enumerate(halves):
         norm, finish = layer.stream_norms[half], layer.output_norms[half] if layer.output_norms else None
-        inputs = [norm(reading.stream_BTD) for reading in readings]
-        _quantize(readers, inputs, 2 * half, layer.index, readings, settings)
         arguments = [{} if half else reading.arguments[layer.index] for reading in readings]
+        dense = [
+            DenseHalf.run(module, writer[0], norm, finish, reading.dense_BTD, **named)
+            for reading, named in zip(readings, arguments, strict=True)
+            if reading.dense_BTD is not None
+        ]
+        inputs = [norm(reading.stream_BTD) for reading in readings]
+        _quantize(readers, inputs, 2 * half, layer.index, readings, settings, [each.aim_of_reader for each in dense])
         _calibrate_cache(module, writer[0], inputs, arguments, readings, settings)
         inputs = [
             input_of(writer[0], module, input_BTD, **named) for input_BTD, named in zip(inputs, arguments, strict=True)
         ]
-        _quantize(writer, inputs, 2 * half + 1, layer.index, readings, settings)
+        aims = [partial(each.aim_of_writer, stream_BTD=r.stream_BTD) for each, r in zip(dense, readings, strict=False)]
+        _quantize(writer, inputs, 2 * half + 1, layer.index, readings, settings, aims)
         for input_BTI, reading in zip(inputs, readings, strict=True):
             output_BTD = writer[0](input_BTI)
             reading.stream_BTD = reading.stream_BTD + (output_BTD if finish is None else finish(output_BTD))
+        for each, reading in zip(dense, readings, strict=False):
+            reading.dense_BTD = each.stream_BTD
 
 
 def _quantize(
@@ -188,6 +170,7 @@ def _quantize(
     index: int,
     readings: Sequence[_Reading],
     settings: PostTrainingQuantization,
+    aims: Sequence[Callable[[FakeQuantizedLinear], Tensor]],
 ) -> None:
     """Freeze the quantizers of layers that read the same tensor, and round their weights."""
     valid = [input_BTI[reading.mask_BT].float() for input_BTI, reading in zip(inputs, readings, strict=True)]
@@ -198,25 +181,36 @@ def _quantize(
             continue
         if linear.input_quantizer is not None:
             _freeze_input(linear.input_quantizer, valid, settings.input_search)
-        if linear.format not in grams and settings.method != "nearest":
-            grams[linear.format] = _gram(linear, valid, roots)
+        compensates = settings.compensates(linear.format)
+        if linear.format not in grams and (compensates or settings.method != "nearest"):
+            grams[linear.format] = _moment(linear, valid, roots)
+        if compensates:
+            outputs = [aim(linear)[reading.mask_BT].float() for aim, reading in zip(aims, readings, strict=True)]
+            product_IO = _moment(linear, valid, roots, outputs)
+            linear.weight.copy_(compensating(linear.weight, grams[linear.format], product_IO))
         rounded = _rounded(linear, grams.get(linear.format), settings)
         linear.weight.copy_(rounded.weight_OI)
         linear.weight_quantizer.set_scales(rounded.scale, rounded.zero_point)
 
 
-def _gram(linear: FakeQuantizedLinear, inputs: Sequence[Tensor], roots: Sequence[Tensor]) -> Tensor:
-    """The Gram matrix (I, I) of a layer's inputs (S, I) as it rounds them, weighed by the squares of roots (S, 1)."""
-    gram_II = torch.zeros(2 * inputs[0].shape[-1:], dtype=torch.float64, device=inputs[0].device)
-    for input_SI, root_S1 in zip(inputs, roots, strict=True):
+def _moment(
+    linear: FakeQuantizedLinear,
+    inputs: Sequence[Tensor],
+    roots: Sequence[Tensor],
+    outputs: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """X^T Y (I, O) of a layer's inputs (S, I) as it rounds them and outputs (S, O), or X^T X, weighed by the squares of roots (S, 1)."""
+    total = torch.zeros((), dtype=torch.float64, device=inputs[0].device)
+    for number, (input_SI, root_S1) in enumerate(zip(inputs, roots, strict=True)):
         rounded_SI = input_SI if linear.input_quantizer is None else linear.input_quantizer(input_SI)
-        gram_II += moment(rounded_SI * root_S1, rounded_SI * root_S1)
-    return gram_II
+        other = rounded_SI if outputs is None else outputs[number]
+        total = total + moment(rounded_SI * root_S1, other * root_S1).double()
+    return total
 
 
 def _rounded(linear: FakeQuantizedLinear, gram_II: Tensor | None, settings: PostTrainingQuantization) -> Rounded:
     weight_OI, grid, search = linear.weight, linear.weight_quantizer.grid, settings.weight_search
-    if gram_II is None:
+    if gram_II is None or settings.method == "nearest":
         return nearest(weight_OI, grid, search=search)
     start = gptq(weight_OI, gram_II, grid, search=search, damping=settings.damping, ordered=True)
     if settings.method == "gptq":

@@ -15,7 +15,7 @@ from benchmarks.quantization_training import WAYS
 from models.quantization import quantized_linears
 from models.quantization.formats import FORMATS, format_of
 from models.quantization.lsq import scale_of
-from models.quantization.post_training import PostTrainingQuantization
+from models.quantization.settings import PostTrainingQuantization
 from models.quantization.smoothing import STRENGTHS
 
 
@@ -58,7 +58,9 @@ def test_every_format_and_peer_has_its_place() -> None:
             {"method": "quantease", "smoothing": STRENGTHS},
         ),
         (Arm("int8", sensitive=True), {"sensitive": True}),
-        (quantization_arms.COMPARISONS["int8_kl"][0], vars(PostTrainingQuantization())),
+        (Arm("int8", compensate=True), {"compensate": True}),
+        (quantization_arms.COMPARISONS["int8_kl"][0], vars(PostTrainingQuantization(compensate=False))),
+        (best("int8_weight_only"), vars(PostTrainingQuantization(compensate=True))),
     ],
 )
 def test_an_arm_is_what_its_name_says(arm: Arm, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +68,7 @@ def test_an_arm_is_what_its_name_says(arm: Arm, expected: dict[str, object], mon
     monkeypatch.setattr(quantization_arms, "quantize_after_training", lambda _, __, *what, **___: asked.append(what))
     arm.quantize(tiny_model(), [])
     [(format, settings)] = asked
-    assert format == "int8" and {**vars(settings), **expected} == vars(settings)
+    assert format == arm.format and {**vars(settings), **expected} == vars(settings)
     assert settings.sensitive == arm.sensitive
 
 
@@ -156,7 +158,7 @@ def test_the_study_writes_a_page_and_goes_on_where_it_stopped(
     assert len(rows) == 8 + len(WAYS) and all(row["settings"] and row["machine"] for row in rows.values())
     page = (bench / "study.md").read_text()
     trained = [row for row in rows.values() if "way" in row]
-    start = rows["int4_g32_quantease_mse_smoothed_where_it_helps_sensitive"]["kl"]
+    start = rows["int4_g32_quantease_mse_smoothed_where_it_helps_sensitive_compensating"]["kl"]
     for row in rows.values():
         shown = row["way"] + f" | {start:.4f}" if "way" in row else row["arm"]
         assert row["kl"] > 0 and f"| {shown} | {row['kl']:.4f} |" in page

@@ -34,7 +34,8 @@ from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
 from models.quantization.choice import formats_by_pattern
 from models.quantization.learning import learned_scales
-from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import quantize_after_training
+from models.quantization.settings import PostTrainingQuantization
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from models.quantization.cache import (
 )
 from models.quantization.formats import Grid
 from models.quantization.linear import freeze_scales, rounds_inputs
-from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import quantize_after_training
+from models.quantization.settings import PostTrainingQuantization
 from models.structure import apply_edit
 
 IDS_BT = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,8 @@ from models.losses import forward_kl
 from models.pruning.observe import hooked
 from models.quantization import FORMATS, FakeQuantizedLinear, InputQuantizer, quantized_linears
 from models.quantization import post_training as module
-from models.quantization.post_training import PostTrainingQuantization, quantize_after_training
+from models.quantization.post_training import quantize_after_training
+from models.quantization.settings import PostTrainingQuantization
 from models.structure import replay
 
 BATCHES = [tiny_batch(), tiny_batch([("one two three four", "five six"), ("?", "!")])]
