@@ -6,7 +6,8 @@ its outputs come closest to an aim Y: |X V^T - Y|^2 + r sum_i H_ii |V_i - W_i|^2
 - Readers of the residual stream aim at what the unquantized model computes there.
 - Writers to it aim at all that the stream lacks: the unquantized model's behind them less the quantized one's before them.
 
-Without much of a ridge the aim is met on calibration tokens and missed on others: r = 1 halves what an input would make good alone.
+With a small ridge the aim is met on calibration tokens and missed on others.  GPTQ of SmolLM2-135M in `int4_g128`, calibrated on 64
+conversations and judged on others, leaves 0.206 nats without compensation, 0.188 with r = 1, 0.178 with 4, 0.187 with 12.
 
 Legend: B samples, T tokens, D hidden, I inputs, O outputs.
 """
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from models.pruning.least_squares import damped, refit
 from models.pruning.observe import input_of
 
-RIDGE = 1.0
+RIDGE = 4.0
 _DAMPING = 0.01  # share of the mean diagonal; inputs that are always zero need some
 
 
