@@ -143,7 +143,7 @@ def _quantize_layer(layer: DecoderLayer, readings: Sequence[_Reading], settings:
     for half, (module, readers, writer) in enumerate(halves):
         norm, finish = layer.stream_norms[half], layer.output_norms[half] if layer.output_norms else None
         arguments = [{} if half else reading.arguments[layer.index] for reading in readings]
-        dense = [
+        dense = [  # empty where no format compensates
             DenseHalf.run(module, writer[0], norm, finish, reading.dense_BTD, **named)
             for reading, named in zip(readings, arguments, strict=True)
             if reading.dense_BTD is not None
@@ -172,7 +172,7 @@ def _quantize(
     settings: PostTrainingQuantization,
     aims: Sequence[Callable[[FakeQuantizedLinear], Tensor]],
 ) -> None:
-    """Freeze the quantizers of layers that read the same tensor, and round their weights."""
+    """Freeze the quantizers of layers that read the same tensor, and round their weights, which may aim at other outputs than theirs."""
     valid = [input_BTI[reading.mask_BT].float() for input_BTI, reading in zip(inputs, readings, strict=True)]
     roots = [reading.weights[index][position][reading.mask_BT].sqrt()[:, None] for reading in readings]
     grams: dict[str, Tensor] = {}  # of the inputs as each format rounds them
