@@ -29,7 +29,7 @@ def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers
     keep = keep.to(parameter.device)
     kept = parameter.data.index_select(dim, keep)
     # autograd's node for a parameter remembers its shape for as long as any graph holds the node; a change of type makes it anew
-    parameter.data = kept.new_empty(0, dtype=torch.float32 if kept.dtype == torch.float64 else torch.float64)
+    parameter.data = kept.new_empty(0, dtype=torch.float32 if kept.dtype == torch.float16 else torch.float16)
     parameter.data = kept
     parameter.grad = None
     for optimizer in optimizers:

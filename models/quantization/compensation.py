@@ -34,6 +34,9 @@ def compensating(weight_OI: Tensor, gram_II: Tensor, product_IO: Tensor, ridge: 
         gram_II: X^T X of the inputs that it will have.
         product_IO: X^T Y of these inputs and the outputs aimed at, without the bias.
         ridge: How much of an input's share in X^T X pulls back.
+
+    Raises:
+        ValueError: The damped Gram matrix is not positive definite.
     """
     hessian_II = damped(gram_II, _DAMPING)
     hessian_II.diagonal().add_(ridge * gram_II.diagonal())
