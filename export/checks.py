@@ -31,7 +31,8 @@ class Check:
         greedy_agreement: Share of tokens for which both choose the same next token.
         identical_texts: Share of prompts for which both choose the same token at every step: the greedy texts are the same.
         kl: Mean KL(torch || artefact) in nats per token.
-        sensitivity: The same of the torch model and itself with inputs changed in their last digits, see `export/reference.py`.
+        sensitivity: The same of the torch model and itself with inputs changed in their last digits, or rounded as fast kernels round
+            them where weights alone are rounded, see `export/reference.py`.
         prompts, tokens: How many were compared: the first stand behind `identical_texts`, the others behind all means.
         worst: Tensor and step with the largest relative difference.
         note: How to read the figures.

@@ -18,9 +18,13 @@ from export.runtime import position_ids
 from export.trace import cache_tensors
 from models.forward import inference_copy
 from models.losses import forward_kl
+from models.pruning.observe import hooked
 from models.quantization.cache import cache_scales
-from models.quantization.linear import rounds_inputs
+from models.quantization.formats import format_of
+from models.quantization.linear import quantized_linears, rounds_inputs
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
+
+_BLOCK_OF_ROWS = 32  # what ONNX Runtime divides a weight with one scale a row into
 
 
 @dataclass
@@ -56,11 +60,14 @@ class Reference:
         cache_scales: Of quantized keys and values: key, value, key, value, ...; empty where the cache holds no codes.
         sensitivity: Only for models that round inputs: mean KL in nats between the model and itself with embeddings nudged in their
             last float16 digit.  (Smaller nudges down to the last float32 digits end up nearly as far away.)
+        kernel_rounding: Only for models with layers of which weights alone are rounded: mean KL in nats between the model and itself with
+            the inputs of these layers rounded to 8 bits in blocks, as ONNX Runtime's fast kernels round them.
     """
 
     steps: list[Step]
     cache_scales: list[float] = field(default_factory=list)
     sensitivity: float | None = None
+    kernel_rounding: float | None = None
 
 
 @torch.no_grad()
@@ -97,8 +104,9 @@ def record(
             mask_BS = torch.cat([mask_BS, torch.ones_like(input_ids)], dim=1)
             on_step()
     sensitivity = _sensitivity(model, steps) if rounds_inputs(model) else None
+    kernel_rounding = _kernel_rounding(model, steps)
     torch.set_num_threads(threads)
-    return Reference(steps, cache_scales(model), sensitivity)
+    return Reference(steps, cache_scales(model), sensitivity, kernel_rounding)
 
 
 @contextmanager
@@ -111,36 +119,62 @@ def _recorded_quantizer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    handles = [
+    with hooked(
         module.register_forward_pre_hook(recorder(name))
         for name, module in model.named_modules()
         if isinstance(module, InputQuantizer | RowQuantizer)
-    ]
-    try:
+    ):
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sensitivity(model: PreTrainedModel, steps: list[Step]) -> float:
-    """See `Reference.sensitivity`; the mean over two nudges, over all tokens of the run in one pass each."""
-    input_ids_BS = torch.cat([step.input_ids for step in steps], dim=1)
-    mask_BS = steps[-1].attention_mask
-    generator = torch.Generator(device=input_ids_BS.device).manual_seed(0)
+    """See `Reference.sensitivity`; the mean over two nudges."""
+    embeddings = model.get_input_embeddings()
+    generator = torch.Generator(device=embeddings.weight.device).manual_seed(0)  # type: ignore[arg-type]
 
     def nudge(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
         return output * (1 + 2.0**-11 * noise)
 
-    def run() -> Tensor:
-        positions = position_ids(mask_BS, mask_BS.shape[1])
-        output = model(input_ids=input_ids_BS, attention_mask=mask_BS, position_ids=positions, use_cache=False)
-        return output.logits[mask_BS.bool()]
+    exact_NV = _all_logits(model, steps)
+    with hooked([embeddings.register_forward_hook(nudge)]):
+        return sum(forward_kl(_all_logits(model, steps), exact_NV).mean().item() for _ in range(2)) / 2
 
-    exact_NV = run()
-    handle = model.get_input_embeddings().register_forward_hook(nudge)
-    try:
-        return sum(forward_kl(run(), exact_NV).mean().item() for _ in range(2)) / 2
-    finally:
-        handle.remove()
+
+def _kernel_rounding(model: PreTrainedModel, steps: list[Step]) -> float | None:
+    """See `Reference.kernel_rounding`."""
+    weights_alone = {
+        linear: format_of(linear.format).weight.group_size or _BLOCK_OF_ROWS
+        for linear in quantized_linears(model).values()
+        if linear.input_quantizer is None
+    }
+    if not weights_alone:
+        return None
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return rounded_in_blocks(inputs[0], weights_alone[module])  # type: ignore[index]
+
+    exact_NV = _all_logits(model, steps)
+    with hooked(linear.register_forward_pre_hook(hook) for linear in weights_alone):
+        return forward_kl(_all_logits(model, steps), exact_NV).mean().item()
+
+
+def rounded_in_blocks(input_BTI: Tensor, block_size: int) -> Tensor:
+    """An input (B, T, I) as ONNX Runtime's MatMulNBits reads it where it computes in 8 bits: one scale for each block of a token.
+
+    Inputs that are no multiple of the block size, which it does not fuse, stay as they are.
+    """
+    if input_BTI.shape[-1] % block_size:
+        return input_BTI
+    blocks = input_BTI.unflatten(-1, (-1, block_size))
+    scale = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(blocks.dtype).tiny) / 127
+    return ((blocks / scale).round() * scale).flatten(-2)
+
+
+def _all_logits(model: PreTrainedModel, steps: list[Step]) -> Tensor:
+    """Logits (N, V) at all valid tokens of a run, in one pass."""
+    input_ids_BS = torch.cat([step.input_ids for step in steps], dim=1)
+    mask_BS = steps[-1].attention_mask
+    positions = position_ids(mask_BS, mask_BS.shape[1])
+    output = model(input_ids=input_ids_BS, attention_mask=mask_BS, position_ids=positions, use_cache=False)
+    return output.logits[mask_BS.bool()]

@@ -4,7 +4,8 @@
 |------------------------|------------------------------------------------------|-------------------------------------------|
 | float32 / float16 ONNX | logits and new cache entries                         | 1e-4 / 1e-2 of the largest value          |
 | weight-only ONNX       | as float32 / float16                                 | the same                                  |
-| the same, as served    | distributions                                        | KL: 0.01 nats a token                     |
+| the same, as served    | distributions                                        | KL: 2 x that of the model and itself with |
+|                        |                                                      | inputs rounded as fast kernels round them |
 | rounded inputs, fed    | the same, and what enters each activation quantizer  | 1e-4 (float32 between) / 1e-2 (float16)   |
 | rounded inputs, free   | distributions                                        | KL: 2 x the model's own sensitivity       |
 | one prompt at a time   | logits without padding with the run of the batch     | as for the file, free                     |
@@ -43,7 +44,10 @@ from export.verify_prompts import (
 from models.quantization.linear import quantized_linears, rounds_inputs
 
 _FREE_NOTE = f"bound: {KL_PER_SENSITIVITY:g} x the torch model's own sensitivity to its last digits, {SMALLEST_KL_BOUND} nats at least"
-_SERVED_NOTE = "fast kernels round inputs to 8 bits; the exact run is checked by its largest difference"
+_SERVED_NOTE = (
+    f"fast kernels round inputs to 8 bits; bound: {KL_PER_SENSITIVITY:g} x what this does to the torch model, {SMALLEST_KL_BOUND} nats at "
+    'least; a session with "session.qdq_matmulnbits_accuracy_level" = "0" does not round them, and is slower'
+)
 _FED_NOTE = "each activation quantizer was fed the value that entered it in torch; see export/cut.py"
 
 

@@ -103,9 +103,11 @@ def _with_rest(log_probs_BC: Tensor) -> Tensor:
 
 
 def bounded_by_kl(comparison: Comparison, name: str, reference: Reference, note: str | None = None) -> Check:
-    """The check of distributions: by a multiple of the model's own sensitivity, or the smallest bound."""
-    bound = max(KL_PER_SENSITIVITY * (reference.sensitivity or 0.0), SMALLEST_KL_BOUND)
-    return comparison.check(name, bound, "kl", reference.sensitivity, note)
+    """The check of distributions: by a multiple of how far the model moves from itself, or the smallest bound."""
+    moves = [kl for kl in (reference.sensitivity, reference.kernel_rounding) if kl is not None]
+    sensitivity = max(moves, default=None)
+    bound = max(KL_PER_SENSITIVITY * (sensitivity or 0.0), SMALLEST_KL_BOUND)
+    return comparison.check(name, bound, "kl", sensitivity, note)
 
 
 def metadata_of(path: Path) -> dict[str, str]:

@@ -5,8 +5,9 @@ from onnx import numpy_helper
 from tiny_models import left_padded_prompts
 
 from export.checks import Comparison, VerificationError, raise_on_failure
-from export.reference import record
+from export.reference import Reference, record
 from export.verify import verify, verify_engine
+from export.verify_prompts import bounded_by_kl
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]
@@ -92,3 +93,23 @@ def test_greedy_texts_are_counted(name, graphs, plain_model, quantized_model):
     checks = {check.name: check for check in verify(model, graphs[name], IDS, MASK, decode_steps=4)}
     assert checks[f"onnx {name}, decode"].identical_texts == 1.0
     assert checks[f"onnx {name}, prefill"].identical_texts is None
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "kernel_rounding", "bound"),
+    [
+        (None, None, 0.01),
+        (0.001, None, 0.01),
+        (0.02, None, 0.04),
+        (None, 0.03, 0.06),
+        (0.02, 0.03, 0.06),
+        (0.03, 0.02, 0.06),
+    ],
+)
+def test_distributions_may_be_as_far_apart_as_the_model_is_from_itself(sensitivity, kernel_rounding, bound):
+    comparison = Comparison()
+    comparison.add_distributions(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 1.0]]))
+    reference = Reference([], sensitivity=sensitivity, kernel_rounding=kernel_rounding)
+    check = bounded_by_kl(comparison, "a run", reference)
+    assert (check.bound, check.status) == (pytest.approx(bound), "passed" if check.kl <= bound else "failed")
+    assert check.sensitivity == max((kl for kl in (sensitivity, kernel_rounding) if kl is not None), default=None)

@@ -1,0 +1,92 @@
+"""How far runtimes may be from a recorded run: what ONNX Runtime's fast kernels do to the inputs of layers with rounded weights."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from tiny_models import left_padded_prompts, quantized, tiny_model
+from torch import Tensor
+
+from export.reference import record, rounded_in_blocks
+from models.losses import forward_kl
+from models.quantization import quantized_linears
+
+PROMPTS = left_padded_prompts()
+IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]
+
+
+def product_in_onnx_runtime(
+    input_TI: Tensor, codes_IO: Tensor, scale_BO: Tensor, folder: Path
+) -> tuple[Tensor, list[str]]:
+    """What a session with default settings makes of a product with 4-bit blocks, and the operators it runs."""
+    features, outputs = codes_IO.shape
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "DequantizeLinear", ["codes", "scale"], ["w"], axis=0, block_size=features // len(scale_BO)
+            ),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["t", features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["t", outputs])],
+        [
+            helper.make_tensor("codes", TensorProto.INT4, codes_IO.shape, codes_IO.flatten().tolist()),
+            helper.make_tensor("scale", TensorProto.FLOAT, scale_BO.shape, scale_BO.flatten().tolist()),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    return torch.from_numpy(session.run(None, {"x": input_TI.numpy().astype(np.float32)})[0]), operators
+
+
+@pytest.mark.parametrize(("block", "features"), [(32, 96), (64, 192), (128, 256)])
+def test_inputs_are_rounded_as_the_runtime_rounds_them(tmp_path, block, features):
+    torch.manual_seed(0)
+    input_TI = torch.randn(5, features) * torch.logspace(-2, 2, features)
+    codes_IO, scale_BO = torch.randint(-8, 8, (features, 32)), torch.rand(features // block, 32) + 0.1
+    weight_IO = codes_IO * scale_BO.repeat_interleave(block, dim=0)
+    found_TO, operators = product_in_onnx_runtime(input_TI, codes_IO, scale_BO, tmp_path)
+    assert operators == ["MatMulNBits"]
+    rounded_TO = rounded_in_blocks(input_TI[None], block)[0] @ weight_IO
+    exact_TO = input_TI @ weight_IO
+    assert (found_TO - rounded_TO).abs().amax() < 0.01 * (found_TO - exact_TO).abs().amax()
+
+
+def test_what_the_rounding_of_kernels_does_to_a_model_is_measured():
+    """Against the definition: the model with its quantized layers' inputs rounded, over all tokens of the run."""
+    model = quantized(tiny_model(), format="int4_g32")
+    reference = record(model, IDS, MASK, decode_steps=3)
+    ids_BS, mask_BS = torch.cat([step.input_ids for step in reference.steps], dim=1), reference.steps[-1].attention_mask
+    positions = (mask_BS.cumsum(1) - 1).clamp(min=0)
+
+    def logits() -> Tensor:
+        return model(input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions).logits[mask_BS.bool()]
+
+    with torch.no_grad():
+        exact_NV = logits()
+        for linear in quantized_linears(model).values():
+            linear.register_forward_pre_hook(lambda _, inputs: rounded_in_blocks(inputs[0], 32))
+        expected = forward_kl(logits(), exact_NV).mean().item()
+    assert reference.sensitivity is None
+    assert reference.kernel_rounding == pytest.approx(expected, rel=1e-3)
+    assert expected > 0
+
+
+def test_only_layers_of_rounded_weights_count():
+    assert record(tiny_model(layers=1), IDS, MASK, decode_steps=1).kernel_rounding is None
+    assert record(quantized(tiny_model(layers=1)), IDS, MASK, decode_steps=1).kernel_rounding is None
+
+
+def test_what_the_runtime_does_not_fuse_stays():
+    input_BTI = torch.randn(1, 3, 72)
+    assert torch.equal(rounded_in_blocks(input_BTI, 32), input_BTI)
+    assert torch.equal(rounded_in_blocks(torch.zeros(1, 3, 64), 32), torch.zeros(1, 3, 64))
