@@ -144,7 +144,7 @@ def _sensitivity(model: PreTrainedModel, steps: list[Step]) -> float:
 def _kernel_rounding(model: PreTrainedModel, steps: list[Step]) -> float | None:
     """See `Reference.kernel_rounding`."""
     weights_alone = {
-        linear: format_of(linear.format).weight.group_size or _BLOCK_OF_ROWS
+        linear: kernel_block(linear.format)
         for linear in quantized_linears(model).values()
         if linear.input_quantizer is None
     }
@@ -157,6 +157,11 @@ def _kernel_rounding(model: PreTrainedModel, steps: list[Step]) -> float | None:
     exact_NV = _all_logits(model, steps)
     with hooked(linear.register_forward_pre_hook(hook) for linear in weights_alone):
         return forward_kl(_all_logits(model, steps), exact_NV).mean().item()
+
+
+def kernel_block(format: str) -> int:
+    """How many inputs of a token share a scale in MatMulNBits, by the format of the weight: as many as in the weight."""
+    return format_of(format).weight.group_size or _BLOCK_OF_ROWS
 
 
 def rounded_in_blocks(input_BTI: Tensor, block_size: int) -> Tensor:
