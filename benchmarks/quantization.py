@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -84,6 +84,14 @@ class Bench:
         return evaluate(student, self.held_out, tokenizer=self.tokenizer, teacher=self.teacher, dtype=torch.float32)
 
 
+class Run(NamedTuple):
+    """One student of the study: its name, what it depends on, and how it is made and judged."""
+
+    name: str
+    settings: dict[str, Any]
+    make: Callable[[], Row]
+
+
 class Study:
     """Students of one command, each made once and kept as a row.
 
@@ -114,10 +122,8 @@ class Study:
             made = {"seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
             return {"format": arm.format, "arm": arm.name, **made, **self.bench.judge(student)}
 
-        return [
-            self._row(f"{arm.format}, {arm.name}", asdict(arm), partial(make, arm))
-            for arm in tqdm(arms, desc="Calibration", unit="student")
-        ]
+        runs = [Run(f"{arm.format}, {arm.name}", asdict(arm), partial(make, arm)) for arm in arms]
+        return self._rows(runs, "Calibration")
 
     def trained(self, arms: Sequence[Arm], ways: Sequence[str], steps: int) -> list[Row]:
         """Students after training from their calibrated start."""
@@ -125,15 +131,16 @@ class Study:
         def make(arm: Arm, way: str) -> Row:
             return trained_row(self.bench, arm, way, steps)
 
-        runs = [(arm, way) for arm in arms for way in ways]
-        return [
-            self._row(
+        runs = [
+            Run(
                 f"{arm.format}, {way}, {steps} steps",
                 {**asdict(arm), "way": way, "steps": steps, "learning_rate": learning_rate(arm.format)},
                 partial(make, arm, way),
             )
-            for arm, way in tqdm(runs, desc="Ways to train", unit="student")
+            for arm in arms
+            for way in ways
         ]
+        return self._rows(runs, "Ways to train")
 
     def graphs(self, formats: Sequence[str], repetitions: int) -> Row:
         """Size and speed of the formats' graphs in one run, under `graphs`."""
@@ -145,11 +152,15 @@ class Study:
             lambda: {"graphs": graph_rows(self.bench, measured, repetitions)},
         )
 
-    def _row(self, name: str, settings: dict[str, Any], make: Callable[[], Row]) -> Row:
-        known = {**self.settings, **settings}
-        row = self.rows.find_or_make(name.replace(",", "").replace(" ", "_"), known, PACKAGES, make)
-        tqdm.write(f"{name}: KL {row['kl']:.5f}")
-        return row
+    def _rows(self, runs: Sequence[Run], title: str) -> list[Row]:
+        known = [(run.name.replace(",", "").replace(" ", "_"), {**self.settings, **run.settings}) for run in runs]
+        for file, settings in known:
+            self.rows.find(file, settings)  # one of other settings is refused before any is made
+        rows = []
+        for run, (file, settings) in tqdm(list(zip(runs, known, strict=True)), desc=title, unit="student"):
+            rows.append(self.rows.find_or_make(file, settings, PACKAGES, run.make))
+            tqdm.write(f"{run.name}: KL {rows[-1]['kl']:.5f}")
+        return rows
 
 
 def quick(study: Study) -> tuple[list[Row], dict[str, float]]:

@@ -1,6 +1,7 @@
 """The quantization benchmark on a tiny model: what it prints, what it writes, and that it goes on where it stopped."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,16 @@ def test_a_missing_peer_is_named_before_any_work(bench: Path, monkeypatch: pytes
         quantization.main(["--quick"])
     with pytest.raises(ModuleNotFoundError, match="expected the package `torchao`"):
         quantization.main(["--formats", "int8", "--out", str(bench / "study")])
+
+
+def test_a_kept_row_of_other_settings_is_refused_before_any_work(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization.Bench, "__init__", lambda *_: pytest.fail("work has begun"))
+    study = quantization.Study(bench / "study", samples=4)
+    first, last = Arm("int4_g32"), Arm("int8")
+    settings = {**study.settings, **asdict(last), "search": "mse"}
+    study.rows.write("int8_nearest_max", {"kl": 1.0, "settings": settings})
+    with pytest.raises(ValueError, match=r"int8_nearest_max.json to be made with search = 'max', found 'mse'"):
+        study.calibrated([first, last])
 
 
 @pytest.fixture
