@@ -67,7 +67,8 @@ def gptq(
 
     With H = M D M^T, M unit upper triangular, the error is the sum over inputs k of D_k |E M_k|^2 for E = W - V.  So the best value
     of an input, once those before it are rounded, is the one nearest to W_k + E_<k M_<k,k.  An input that was always zero is
-    rounded to nearest.
+    rounded to nearest.  D_k is also how much a squared rounding error of input k counts when scales of groups are searched (for
+    scales of rows and tensors, which are finer, it makes no difference).
 
     Args:
         weight_OI: The weight; its inputs are a multiple of the grid's group size.
@@ -82,9 +83,10 @@ def gptq(
         ValueError: The damped Gram matrix is not positive definite.
     """
     order_I = gram_II.diagonal().argsort(descending=True) if ordered else torch.arange(len(gram_II))
-    feedback_II = _feedback(damped(gram_II, damping)[order_I][:, order_I])
+    feedback_II, counts_I = _feedback(damped(gram_II, damping)[order_I][:, order_I])
     weight_OI = weight_OI.detach().float()
-    columns = _Columns(grid, *weight_scales(weight_OI, grid, search))
+    importance_I = counts_I[order_I.argsort()] if grid.scales == "group" else None
+    columns = _Columns(grid, *weight_scales(weight_OI, grid, search, importance_I))
     wanted_OI = weight_OI[:, order_I]
     values_OI, error_OI = torch.empty_like(wanted_OI), torch.empty_like(wanted_OI)
     for block, start in enumerate(range(0, len(order_I), columns.block)):
@@ -93,7 +95,7 @@ def gptq(
         if grid.scales == "group" and not ordered:
             feedback_KK = feedback_II[start:end, start:end]
             best_OK = torch.linalg.solve_triangular(feedback_KK, pull_OK, upper=True, left=False, unitriangular=True)
-            columns.choose(block, wanted_OI[:, start:end] + best_OK, search)
+            columns.choose(block, wanted_OI[:, start:end] + best_OK, search, counts_I[start:end])
         for k in range(start, end):
             pull_O = pull_OK[:, k - start] + error_OI[:, start:k] @ feedback_II[start:k, k]
             values_OI[:, k] = columns.rounded(wanted_OI[:, k] + pull_O, int(order_I[k]))
@@ -158,9 +160,9 @@ class _Columns:
         self.grid, self.scale, self.zero_point = grid, scale, zero_point
         self.block = grid.group_size or _BLOCK
 
-    def choose(self, block: int, wanted_OK: Tensor, search: Search) -> None:
+    def choose(self, block: int, wanted_OK: Tensor, search: Search, importance_K: Tensor) -> None:
         """Take the scales of a group from its values."""
-        scale_O1, zero_point_O1 = weight_scales(wanted_OK, self.grid, search)
+        scale_O1, zero_point_O1 = weight_scales(wanted_OK, self.grid, search, importance_K)
         self.scale[:, block] = scale_O1[:, 0]
         if self.zero_point is not None and zero_point_O1 is not None:
             self.zero_point[:, block] = zero_point_O1[:, 0]
@@ -194,8 +196,8 @@ class _Columns:
         scale.copy_(best)
 
 
-def _feedback(hessian_II: Tensor) -> Tensor:
-    """M of H = M D M^T, unit upper triangular, float32: the Cholesky factor of H read backwards."""
+def _feedback(hessian_II: Tensor) -> tuple[Tensor, Tensor]:
+    """M and D of H = M D M^T, M unit upper triangular, float32: from the Cholesky factor of H read backwards."""
     factor_II, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
     if failed:
         raise ValueError(
@@ -203,4 +205,5 @@ def _feedback(hessian_II: Tensor) -> Tensor:
             "calibration samples"
         )
     upper_II = factor_II.flip(0, 1)
-    return (upper_II / upper_II.diagonal()).float()
+    root_I = upper_II.diagonal()
+    return (upper_II / root_I).float(), root_I.square().float()

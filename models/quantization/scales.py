@@ -37,7 +37,9 @@ def scale_from_amax(amax: Tensor, high: float = 448.0) -> Tensor:
     return torch.where(rounded_down, up, half).float()
 
 
-def weight_scales(weight_OI: Tensor, grid: Grid, search: Search = "max") -> tuple[Tensor, Tensor | None]:
+def weight_scales(
+    weight_OI: Tensor, grid: Grid, search: Search = "max", importance_I: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points of a weight, shaped for `fake_quantize`.
 
     Args:
@@ -45,12 +47,14 @@ def weight_scales(weight_OI: Tensor, grid: Grid, search: Search = "max") -> tupl
         grid: Its grid.
         search: `max` clips nothing; `mse` tries ranges down to 0.4 of that and takes the one with the least squared error of each
             scale; `percentile` is for inputs and is taken as `max`.
+        importance_I: How much a squared error counts at each input, for `mse`; None: all the same.
 
     Returns:
         Float32 scales: a scalar, (O,) or (O, G); codes of the zero points (int8) of the same shape, or None.
     """
     values = _sharing(weight_OI.detach().float(), grid)  # (..., S)
     rows, low, high = values.reshape(-1, values.shape[-1]), values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    counts = 1.0 if importance_I is None else _sharing(importance_I.expand_as(weight_OI), grid).reshape(rows.shape)
     best = torch.full_like(low, torch.inf)
     scale, zero_point = torch.ones_like(low), torch.zeros_like(low)
     for share in _WEIGHT_SHARES if search == "mse" else [1.0]:
@@ -61,7 +65,10 @@ def weight_scales(weight_OI: Tensor, grid: Grid, search: Search = "max") -> tupl
             trial = scale_from_amax(share * torch.maximum(high, -low), grid.high)
             trial_zero = torch.zeros_like(trial)
         zero_points = trial_zero.flatten() if grid.zero_point else None
-        error = (fake_quantize(rows, trial.flatten(), zero_points, grid.numbers) - rows).square().sum(-1).view_as(best)
+        error = (
+            fake_quantize(rows, trial.flatten(), zero_points, grid.numbers).sub_(rows).square_().mul_(counts).sum(-1)
+        )
+        error = error.view_as(best)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero_point = torch.where(better, trial, scale), torch.where(better, trial_zero, zero_point)

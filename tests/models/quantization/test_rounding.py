@@ -9,7 +9,7 @@ from torch import Tensor
 from models.quantization.fake_quantize import fake_quantize
 from models.quantization.formats import FORMATS, Grid
 from models.quantization.rounding import Rounded, gptq, nearest, quantease
-from models.quantization.scales import weight_scales
+from models.quantization.scales import scale_from_amax, weight_scales
 
 GRIDS = {
     "fp8": Grid("fp8_e4m3"),
@@ -205,3 +205,43 @@ def test_without_damping_dependent_inputs_are_refused() -> None:
     x_SI = torch.randn(4, 24)
     with pytest.raises(ValueError, match="raise the damping"):
         gptq(weight_OI, x_SI.T @ x_SI, GRIDS["fp8"], damping=0.0)
+
+
+@pytest.mark.parametrize("grid", [GRIDS["int4 groups"], GRIDS["int4 groups with zero points"]])
+def test_scales_of_groups_are_searched_where_errors_count(grid: Grid) -> None:
+    """An error counts by what is left of an input's variance once those rounded after it are known: 1 / (H_>=k,>=k)^-1 at k."""
+    weight_OI, gram_II = problem()
+    order_I = gram_II.diagonal().argsort(descending=True)
+    hessian_II = damp(gram_II)[order_I][:, order_I]
+    left_I = torch.stack([1 / hessian_II[k:, k:].inverse()[0, 0] for k in range(len(order_I))])
+    importance_I = left_I[order_I.argsort()].float()
+    found = gptq(weight_OI, gram_II, grid, search="mse", damping=DAMPING, ordered=True)
+    scale, zero_point = weight_scales(weight_OI, grid, "mse", importance_I)
+    assert torch.equal(found.scale, scale) and not torch.equal(scale, weight_scales(weight_OI, grid, "mse")[0])
+    assert zero_point is None or torch.equal(found.zero_point, zero_point)
+
+
+def test_an_importance_is_a_weight_of_squared_errors() -> None:
+    grid, (weight_OI, _) = GRIDS["int4 groups"], problem()
+    importance_I = torch.linspace(0, 3, 24).square()
+    scale_OG, _ = weight_scales(weight_OI, grid, "mse", importance_I)
+    for row, group in torch.cartesian_prod(torch.arange(6), torch.arange(3)).tolist():
+        inputs = slice(8 * group, 8 * group + 8)
+        values, counts = weight_OI[row, inputs], importance_I[inputs]
+        trials = [scale_from_amax(share * values.abs().amax(), 7) for share in torch.linspace(1, 0.4, 13).tolist()]
+        errors = [
+            (counts * ((values / trial).round().clamp(-8, 7) * trial - values).square()).sum() for trial in trials
+        ]
+        assert scale_OG[row, group] == trials[int(torch.stack(errors).argmin())]
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_importance_lowers_the_error_of_the_outputs(zero_point: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where inputs of a group differ in size, as those of a decoder do."""
+    grid = Grid("int4", "group", 32, zero_point=zero_point)
+    sizes_I = torch.logspace(0, 2, 32).repeat(2)
+    problems = [(w, h * sizes_I * sizes_I[:, None]) for w, h in (problem(64, 64, seed=seed) for seed in range(4))]
+    weighed = [output_error(w, gptq(w, h, grid, ordered=True).weight_OI, h) for w, h in problems]
+    monkeypatch.setattr("models.quantization.rounding.weight_scales", lambda w, g, s, _=None: weight_scales(w, g, s))
+    plain = [output_error(w, gptq(w, h, grid, ordered=True).weight_OI, h) for w, h in problems]
+    assert all(one < 0.95 * other for one, other in zip(weighed, plain, strict=True))
