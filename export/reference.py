@@ -20,6 +20,7 @@ from models.forward import inference_copy
 from models.losses import forward_kl
 from models.pruning.observe import hooked
 from models.quantization.cache import cache_scales
+from models.quantization.fake_quantize import in_blocks, in_shape_of
 from models.quantization.formats import format_of
 from models.quantization.linear import quantized_linears, rounds_inputs
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
@@ -165,15 +166,11 @@ def kernel_block(format: str) -> int:
 
 
 def rounded_in_blocks(input_BTI: Tensor, block_size: int) -> Tensor:
-    """An input (B, T, I) as ONNX Runtime's MatMulNBits reads it where it computes in 8 bits: one scale for each block of a token.
-
-    Inputs that are no multiple of the block size, which it does not fuse, stay as they are.
-    """
-    if input_BTI.shape[-1] % block_size:
-        return input_BTI
-    blocks = input_BTI.unflatten(-1, (-1, block_size))
+    """An input (B, T, I) as ONNX Runtime's MatMulNBits reads it where it computes in 8 bits: one scale for each block of a token, of which
+    the last may be shorter."""
+    blocks = in_blocks(input_BTI, block_size)
     scale = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(blocks.dtype).tiny) / 127
-    return ((blocks / scale).round() * scale).flatten(-2)
+    return in_shape_of(input_BTI, (blocks / scale).round() * scale)
 
 
 def _all_logits(model: PreTrainedModel, steps: list[Step]) -> Tensor:
