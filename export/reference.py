@@ -167,7 +167,8 @@ def kernel_block(format: str) -> int:
 
 def rounded_in_blocks(input_BTI: Tensor, block_size: int) -> Tensor:
     """An input (B, T, I) as ONNX Runtime's MatMulNBits reads it where it computes in 8 bits: one scale for each block of a token, of which
-    the last may be shorter."""
+    the last may be shorter.
+    """
     blocks = in_blocks(input_BTI, block_size)
     scale = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(blocks.dtype).tiny) / 127
     return in_shape_of(input_BTI, (blocks / scale).round() * scale)
