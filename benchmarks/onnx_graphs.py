@@ -4,7 +4,7 @@
 |-----------|--------------------------------------------------------------------|------------------------------|
 | `fp32`    | float32                                                            | float32                      |
 | `int8`    | `int8_g64`: 8-bit blocks of 64, smoothed, rounded to nearest       | 8-bit blocks, to nearest     |
-| `int4`    | `int4_g128`: 4-bit blocks of 128, QuantEase                        | 4-bit blocks, to nearest     |
+| `int4`    | `int4_g128`: 4-bit blocks of 128, QuantEase                        | `int4_g64`, QuantEase        |
 | `prefill` | `int8`: products of whole numbers, QuantEase; the last position only | 8-bit blocks, to nearest   |
 
 Students are quantized by `models/quantization/post_training.py` and written by `export/for_cpu.py`.
@@ -23,6 +23,7 @@ from export.for_cpu import CPU, CPU_PREFILL, write_cpu_graphs
 from export.to_onnx import Precision, export_onnx
 from models.forward import Batch
 from models.pretrained import load_model, load_tokenizer
+from models.quantization.choice import UNQUANTIZED, formats_by_pattern
 from models.quantization.post_training import quantize_after_training
 from models.quantization.settings import Method, PostTrainingQuantization
 
@@ -30,7 +31,8 @@ MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES, CALIBRATION_BATCHES = 128, 8
 Graph = Literal["fp32", "int8", "int4", "prefill"]
 GRAPHS: tuple[Graph, ...] = ("fp32", "int8", "int4", "prefill")
-_PRECISION: dict[Graph, Precision] = {"fp32": "fp32", "int8": "int8_g64", "int4": "int4_g128", "prefill": "int8"}
+_PRECISION: dict[Graph, Precision] = {"fp32": "fp32", "int8": "int8_g64", "int4": "mixed", "prefill": "int8"}
+_FORMATS = {"*": "int4_g128", "lm_head": "int4_g64"}  # of `mixed`
 _METHOD: dict[Graph, Method] = {"int8": "nearest", "int4": "quantease", "prefill": "quantease"}
 
 
@@ -42,9 +44,10 @@ def our_graph(name: Graph, folder: Path) -> Path:
     model, precision = load_model(MODEL), _PRECISION[name]
     if name != "fp32":
         settings = PostTrainingQuantization(method=_METHOD[name])
-        quantize_after_training(model, _calibration(model), precision, settings)
+        formats = formats_by_pattern(model, UNQUANTIZED, _FORMATS) if precision == "mixed" else precision
+        quantize_after_training(model, _calibration(model), formats, settings)
     plain = export_onnx(model, folder / "model.onnx", precision=precision)
-    write_cpu_graphs(plain.path, prefill=name == "prefill", head_bits=4 if name == "int4" else None)
+    write_cpu_graphs(plain.path, prefill=name == "prefill")
     plain.path.unlink()
     plain.data_path.unlink()
     return path

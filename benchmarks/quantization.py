@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.chats import answered, calibration_prompts, held_out_prompts
 from benchmarks.harness import report
-from benchmarks.quantization_arms import ARMS, COMPARISONS, INT4, Arm, best
+from benchmarks.quantization_arms import ARMS, COMPARISONS, INT4, Arm, HeadArm, best
 from benchmarks.quantization_graphs import graph_rows
 from benchmarks.quantization_page import write_page
 from benchmarks.quantization_peers import Peer
@@ -67,7 +67,7 @@ class Bench:
         self.teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.float32))
         self._start: tuple[Arm, PreTrainedModel] | None = None
 
-    def quantized(self, arm: Arm | Peer) -> PreTrainedModel:
+    def quantized(self, arm: Arm | HeadArm | Peer) -> PreTrainedModel:
         """A student after calibration."""
         student = copy.deepcopy(self.model)
         arm.quantize(student, self.calibration)
@@ -110,13 +110,13 @@ class Study:
         """Made when the first row is missing."""
         return Bench(self.samples)
 
-    def calibrated(self, arms: Sequence[Arm | Peer]) -> list[Row]:
+    def calibrated(self, arms: Sequence[Arm | HeadArm | Peer]) -> list[Row]:
         """Students after calibration alone; `bits` are those of a stored weight, with its share of the scales."""
         for arm in arms:
             if isinstance(arm, Peer):
                 arm.check_installed()
 
-        def make(arm: Arm | Peer) -> Row:
+        def make(arm: Arm | HeadArm | Peer) -> Row:
             started = time.perf_counter()
             student = self.bench.quantized(arm)
             made = {"seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}

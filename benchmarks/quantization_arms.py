@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.quantization_peers import Peer
-from models.architecture import decoder_layers
+from models.architecture import decoder_layers, head_name
 from models.forward import Batch
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED, formats_by_pattern
@@ -67,6 +67,34 @@ class Arm:
             )
 
 
+@dataclass(frozen=True)
+class HeadArm:
+    """The output head alone is rounded.
+
+    Args:
+        head: Its format.
+        method: See `models.quantization.post_training`.
+        sensitive: The same.
+        format: Of the decoder's projections: none.
+    """
+
+    head: str
+    method: Method = "nearest"
+    sensitive: bool = False
+    format: str = UNQUANTIZED
+
+    @property
+    def name(self) -> str:
+        """For files and tables."""
+        return f"head {self.head}, {self.method}, mse{', sensitive' * self.sensitive}"
+
+    def quantize(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        """Quantize the head in place."""
+        formats = formats_by_pattern(model, UNQUANTIZED, {head_name(model): self.head})
+        settings = PostTrainingQuantization(method=self.method, sensitive=self.sensitive)
+        quantize_after_training(model, batches, formats, settings)
+
+
 INT4 = "int4_g128"  # of SmolLM2-135M's 576 channels, the last group has 64, ours as ModelOpt's
 
 _MODELOPT = "nvidia-modelopt"
@@ -113,10 +141,16 @@ PEERS = (
 )
 _STATIC = ("fp8_e4m3", "int8_static")  # inputs with a calibrated scale
 _SEARCHES: tuple[Search, ...] = ("max", "mse")
+_HEADS = (
+    HeadArm("int4_g64"),
+    HeadArm("int4_g64", "gptq"),
+    HeadArm("int4_g64", "quantease"),
+    HeadArm("int4_g64", "quantease", sensitive=True),
+)
 _CACHES: tuple[Arm | Peer, ...] = tuple(
     Arm(UNQUANTIZED, search=search, kv_cache=kv_cache) for kv_cache in get_args(CacheFormat) for search in _SEARCHES
 )
-ARMS: dict[str, tuple[Arm | Peer, ...]] = {UNQUANTIZED: _CACHES} | {
+ARMS: dict[str, tuple[Arm | HeadArm | Peer, ...]] = {UNQUANTIZED: (*_CACHES, *_HEADS)} | {
     format: (
         Arm(format),  # the control; each of the next adds one thing to the one before
         Arm(format, search="mse"),

@@ -26,8 +26,8 @@ from models.student import StudentModule
 
 
 class QuantizationAwareTraining(Callback):
-    """Fake-quantize the decoder's linear layers, and with them keys and values, from a given step on (embeddings, head and norms
-    stay as they are).
+    """Fake-quantize the decoder's linear layers, and with them keys and values, from a given step on (embeddings and norms stay as
+    they are, and so does the head unless exceptions name it).
 
     After `start_step` the layers observe their inputs for `observe_steps` steps; then all scales are frozen for good (those of
     inputs `inputs_after` steps later).  Or, with a `method`, the student is quantized after training batches at `start_step`, as
@@ -43,7 +43,8 @@ class QuantizationAwareTraining(Callback):
             with a method.
         inputs_after: Optimizer steps with rounded weights before inputs are rounded as well; inputs are observed until then.
         exceptions: Formats of some layers by a pattern of their names, such as {"*.down_proj": int8_g64, "model.layers.0.*": none}; none
-            leaves a layer as it is, and the last pattern that fits decides.
+            leaves a layer as it is, and the last pattern that fits decides.  The output head, lm_head, is meant by its name only; it takes
+            a weight-only format.
         kv_cache: Round keys and values as well, as a cache of this format holds them: fp8_e4m3 or int8; none leaves them as they are.
         method: Instead of observing, calibrate at start_step and round weights by nearest, gptq or quantease.
         calibration_batches: Training batches for that.

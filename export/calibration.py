@@ -32,7 +32,8 @@ class Calibration:
     Attributes:
         conversations: JSONL or Parquet file with `messages`, or `prompt` and `response`.
         formats: Number formats by patterns of names of projections, such as {"*": "int4_g64", "*.down_proj": "int8_g64"}; the last
-            pattern that fits decides, and `none`, or no pattern that fits, leaves a projection as it is.
+            pattern that fits decides, and `none`, or no pattern that fits, leaves a projection as it is.  The output head is meant by
+            its name only.
         average_bits: Instead of patterns: bits a weight, on average, shared out by measured sensitivity.
         candidates: Weight-only formats that may be chosen for that.
         settings: How weights are rounded and scales are found.

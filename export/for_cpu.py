@@ -6,20 +6,19 @@
 | cache and rotary angles lie inside attention        | appended to in place, not copied: `export/cached_attention.py`         |
 | a residual sum and its norm are one operator        | fewer operators: `export/skip_norms.py`                                |
 | `int8`, `int8_static`: products of whole numbers    | AMX and VNNI; the same codes and scales: `export/integer_products.py`  |
-| a quantized student: the head in blocks of 8 bits   | a small model's head is most of its bytes: `export/head_blocks.py`     |
+| a quantized student: head and embedding in 8 bits   | a small model's head is most of its bytes: `export/head_blocks.py`     |
 
 The inputs and outputs are those of `model.onnx`, without `position_ids` where attention turns queries and keys itself; keys behind padding
 are then turned by their place in the cache.  `export/shared_cache.py` runs it with one buffer for past and present.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
 from export.cached_attention import cache_in_attention
 from export.files import move_into_place, staging_folder
-from export.head_blocks import store_head
+from export.head_blocks import store_embedding, store_head
 from export.integer_products import integer_products
 from export.last_logits import keep_last_logits
 from export.merge_products import merge_products
@@ -29,13 +28,12 @@ CPU, CPU_PREFILL = "cpu.onnx", "cpu-prefill.onnx"
 _OPSET = 23
 
 
-def write_cpu_graphs(graph: Path, *, prefill: bool = False, head_bits: Literal[4, 8] | None = None) -> Path:
+def write_cpu_graphs(graph: Path, *, prefill: bool = False) -> Path:
     """Write `cpu.onnx`, its weights in `cpu.onnx.data`, beside a graph of `export_onnx`.
 
     Args:
         graph: The file, its weights beside it, with float32 between the products.
         prefill: Write also `cpu-prefill.onnx`, on the same weights, which returns the logits of the last position only.
-        head_bits: Bits of the head, rounded to nearest in blocks; None: 8 for a quantized student, else float32.
 
     Raises:
         ValueError: A graph with float16 between the products, with FP8 in them, or below opset 23.
@@ -43,8 +41,9 @@ def write_cpu_graphs(graph: Path, *, prefill: bool = False, head_bits: Literal[4
     model = ir.load(graph)
     _check(model)
     quantized = model.metadata_props["precision"] != "fp32"
-    if head_bits or quantized:
-        store_head(model, head_bits or 8)
+    if quantized:
+        store_head(model)
+        store_embedding(model)
     merge_products(model)
     if quantized:
         integer_products(model)

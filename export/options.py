@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="PATTERN=FORMAT",
         help="with precision mixed: formats in calibration by patterns of layer names, such as '*=int4_g64' '*.down_proj=int8_g64'; the "
-        f"last pattern that fits decides, {NO_FORMAT} leaves layers as they are",
+        f"last pattern that fits decides, {NO_FORMAT} leaves layers as they are; lm_head=int4_g64 for the output head",
     )
     add(
         "--average-bits",

@@ -43,7 +43,7 @@ from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.cache import cache_format
 from models.quantization.formats import FORMATS
-from models.quantization.linear import quantized_linears
+from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 
 
 def check_output_free(output: Path) -> None:
@@ -112,6 +112,10 @@ def export_all(
         if settings.compressed:
             with phases.phase("Compressed folder"):
                 save_compressed(model, tokenizer, staging / COMPRESSED)
+            if isinstance(model.get_output_embeddings(), FakeQuantizedLinear):
+                rank_zero_info(
+                    f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
+                )
         engines = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
         checks: list[Check] = []
         benchmark: list[dict[str, Any]] = []

@@ -224,6 +224,12 @@ def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     return [DecoderLayer(index, block, family) for index, block in enumerate(model.model.layers)]
 
 
+def head_name(model: PreTrainedModel) -> str:
+    """The qualified name of the output head, such as `lm_head`."""
+    head: Any = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once; LoRA adapters and learned scales do not count, as they end up in weights and buffers."""
     beside = (".lora_", ".log_scale")

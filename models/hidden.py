@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -43,7 +44,8 @@ def narrow_hidden(model: PreTrainedModel, optimizers: Sequence[Optimizer] = (), 
     share = len(channels) / size
     for parameter in {embedding.weight, head.weight}:  # one, where they are tied
         narrow_parameter(parameter, channels, 1, optimizers)
-    head.in_features = len(channels)
+    if isinstance(head, nn.Linear):
+        head.in_features = len(channels)
     for layer in layers:
         for owner, name in layer.linears():
             linear = getattr(owner, name)

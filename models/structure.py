@@ -11,6 +11,7 @@ The module saves its list in the checkpoint and replays it before the weights lo
 | `narrow_hidden`      | `keep` (channels)                     | keeps these channels of the residual stream, in all layers     |
 | `drop_layers`        | `layers`                              | removes these decoder layers; the others move up               |
 | `fake_quantize`      | `format`, `modules` (qualified names) | linear layers become `FakeQuantizedLinear`, observing at first |
+|                      |                                       | (the output head with a weight of its own)                     |
 | `quantize_cache`     | `format`                              | attention rounds new keys and values, observing at first       |
 | `learn_scales`       | `weights_follow`                      | scales of quantized weights and calibrated inputs are trained  |
 | `lora`               | `rank`, `alpha`, `dropout`, `modules` | adapters beside these projections; all else is frozen          |
@@ -26,11 +27,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from models.architecture import decoder_layers
+from models.architecture import decoder_layers, head_name
 from models.hidden import narrow_hidden
 from models.lora import has_adapters, insert_adapters
 from models.quantization.cache import insert_cache_quantizers
 from models.quantization.formats import format_of
+from models.quantization.head import check_head_format, untie_head
 from models.quantization.learning import learn_scales
 from models.quantization.linear import FakeQuantizedLinear
 from models.sizes import is_uniform
@@ -91,6 +93,9 @@ def _fake_quantize(
                 f"expected linear layers to quantize, found {name!r}, which is {_kind(linears.get(name))} in this model; "
                 "list each linear layer once, by its name in the model"
             )
+    if head_name(model) in modules:
+        check_head_format(format)
+        untie_head(model, optimizers)
     quantized = {name: FakeQuantizedLinear(linears[name], format) for name in modules}  # type: ignore[arg-type]  # checked above
     for name, linear in quantized.items():
         parent, _, child = name.rpartition(".")

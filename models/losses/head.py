@@ -4,11 +4,14 @@ Legend: N tokens, V vocabulary, D hidden.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+from models.quantization.linear import FakeQuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Head:
     """logits = soft_cap * tanh(scale * (hidden W^T + bias) / soft_cap), without the parts that a model lacks.
 
     Attributes:
-        weight_VD: The output matrix; a tied one is the embedding's own `Parameter`, so both uses add their gradients.
+        weight_VD: The output matrix; a tied one is the embedding's own `Parameter`, so both uses add their gradients.  Of a quantized head
+            it is the rounded one, which passes its gradient on.
         bias_V: Its bias.
         scale: Factor on the logits (Cohere, Granite).
         soft_cap: Bound on the logits' magnitude (Gemma).
@@ -56,16 +60,21 @@ def head_of(model: PreTrainedModel) -> Head:
     divides).  A family that treats logits in another way is found by `check_head`.
 
     Raises:
-        ValueError: The output embedding is not a plain linear layer.
+        ValueError: The output embedding is not a linear layer, with its weight quantized or not.
     """
-    output, config = model.get_output_embeddings(), model.config.get_text_config()
-    if type(output) is not nn.Linear:
+    output: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    if type(output) is nn.Linear:
+        weight_VD = output.weight
+    elif isinstance(output, FakeQuantizedLinear) and output.input_quantizer is None:
+        weight_VD = output.weight_quantizer(output.weight)
+    else:
         raise ValueError(
-            f"expected a plain linear layer as output embedding, found {type(output).__name__}; leave the head unquantized "
-            "and unwrapped, since the loss multiplies with its weight"
+            f"expected a linear layer as output embedding, with its weight quantized or not, found {type(output).__name__}; leave the head "
+            "unwrapped and its inputs unquantized, since the loss multiplies with its weight"
         )
     scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
-    return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
+    return Head(weight_VD, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def logits_of(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:

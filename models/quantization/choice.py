@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.architecture import decoder_layers
+from models.architecture import decoder_layers, head_name
 from models.forward import Batch, answer_lengths
 from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, on_device
 from models.quantization.cache import CacheFormat
 from models.quantization.fake_quantize import fake_quantize
 from models.quantization.formats import format_of
+from models.quantization.head import check_head_format
 from models.quantization.scales import weight_scales
 from models.quantization.sensitivity import readers_of, token_weights
 from models.structure import Edit, quantize_decoder
@@ -33,28 +34,28 @@ _UNQUANTIZED_BITS = 16.0
 
 
 def formats_by_pattern(model: PreTrainedModel, format: str, exceptions: Mapping[str, str]) -> dict[str, str]:
-    """The format of every projection of every decoder layer.
+    """The format of every projection of every decoder layer, and of the output head where it is named.
 
     Args:
         model: The model.
-        format: What all have that no exception names.
+        format: What all projections have that no exception names.
         exceptions: Formats by patterns of qualified names, such as `*.down_proj` or `model.layers.0.*`; `none` leaves a layer as it is.
-            The last pattern that fits decides.
+            The last pattern that fits decides.  The output head (`lm_head`) is meant by its very name only.
 
     Raises:
-        ValueError: No such format, or a pattern that fits no projection.
+        ValueError: No such format, a pattern that fits no projection, or a head whose inputs would be rounded.
     """
-    names = quantize_decoder(model, format)["modules"]
+    names, head = quantize_decoder(model, format)["modules"], head_name(model)
     chosen = dict.fromkeys(names, format)
     for pattern, other in exceptions.items():
-        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        fitting = [head] if pattern == head else [name for name in names if fnmatchcase(name, pattern)]
         if not fitting:
             raise ValueError(
-                f"expected a pattern of projections such as *.down_proj, found {pattern!r}, which fits none of {len(names)} such as "
+                f"expected a pattern of projections such as *.down_proj, or {head}, found {pattern!r}, which fits none of {len(names)} such as "
                 f"{names[0]}; correct the pattern"
             )
         if other != UNQUANTIZED:
-            format_of(other)
+            check_head_format(other) if pattern == head else format_of(other)
         chosen |= dict.fromkeys(fitting, other)
     return chosen
 

@@ -18,19 +18,19 @@ from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
 from models.forward import Batch
-from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, input_of, on_device
 from models.quantization.cache import CacheFormat, cache_quantizers
 from models.quantization.choice import formats_by_pattern, quantization_edits
-from models.quantization.compensation import DenseHalf, compensating
+from models.quantization.compensation import DenseHalf
 from models.quantization.formats import Format, format_of
+from models.quantization.head import quantize_head
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
-from models.quantization.rounding import Rounded, gptq, nearest, quantease
 from models.quantization.scales import Search
 from models.quantization.sensitivity import readers_of, token_weights
 from models.quantization.settings import PostTrainingQuantization
 from models.quantization.smoothing import Pair, best_factors, fold, pairs_of
+from models.quantization.weight_solver import moment_of, round_weight
 from models.structure import Edit, apply_edit
 
 _DEFAULT = PostTrainingQuantization()
@@ -113,6 +113,8 @@ def calibrate_quantizers(
         for layer in decoder_layers(model):
             _quantize_layer(layer, readings, settings)
             on_layer(layer.index)
+        if isinstance(model.get_output_embeddings(), FakeQuantizedLinear):
+            quantize_head(model, batches, [reading.stream_BTD for reading in readings], settings)
 
 
 def _read(model: PreTrainedModel, batch: Batch, number: int, *, sensitive: bool) -> _Reading:
@@ -181,41 +183,13 @@ def _quantize(
             continue
         if linear.input_quantizer is not None:
             _freeze_input(linear.input_quantizer, valid, settings.input_search)
-        compensates = settings.compensates(linear.format)
+        compensates, product_IO = settings.compensates(linear.format), None
         if linear.format not in grams and (compensates or settings.method != "nearest"):
-            grams[linear.format] = _moment(linear, valid, roots)
+            grams[linear.format] = moment_of(linear, valid, roots)
         if compensates:
             outputs = [aim(linear)[reading.mask_BT].float() for aim, reading in zip(aims, readings, strict=True)]
-            product_IO = _moment(linear, valid, roots, outputs)
-            linear.weight.copy_(compensating(linear.weight, grams[linear.format], product_IO))
-        rounded = _rounded(linear, grams.get(linear.format), settings)
-        linear.weight.copy_(rounded.weight_OI)
-        linear.weight_quantizer.set_scales(rounded.scale, rounded.zero_point)
-
-
-def _moment(
-    linear: FakeQuantizedLinear,
-    inputs: Sequence[Tensor],
-    roots: Sequence[Tensor],
-    outputs: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """X^T Y (I, O) of a layer's inputs (S, I) as it rounds them and outputs (S, O), or X^T X, weighed by the squares of roots (S, 1)."""
-    total = torch.zeros((), dtype=torch.float64, device=inputs[0].device)
-    for number, (input_SI, root_S1) in enumerate(zip(inputs, roots, strict=True)):
-        rounded_SI = input_SI if linear.input_quantizer is None else linear.input_quantizer(input_SI)
-        other = rounded_SI if outputs is None else outputs[number]
-        total = total + moment(rounded_SI * root_S1, other * root_S1).double()
-    return total
-
-
-def _rounded(linear: FakeQuantizedLinear, gram_II: Tensor | None, settings: PostTrainingQuantization) -> Rounded:
-    weight_OI, grid, search = linear.weight, linear.weight_quantizer.grid, settings.weight_search
-    if gram_II is None or settings.method == "nearest":
-        return nearest(weight_OI, grid, search=search)
-    start = gptq(weight_OI, gram_II, grid, search=search, damping=settings.damping, ordered=True)
-    if settings.method == "gptq":
-        return start
-    return quantease(weight_OI, gram_II, grid, start, damping=settings.damping, sweeps=settings.sweeps)
+            product_IO = moment_of(linear, valid, roots, outputs)
+        round_weight(linear, grams.get(linear.format), product_IO, settings)
 
 
 def _freeze_input(quantizer: InputQuantizer | RowQuantizer, inputs: Sequence[Tensor], search: Search) -> None:

@@ -10,7 +10,7 @@ from tiny import tiny_folder, tiny_model
 from transformers import PreTrainedModel
 
 from benchmarks import chats, onnx_decode, quantization, quantization_arms, quantization_training
-from benchmarks.quantization_arms import Arm, best
+from benchmarks.quantization_arms import Arm, HeadArm, best
 from benchmarks.quantization_peers import Peer
 from benchmarks.quantization_training import WAYS
 from models.quantization import quantized_linears
@@ -136,8 +136,8 @@ def test_a_kept_row_of_other_settings_is_refused_before_any_work(bench: Path, mo
 def study(bench: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two arms for each of two formats, two ways to train one of them, and graphs."""
     formats = ("int8", "int4_g32", "fp8_e4m3", "none")
-    arms: dict[str, tuple[Arm, ...]] = {format: (Arm(format), best(format)) for format in formats[:3]}
-    arms["none"] = (Arm("none", kv_cache="int8"), Arm("none", kv_cache="fp8_e4m3"))
+    arms: dict[str, tuple[Arm | HeadArm, ...]] = {format: (Arm(format), best(format)) for format in formats[:3]}
+    arms["none"] = (Arm("none", kv_cache="int8"), HeadArm("int4_g32", "quantease", sensitive=True))
     monkeypatch.setattr(quantization, "ARMS", arms)
     monkeypatch.setattr(onnx_decode, "HEAD_DIM", 16)
     monkeypatch.setattr(onnx_decode, "PAST", 4)
@@ -176,6 +176,7 @@ def test_the_study_writes_a_page_and_goes_on_where_it_stopped(
     assert len({row["kl"] for row in trained} | {start}) == len(WAYS) + 1  # every way moves it, elsewhere
     assert "### `int4_g32`: 4.5 bits a weight" in page and "### `int8`: 8 bits a weight" in page
     assert "### `none`: 16 bits a weight" in page and "| cache int8, max |" in page
+    assert "| head int4_g32, quantease, mse, sensitive |" in page
     assert "Words of ours." in page and " ".join(study) in page and "](study/bits.png)" in page
     assert (bench / "study/bits.png").is_file()
     sizes = {row["format"]: row["megabytes"] for row in graphs["graphs"]}

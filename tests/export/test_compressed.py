@@ -207,3 +207,13 @@ def test_the_command_writes_it_beside_the_student(tmp_path, capsys):
 
     assert main([str(tmp_path / "quantized"), *options[:-1], "--overwrite"]) == 0
     assert not (output / "compressed").exists()
+
+
+@pytest.mark.parametrize(("format", "head"), [("int4_g32", "int4_g32"), ("fp8_e4m3", "int8_g32")])
+def test_a_quantized_head_is_stored_as_codes_too(format, head, tmp_path):
+    model = quantized(tiny_model(layers=1), format=format, head=head)
+    folder = save_compressed(model, tiny_tokenizer(), tmp_path / "compressed")
+    assert_transformers_computes_the_same(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    assert {"lm_head.weight_packed", "lm_head.weight_scale", "model.embed_tokens.weight"} <= tensors.keys()
+    assert "lm_head.weight" not in tensors

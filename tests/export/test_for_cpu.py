@@ -3,7 +3,7 @@
 import onnx
 import pytest
 import torch
-from tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
+from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 from export.__main__ import main
 from export.for_cpu import CPU, CPU_PREFILL, write_cpu_graphs
@@ -14,6 +14,7 @@ from export.shared_cache import SharedCacheSession
 from export.to_onnx import export_onnx
 from export.verify import verify_cpu
 from export.verify_prompts import verify_prefill
+from models.quantization import FORMATS
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]
@@ -55,7 +56,7 @@ def test_a_cache_beyond_the_models_positions_is_refused(tmp_path):
 @pytest.mark.parametrize("precision", ["int8", "int8_static"])
 def test_whole_numbers_are_those_of_the_graph(precision, tmp_path, monkeypatch):
     """With the head left alone, only the order of summation differs: codes, and so logits, are the same but for rare ties."""
-    monkeypatch.setattr("export.for_cpu.store_head", lambda model, bits: None)
+    monkeypatch.setattr("export.for_cpu.store_head", lambda model: None)
     model = quantized(tiny_model(layers=1), format=precision)
     path = written(model, tmp_path, precision)
     plain, cpu = (
@@ -65,15 +66,18 @@ def test_whole_numbers_are_those_of_the_graph(precision, tmp_path, monkeypatch):
     assert different <= 0.2
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 1e-2), (4, 0.3)])
-def test_the_head_may_be_stored_in_blocks(bits, bound, tmp_path):
-    model = tiny_model(layers=1)
-    path = written(model, tmp_path, "fp32", head_bits=bits)
-    with torch.no_grad():
-        expected = model(input_ids=IDS[:1, 2:]).logits
-    found = OnnxSession(path, exact=True).run(IDS[:1, 2:], torch.ones_like(IDS[:1, 2:])).logits
-    assert 0 < (found - expected).norm() < bound * expected.norm()
-    assert "DequantizeLinear" in operators(path)
+@pytest.mark.parametrize("format", ["int4_g32", "int8_g32", "int8_weight_only"])
+def test_a_head_that_was_quantized_with_the_student_keeps_its_codes(format, tmp_path):
+    model = quantized(tiny_model(layers=1), format=None, head=format)
+    path = written(model, tmp_path, format)
+    reference = record(model, IDS, MASK, decode_steps=2)
+    (check,) = verify_cpu(reference, path)
+    assert check.status == "passed", check.reason
+    stored = {tensor.name: tensor for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    codes = stored[f"lm_head.weight.{FORMATS[format].weight.numbers}.transposed"]
+    assert tuple(codes.dims) == (64, VOCAB)
+    assert tuple(stored["model.embed_tokens.weight.int8"].dims) == (VOCAB, 64)
+    assert operators(path)[-1] == "MatMul"
 
 
 def test_it_runs_with_one_buffer_for_past_and_present(tmp_path):

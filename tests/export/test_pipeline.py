@@ -102,6 +102,7 @@ def test_calibration_makes_fp8_possible_without_training(folders, tmp_path, caps
     ("how", "expected"),
     [
         (["--layer-formats", "*=int8_g32", "*.down_proj=int4_g32", "*.q_proj=none"], {"int8_g32", "int4_g32"}),
+        (["--layer-formats", "*=int8_g32", "lm_head=int4_g32", "--cpu"], {"int8_g32", "int4_g32"}),
         (["--average-bits", "6"], {"int4_g32", "int8_g64"}),
     ],
 )

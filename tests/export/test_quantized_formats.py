@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from tiny_models import left_padded_prompts, quantized, tiny_model
+from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model
 
 from export.to_onnx import export_onnx, precision_of
 from export.verify import verify
@@ -28,3 +28,17 @@ def test_the_graph_computes_what_torch_computes(format: str, tmp_path: Path) -> 
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     used = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= used
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "head"), [("llama", "fp8_e4m3", "int4_g32"), ("gemma2", "int4_g32", "int4_g32_zp")]
+)
+def test_so_does_one_with_a_quantized_head(family: str, format: str, head: str, tmp_path: Path) -> None:
+    model = quantized(tiny_model(family, layers=2), format=format, head=head)
+    assert precision_of(model) == "mixed"
+    export_onnx(model, tmp_path / "model.onnx", precision="mixed")
+    checks = verify(model, tmp_path / "model.onnx", PROMPTS["prompt_ids"], PROMPTS["prompt_mask"], decode_steps=4)
+    assert {check.status for check in checks} == {"passed"}, checks
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert stored["lm_head.weight.int4.transposed"].data_type == onnx.TensorProto.INT4
+    assert tuple(stored["model.embed_tokens.weight"].dims) == (VOCAB, 64)

@@ -50,14 +50,18 @@ def test_layers_of_different_sizes(tmp_path):
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("format", "product"),
-    [("int8_static", "INT8 x INT8"), ("int8_weight_only", "HALF x INT8"), ("int4_g64", "HALF x INT4")],
+    ("format", "product", "head"),
+    [
+        ("int8_static", "INT8 x INT8", None),
+        ("int8_weight_only", "HALF x INT8", None),
+        ("int4_g64", "HALF x INT4", "int4_g64"),
+    ],
 )
-def test_other_formats_build_and_the_audit_counts_their_products(format, product, tmp_path):
-    model = quantized(tiny_model(layers=1, hidden_size=128, intermediate_size=256), format=format)
+def test_other_formats_build_and_the_audit_counts_their_products(format, product, head, tmp_path):
+    model = quantized(tiny_model(layers=1, hidden_size=128, intermediate_size=256), format=format, head=head)
     export_onnx(model, tmp_path / "model.onnx", precision=format, activations="float16")
     engine = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", profiles=PROFILES, flavour="tensorrt_rtx")
-    assert engine.products[product] == 7
+    assert engine.products[product] == (7 if head is None else 8)
     assert audit(model, engine.products, format).status == "passed"
 
 

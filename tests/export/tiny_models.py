@@ -43,11 +43,17 @@ def tiny_model(family: str = "llama", layers: int = 3, seed: int = 0, **settings
 
 
 def quantized(
-    model: PreTrainedModel, seed: int = 1, format: str | None = "fp8_e4m3", kv_cache: str | None = None
+    model: PreTrainedModel,
+    seed: int = 1,
+    format: str | None = "fp8_e4m3",
+    kv_cache: str | None = None,
+    head: str | None = None,
 ) -> PreTrainedModel:
-    """The same model with frozen quantizers in all decoder layers, of projections, of keys and values, or both."""
+    """The same model with frozen quantizers in all decoder layers, of projections, of keys and values, or both, and of the head."""
     if format is not None:
         apply_edit(model, quantize_decoder(model, format))
+    if head is not None:
+        apply_edit(model, {"op": "fake_quantize", "format": head, "modules": ["lm_head"]})
     if kv_cache is not None:
         apply_edit(model, {"op": "quantize_cache", "format": kv_cache})
     with torch.no_grad():
