@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch
 from models.pruning.observe import hooked
-from models.quantization import post_training
+from models.quantization import weight_solver
 from models.quantization.compensation import compensating
 from models.quantization.linear import quantized_linears
 from models.quantization.post_training import quantize_after_training
@@ -69,7 +69,7 @@ def test_readers_aim_at_the_dense_outputs_and_writers_at_what_the_stream_lacks(
         products.append(product_IO)
         return compensating(weight_OI, gram_II, product_IO)
 
-    monkeypatch.setattr(post_training, "compensating", spy)
+    monkeypatch.setattr(weight_solver, "compensating", spy)
     dense = tiny_model(family)
     for linear in dense.modules():
         if isinstance(linear, nn.Linear) and linear.bias is not None:

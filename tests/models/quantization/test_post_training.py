@@ -16,6 +16,7 @@ from models.losses import forward_kl
 from models.pruning.observe import hooked
 from models.quantization import FORMATS, FakeQuantizedLinear, InputQuantizer, quantized_linears
 from models.quantization import post_training as module
+from models.quantization import weight_solver
 from models.quantization.post_training import quantize_after_training
 from models.quantization.settings import PostTrainingQuantization
 from models.structure import replay
@@ -101,8 +102,8 @@ def test_solvers_are_given_the_gram_matrix_of_the_rounded_inputs(format: str, mo
         grams.append(gram_II.clone())
         return original(weight_OI, gram_II, *args, **kwargs)
 
-    original = module.gptq
-    monkeypatch.setattr(module, "gptq", spy)
+    original = weight_solver.gptq
+    monkeypatch.setattr(weight_solver, "gptq", spy)
     model = quantized(tiny_model(), format=format, sensitive=False)
     for gram_II, (linear, input_SI) in zip(grams, inputs_of(model).items(), strict=True):
         rounded_SI = input_SI if linear.input_quantizer is None else linear.input_quantizer(input_SI)
@@ -210,8 +211,8 @@ def test_in_a_mixture_every_solver_is_given_the_inputs_as_its_layer_rounds_them(
         grams[weight_OI.data_ptr()] = gram_II.clone()
         return original(weight_OI, gram_II, *args, **kwargs)
 
-    original = module.gptq
-    monkeypatch.setattr(module, "gptq", spy)
+    original = weight_solver.gptq
+    monkeypatch.setattr(weight_solver, "gptq", spy)
     model = quantized(tiny_model(**SIZES), MIXED, sensitive=False)
     for linear, input_SI in inputs_of(model).items():
         rounded_SI = input_SI if linear.input_quantizer is None else linear.input_quantizer(input_SI)
