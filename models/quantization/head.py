@@ -43,7 +43,7 @@ def untie_head(model: PreTrainedModel, optimizers: Sequence[Optimizer] = ()) -> 
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.tie_word_embeddings = False
-    for optimizer in optimizers:
+    for optimizer in optimizers if head.weight.requires_grad else ():
         optimizer.param_groups[0]["params"].append(head.weight)
 
 

@@ -63,7 +63,9 @@ def test_a_family_with_its_own_treatment_is_found() -> None:
 def test_a_wrapped_head_is_refused(wrap: type) -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     model.set_output_embeddings(wrap(model.get_output_embeddings()))
-    with pytest.raises(ValueError, match="expected a linear layer as output embedding, with its weight quantized or not, found"):
+    with pytest.raises(
+        ValueError, match="expected a linear layer as output embedding, with its weight quantized or not, found"
+    ):
         head_of(model)
 
 

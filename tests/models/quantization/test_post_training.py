@@ -14,9 +14,8 @@ from models.architecture import FAMILIES, decoder_layers
 from models.forward import answer_logits
 from models.losses import forward_kl
 from models.pruning.observe import hooked
-from models.quantization import FORMATS, FakeQuantizedLinear, InputQuantizer, quantized_linears
+from models.quantization import FORMATS, FakeQuantizedLinear, InputQuantizer, quantized_linears, weight_solver
 from models.quantization import post_training as module
-from models.quantization import weight_solver
 from models.quantization.post_training import quantize_after_training
 from models.quantization.settings import PostTrainingQuantization
 from models.structure import replay

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from export.huggingface import load_student, save_student
 from models.architecture import FAMILIES
 from models.forward import answer_hidden, answer_labels, answer_logits, inference_copy
-from models.losses import forward_kl
+from models.losses import Objective, forward_kl, linear_objective
 from models.losses.head import check_head, head_of
 from models.quantization import FakeQuantizedLinear, format_of, freeze_scales, quantized_linears
 from models.quantization.choice import formats_by_pattern
@@ -71,6 +71,10 @@ def test_a_tied_head_gets_a_weight_of_its_own_and_the_embedding_stays() -> None:
     assert not model.config.tie_word_embeddings
     # The order of a new optimizer, whose state is that of a checkpoint.
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    assert len(optimizer.param_groups[0]["params"]) == count + 1
+    frozen = tiny_model().requires_grad_(False)
+    apply_edit(frozen, HEAD, [optimizer])
+    assert not frozen.lm_head.weight.requires_grad
     assert len(optimizer.param_groups[0]["params"]) == count + 1
     calibrated_model = calibrated(tiny_model())
     assert torch.equal(calibrated_model.get_input_embeddings().weight, before)
@@ -132,11 +136,13 @@ def test_the_loss_passes_its_gradient_through_the_rounding() -> None:
     apply_edit(model, HEAD)
     freeze_scales(model)
     hidden_ND, labels_N = answer_hidden(model, BATCHES[0]).detach(), answer_labels(BATCHES[0])
-    F.cross_entropy(head_of(model).logits(hidden_ND), labels_N).backward()
+    loss, _ = linear_objective(hidden_ND, head_of(model), None, labels_N, Objective({"cross_entropy": 1.0}))
+    loss.backward()
     found = model.lm_head.weight.grad
     rounded_VD = model.lm_head.weight_quantizer(model.lm_head.weight).detach().requires_grad_()
-    F.cross_entropy(hidden_ND @ rounded_VD.T, labels_N).backward()
-    torch.testing.assert_close(found, rounded_VD.grad)
+    F.cross_entropy(hidden_ND @ rounded_VD.T, labels_N, reduction="sum").backward()
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found, rounded_VD.grad, rtol=1e-4, atol=1e-5)
     assert model.get_input_embeddings().weight.grad is None
 
 
