@@ -18,19 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-gc.disable()  # importing makes a million objects that stay: collecting among them takes a quarter of the time
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # the tokenizers library warns in forked loader workers otherwise
+import quiet  # noqa: F401
+
+gc.disable()  # importing makes half a million objects that stay: collecting among them takes a third of the time
+# The tokenizers library warns in forked loader workers otherwise.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-
-for name in (
-    "torchao",
-    "torch.utils._pytree",
-):  # importing torchao names kernels of other GPUs, and its own deprecations
-    logging.getLogger(name).setLevel(logging.ERROR)
-
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback

@@ -1,9 +1,12 @@
 """`python -m export CHECKPOINT_OR_FOLDER --output DIR --precision fp8`: export, verify and measure a trained model."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+gc.disable()  # as in train.py: two seconds of seven until the first line
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -19,6 +22,9 @@ from export.report import write_report
 from export.settings import check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
 from models.architecture import decoder_layers
+
+gc.freeze()
+gc.enable()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
