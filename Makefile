@@ -6,7 +6,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 OUT    := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean-quickstart
+.PHONY: help quickstart test lint style format clean-quickstart
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (20 minutes on 2 cores)"
@@ -36,16 +36,21 @@ clean-quickstart:
 	@cd $(OUT) 2>/dev/null && rm -rf teacher baseline student onnx engine plots checkpoints \
 		report.json report.md config.yaml metrics.csv hparams.yaml samples.jsonl || true
 
-test: $(VENV)/.installed-dev
-	@$(MAKE) --no-print-directory lint
-	@echo "==> Tests"
-	@$(PY) -m pytest -q -n 2 --dist loadfile
+# Types are checked beside the tests, which leave a tenth of two cores idle; what was found is printed last.
+test: style
+	@echo "==> Tests, and types beside them"
+	@$(PY) -m mypy . > $(VENV)/types.txt & types=$$!; \
+	$(PY) -m pytest -q -n 2 --dist loadfile; tests=$$?; \
+	wait $$types || tests=1; cat $(VENV)/types.txt; exit $$tests
 
-lint: $(VENV)/.installed-dev
-	@echo "==> Lint, format and types"
+lint: style
+	@echo "==> Types"
+	@$(PY) -m mypy .
+
+style: $(VENV)/.installed-dev
+	@echo "==> Lint and format"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy .
 
 format: $(VENV)/.installed-dev
 	@$(PY) -m ruff format .

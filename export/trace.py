@@ -131,7 +131,7 @@ def trace(model: PreTrainedModel, *, dtype: torch.dtype, opset: int) -> Trace:
     part = slice_layers(model, [kinds.index(kind) for kind in distinct])
     if next(part.parameters()).dtype != dtype:
         part = _converted(copy.deepcopy(part), dtype)  # a copy first: `slice_layers` shares tensors with the model
-    with _quiet(), torch.no_grad(), _attention_without_repeated_groups():
+    with _quiet(), torch.no_grad(), _attention_without_repeated_groups(), _without_cached_fakes():
         program = torch.export.export(
             DecoderWithCache(part), _example(part, dtype), dynamic_shapes=_dynamic_shapes(len(distinct)), strict=False
         )
@@ -262,6 +262,11 @@ def _attention_without_repeated_groups() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def _without_cached_fakes() -> contextlib.AbstractContextManager[Any]:
+    """Compute every fake tensor: with dynamic shapes, torch's cache of them costs a sixth of the tracing and saves nothing."""
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 @contextlib.contextmanager
