@@ -10,7 +10,7 @@ OUT    := runs/quickstart
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (20 minutes on 2 cores)"
-	@echo "make test         lint, type check and tests (14 minutes on 2 cores)"
+	@echo "make test         lint, type check and tests (10 minutes on 2 cores)"
 	@echo "make lint         ruff and mypy only       make format   apply ruff's format"
 
 $(PY):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import two_shards
 from lightning import Trainer
 from tiny import tiny_batch, tiny_folder
 
@@ -19,20 +20,19 @@ from models.checkpoint import load_student_checkpoint
 from models.forward import answer_logits
 
 HERE = Path(__file__).parent
-SCRIPT = HERE / "two_shards.py"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, then two, each with its reports and its checkpoint."""
+    """One process (this one), then two, each with its reports and its checkpoint."""
     folder = tmp_path_factory.mktemp("shards")
     tiny_folder(folder / "student")
     tiny_folder(folder / "teacher", seed=7, hidden_size=40, intermediate_size=64)
+    two_shards.main(folder, 1)
     paths = os.pathsep.join(map(str, (HERE.parent.parent, HERE.parent, HERE)))
-    for processes in ("1", "2"):
-        command = [sys.executable, str(SCRIPT), str(folder), processes]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, two_shards.__file__, str(folder), "2"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
