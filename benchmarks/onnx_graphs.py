@@ -3,7 +3,7 @@
 | graph     | the student                                                        | its head                     |
 |-----------|--------------------------------------------------------------------|------------------------------|
 | `fp32`    | float32                                                            | float32                      |
-| `int8`    | `int8_g64`: 8-bit blocks of 64, smoothed, rounded to nearest       | 8-bit blocks, to nearest     |
+| `int8`    | `int8_g128`: 8-bit blocks of 128, smoothed, rounded to nearest     | 8-bit blocks, to nearest     |
 | `int4`    | `int4_g128`: 4-bit blocks of 128, QuantEase                        | `int4_g64`, QuantEase        |
 | `prefill` | `int8`: products of whole numbers, QuantEase; the last position only | 8-bit blocks, to nearest   |
 
@@ -31,7 +31,7 @@ MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES, CALIBRATION_BATCHES = 128, 8
 Graph = Literal["fp32", "int8", "int4", "prefill"]
 GRAPHS: tuple[Graph, ...] = ("fp32", "int8", "int4", "prefill")
-_PRECISION: dict[Graph, Precision] = {"fp32": "fp32", "int8": "int8_g64", "int4": "mixed", "prefill": "int8"}
+_PRECISION: dict[Graph, Precision] = {"fp32": "fp32", "int8": "int8_g128", "int4": "mixed", "prefill": "int8"}
 _FORMATS = {"*": "int4_g128", "lm_head": "int4_g64"}  # of `mixed`
 _METHOD: dict[Graph, Method] = {"int8": "nearest", "int4": "quantease", "prefill": "quantease"}
 

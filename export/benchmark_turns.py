@@ -1,5 +1,6 @@
 """Artefacts measured in turns: in every repetition each gets its turn at each cell, so a change of the load meets all of them."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from export.benchmark_artefacts import Artefact
 from export.benchmark_measure import Cell, spread
 from export.benchmark_worker import Answer, Worker
+from models.interleave import PAUSE
 
 _MS = 1000
 
@@ -49,6 +51,7 @@ def compare(
         on_step()
         if (artefact, cell) in reasons:
             return None
+        time.sleep(PAUSE)
         answer = worker.measure(cell)
         if "error" in answer:
             reasons[artefact, cell] = answer["error"]

@@ -20,12 +20,10 @@ from models.forward import inference_copy
 from models.losses import forward_kl
 from models.pruning.observe import hooked
 from models.quantization.cache import cache_scales
-from models.quantization.fake_quantize import in_blocks, in_shape_of
 from models.quantization.formats import format_of
+from models.quantization.kernels import kernel_block, rounded_in_blocks
 from models.quantization.linear import quantized_linears, rounds_inputs
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
-
-_BLOCK_OF_ROWS = 32  # what ONNX Runtime divides a weight with one scale a row into
 
 
 @dataclass
@@ -145,7 +143,7 @@ def _sensitivity(model: PreTrainedModel, steps: list[Step]) -> float:
 def _kernel_rounding(model: PreTrainedModel, steps: list[Step]) -> float | None:
     """See `Reference.kernel_rounding`."""
     weights_alone = {
-        linear: kernel_block(linear.format)
+        linear: kernel_block(format_of(linear.format).weight)
         for linear in quantized_linears(model).values()
         if linear.input_quantizer is None
     }
@@ -158,20 +156,6 @@ def _kernel_rounding(model: PreTrainedModel, steps: list[Step]) -> float | None:
     exact_NV = _all_logits(model, steps)
     with hooked(linear.register_forward_pre_hook(hook) for linear in weights_alone):
         return forward_kl(_all_logits(model, steps), exact_NV).mean().item()
-
-
-def kernel_block(format: str) -> int:
-    """How many inputs of a token share a scale in MatMulNBits, by the format of the weight: as many as in the weight."""
-    return format_of(format).weight.group_size or _BLOCK_OF_ROWS
-
-
-def rounded_in_blocks(input_BTI: Tensor, block_size: int) -> Tensor:
-    """An input (B, T, I) as ONNX Runtime's MatMulNBits reads it where it computes in 8 bits: one scale for each block of a token, of which
-    the last may be shorter.
-    """
-    blocks = in_blocks(input_BTI, block_size)
-    scale = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(blocks.dtype).tiny) / 127
-    return in_shape_of(input_BTI, (blocks / scale).round() * scale)
 
 
 def _all_logits(model: PreTrainedModel, steps: list[Step]) -> Tensor:

@@ -6,9 +6,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+PAUSE = 0.1  # seconds; threads of ONNX Runtime look for more work, on a core of their own, for 50 ms after the last
+
 
 def interleave(sides: Mapping[str, Callable[[], Any]], *, repetitions: int) -> dict[str, list[float]]:
-    """Time every side in turns, so that a change of the machine's load meets all of them.
+    """Time every side in turns, so that a change of the machine's load meets all of them, each after a pause of `PAUSE`.
 
     Args:
         sides: What to time, by name.
@@ -20,6 +22,7 @@ def interleave(sides: Mapping[str, Callable[[], Any]], *, repetitions: int) -> d
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in tqdm(range(repetitions + 1), desc=" / ".join(sides), unit="round", leave=False):
         for name, run in sides.items():
+            time.sleep(PAUSE)
             started = time.perf_counter()
             run()
             if repetition:

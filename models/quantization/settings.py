@@ -20,7 +20,8 @@ class PostTrainingQuantization:
         weight_search: How scales of weights are chosen: `max` or `mse`.
         input_search: How calibrated scales of inputs are chosen: `max`, `percentile` or `mse`.
         smoothing: Strengths that the search for smoothing factors tries; empty: no smoothing; None: `STRENGTHS` where it was
-            found to help, which is where inputs are rounded to integers, and where weights alone are rounded to nearest.
+            found to help, which is where inputs are rounded to integers, and where weights alone are rounded to nearest, or to 8 bits:
+            then most is lost by inputs in kernels that round them.
         sensitive: Tokens count by what the predictions owe to them, which takes a backward pass; otherwise all alike.
         compensate: Weights make good what was rounded before them, which takes a second forward pass; None: where it was found to
             help, which is where a solver rounds weights alone.
@@ -43,8 +44,11 @@ class PostTrainingQuantization:
         """The strengths that the search for smoothing factors tries where layers have this format."""
         if self.smoothing is not None:
             return self.smoothing
-        inputs = format_of(format).input
-        helps = self.method == "nearest" if inputs is None else inputs.numbers != "fp8_e4m3"
+        weights, inputs = format_of(format).weight, format_of(format).input
+        if inputs is not None:
+            helps = inputs.numbers != "fp8_e4m3"
+        else:
+            helps = self.method == "nearest" or weights.numbers == "int8"
         return STRENGTHS if helps else ()
 
     def compensates(self, format: str) -> bool:

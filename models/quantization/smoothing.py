@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from models.architecture import DecoderLayer, Part
 from models.quantization.fake_quantize import fake_quantize
-from models.quantization.formats import Format, Grid
+from models.quantization.formats import Format
+from models.quantization.kernels import kernel_block, rounded_in_blocks
 from models.quantization.quantizers import row_scales
 from models.quantization.rounding import nearest
 from models.quantization.scales import scale_from_amax
@@ -149,15 +150,17 @@ def _output_error(
     squares_S = torch.zeros_like(weight_S)
     for weight_OI, format in zip(weights, formats, strict=True):
         if format is not None:
-            rounded_SI = _rounded_inputs(input_SI / factor_I, format.input)
+            rounded_SI = _rounded_inputs(input_SI / factor_I, format)
             rounded_OI = nearest(weight_OI * factor_I, format.weight, search="max").weight_OI
             squares_S += (F.linear(rounded_SI, rounded_OI) - F.linear(input_SI, weight_OI)).square().sum(1)
     return (squares_S * weight_S).sum()
 
 
-def _rounded_inputs(input_SI: Tensor, grid: Grid | None) -> Tensor:
+def _rounded_inputs(input_SI: Tensor, format: Format) -> Tensor:
+    """Inputs as they will be multiplied; where weights alone are quantized, by the kernels that do most to them."""
+    grid = format.input
     if grid is None:
-        return input_SI
+        return rounded_in_blocks(input_SI, kernel_block(format.weight))
     scale = row_scales(input_SI, grid) if grid.scales == "row" else scale_from_amax(input_SI.abs().amax(), grid.high)
     return fake_quantize(input_SI, scale, None, grid.numbers)
 
