@@ -140,7 +140,10 @@ def test_tokens_count_by_what_the_predictions_owe_to_them(monkeypatch: pytest.Mo
         ("fp8_e4m3", "gptq", False),
         ("fp8_e4m3_per_channel", "nearest", False),
         ("int8_weight_only", "nearest", True),
-        ("int8_weight_only", "quantease", False),
+        ("int8_weight_only", "quantease", True),
+        ("int8_g32", "gptq", True),
+        ("int4_g32", "nearest", True),
+        ("int4_g32", "quantease", False),
     ],
 )
 def test_smoothing_is_done_where_it_helps(format: str, method: Any, smooths: bool) -> None:
