@@ -83,7 +83,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(models.interleave, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(
+        models.interleave, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
+    )
     monkeypatch.setattr(pruning_budget, "torch_run", clock.prepare)
     return clock
 

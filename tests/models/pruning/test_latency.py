@@ -37,7 +37,9 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     def make(*args: Callable[..., float]) -> Machine:
         made = Machine(*args)
-        monkeypatch.setattr(models.interleave, "time", SimpleNamespace(perf_counter=lambda: made.now))
+        monkeypatch.setattr(
+            models.interleave, "time", SimpleNamespace(perf_counter=lambda: made.now, sleep=lambda seconds: None)
+        )
         return made
 
     return make
