@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from export.runtime import Output, position_ids
+from models.renamed import CACHE
 
 
 class Session(Protocol):
@@ -41,11 +42,11 @@ class TorchSession:
             input_ids_BT.to(device),
             attention_mask=attention_mask_BS.to(device),
             position_ids=position_ids(attention_mask_BS, input_ids_BT.shape[1]).to(device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
-        return Output(output.logits.cpu(), output.past_key_values, {})
+        return Output(output.logits.cpu(), output[CACHE], {})
 
 
 @dataclass(frozen=True)

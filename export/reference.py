@@ -24,6 +24,7 @@ from models.quantization.formats import format_of
 from models.quantization.kernels import kernel_block, rounded_in_blocks
 from models.quantization.linear import quantized_linears, rounds_inputs
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
+from models.renamed import CACHE
 
 
 @dataclass
@@ -93,8 +94,8 @@ def record(
                 input_ids=input_ids,
                 attention_mask=mask_BS,
                 position_ids=position_ids(mask_BS, num_new),
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             )
             entries = [tensor[:, :, -num_new:].clone() for tensor in cache_tensors(cache)]
             steps.append(Step(input_ids, mask_BS, output.logits.float(), entries, dict(quantizer_inputs)))

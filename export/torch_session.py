@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from export.runtime import Output, position_ids
 from export.trace import cache_tensors
+from models.renamed import CACHE
 
 
 class TorchSession:
@@ -30,11 +31,11 @@ class TorchSession:
             input_ids=ids_BT,
             attention_mask=mask_BS,
             position_ids=position_ids(mask_BS, ids_BT.shape[1]),
-            past_key_values=DynamicCache(past),
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: DynamicCache(past)},
         )
-        return Output(output.logits, cache_tensors(output.past_key_values), {})
+        return Output(output.logits, cache_tensors(output[CACHE]), {})
 
     def repeat(self, cache: list[Tensor], batch: int) -> list[Tensor]:
         """The cache of one conversation for B conversations; nothing is copied before it is continued."""

@@ -30,6 +30,7 @@ from export.cache_codes import store_codes
 from export.slice import layer_kinds, slice_layers
 from models.architecture import decoder_layers
 from models.quantization.linear import FakeQuantizer
+from models.renamed import CACHE
 
 OPSETS = (21, 22, 23)
 CODES = {"fp8_e4m3": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
@@ -65,8 +66,8 @@ class DecoderWithCache(nn.Module):
             input_ids=input_ids_BT,
             attention_mask=mask,
             position_ids=position_ids_BT,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         return output.logits, cache_tensors(cache)
 

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from models.forward import inference_copy
 from models.fused_decoder import FusedDecoder
 from models.losses.head import logits_of
+from models.renamed import CACHE
 
 
 class Decoder(Protocol):
@@ -76,8 +77,8 @@ class TransformersDecoder:
             input_ids=tokens_BN,
             attention_mask=self._mask_BT,
             position_ids=positions_BN,
-            past_key_values=self._cache,
             use_cache=True,
+            **{CACHE: self._cache},
         )
         # Two dimensions on purpose: on a strided (B, 1, D) input, torch would copy the frozen head once per row.
         return logits_of(self.model, output.last_hidden_state[:, -1])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from models.architecture import decoder_layers
 from models.quantization.formats import Grid
 from models.quantization.quantizers import InputQuantizer
+from models.renamed import CACHE
 
 CacheFormat = Literal["fp8_e4m3", "int8"]
 CACHE_GRIDS: dict[str, Grid] = {"fp8_e4m3": Grid("fp8_e4m3"), "int8": Grid("int8")}
@@ -107,7 +108,7 @@ def _round_what_is_cached(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     quantizer: Any = getattr(attention, _NAME)
-    return args, kwargs | {"past_key_values": _RoundingCache(quantizer, kwargs.get("past_key_values"))}
+    return args, kwargs | {CACHE: _RoundingCache(quantizer, kwargs.get(CACHE))}
 
 
 def remove_cache_quantizers(model: PreTrainedModel) -> None:

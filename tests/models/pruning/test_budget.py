@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from models.architecture import FAMILIES, count_parameters
 from models.pruning.budget import flops, parameters
 from models.pruning.shape import Shape, shape_of, sliced
+from models.renamed import CACHE
 
 UNEVEN = {("neurons", 0): 16, ("query_heads", 1): 4, ("kv_groups", 2): 3, ("hidden", 0): 24}
 
@@ -49,8 +50,8 @@ def counted_flops(model: PreTrainedModel, *, batch: int, new: int, past: int) ->
     model.set_attn_implementation("eager")
     cache = DynamicCache()  # without a config: no layer forgets what its window does not show
     if past:
-        model(input_ids=torch.ones(batch, past, dtype=torch.long), past_key_values=cache)
+        model(input_ids=torch.ones(batch, past, dtype=torch.long), **{CACHE: cache})
     with FlopCounterMode(display=False, depth=None) as counter:
-        model(input_ids=torch.ones(batch, new, dtype=torch.long), past_key_values=cache)
+        model(input_ids=torch.ones(batch, new, dtype=torch.long), **{CACHE: cache})
     rotary = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
     return counter.get_total_flops() - rotary

@@ -12,6 +12,7 @@ import models.interleave
 from models.pruning.latency import compare, meet_latency, torch_run
 from models.pruning.shape import LayerShape, Shape
 from models.pruning.uniform import evenly_sparse
+from models.renamed import CACHE
 
 DENSE = Shape(hidden=64, head_dim=16, vocabulary=500, layers=(LayerShape(1024, 4, 4),) * 3)
 
@@ -152,6 +153,6 @@ def test_a_torch_run_is_a_whole_prefill() -> None:
     ((kwargs, output),) = seen
     assert kwargs["input_ids"].shape == (2, 5)
     assert output.logits.shape == (2, 5, 300)
-    assert output.past_key_values.get_seq_length() == 5
+    assert output[CACHE].get_seq_length() == 5
     assert run() == output.logits[-1, -1, 0].item()
     assert not torch.is_inference_mode_enabled()

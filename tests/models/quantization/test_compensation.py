@@ -75,7 +75,7 @@ def test_readers_aim_at_the_dense_outputs_and_writers_at_what_the_stream_lacks(
         if isinstance(linear, nn.Linear) and linear.bias is not None:
             nn.init.normal_(linear.bias, std=0.1)  # fresh ones are zero
     model = copy.deepcopy(dense)
-    settings = PostTrainingQuantization("gptq", sensitive=False, compensate=True)
+    settings = PostTrainingQuantization("gptq", smoothing=(), sensitive=False, compensate=True)
     quantize_after_training(model, BATCHES, "int8_weight_only", settings)
     before, after = passing(dense), passing(model)
     names = {module: name for name, module in model.base_model.named_modules()}

@@ -25,6 +25,7 @@ from models.quantization.formats import Grid
 from models.quantization.linear import freeze_scales, rounds_inputs
 from models.quantization.post_training import quantize_after_training
 from models.quantization.settings import PostTrainingQuantization
+from models.renamed import CACHE
 from models.structure import apply_edit
 
 IDS_BT = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -50,7 +51,7 @@ def test_a_growing_cache_gives_what_no_cache_gives(family, format):
     whole, cache, parts = logits(model, use_cache=False), DynamicCache(config=model.config), []
     with torch.no_grad():
         for ids_BT in (IDS_BT[:, :7], *IDS_BT[:, 7:].split(1, dim=1)):
-            parts.append(model(input_ids=ids_BT, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(input_ids=ids_BT, use_cache=True, **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
     assert not torch.equal(whole, logits(without(model), use_cache=False))
 
