@@ -38,9 +38,12 @@ from models.lora import merged
 from models.quantization.cache import CACHE_GRIDS, cache_format, cache_quantizers
 from models.quantization.formats import BITS, Grid, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from models.renamed import CACHE
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+
+_CACHES_IT_FINDS = ("past_key_values",)  # compressed-tensors 0.20: arguments of an attention that it knows as a cache
 
 
 def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -91,7 +94,7 @@ def check_compressible(model: PreTrainedModel) -> None:
             or zero points beside another format.
     """
     linears = quantized_linears(model)
-    check_compressible_formats(model, {name: linear.format for name, linear in linears.items()})
+    check_compressible_formats(model, {name: linear.format for name, linear in linears.items()}, cache_format(model))
     frozen = [name for name, linear in linears.items() if all(quantizer.frozen for quantizer in linear.quantizers())]
     if not (linears or cache_quantizers(model)) or len(frozen) < len(linears):
         raise ValueError(
@@ -100,8 +103,8 @@ def check_compressible(model: PreTrainedModel) -> None:
         )
 
 
-def check_compressible_formats(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
-    """Raise for formats of projections, by name, that such a folder cannot hold, whether the model is quantized yet or not.
+def check_compressible_formats(model: PreTrainedModel, formats: Mapping[str, str], kv_cache: str | None) -> None:
+    """Raise for formats of projections, by name, and of the cache that such a folder cannot hold, whether the model is quantized yet or not.
 
     Raises:
         ModuleNotFoundError, ValueError: As `check_compressible`.
@@ -113,6 +116,11 @@ def check_compressible_formats(model: PreTrainedModel, formats: Mapping[str, str
             "expected the package compressed-tensors, which packs quantized weights for vLLM and SGLang, found no module "
             f"{error.name!r}; run `pip install -e .[serving]`"
         ) from error
+    if kv_cache is not None and CACHE not in _CACHES_IT_FINDS:
+        raise ValueError(
+            f"expected transformers before 5.24 for keys and values in {kv_cache}, as compressed-tensors 0.20 does not find them behind the "
+            f"argument's new name, found one that calls it {CACHE!r}; run `pip install -e .[serving]`, or leave the compressed folder out"
+        )
     reason = why_not_plain(model)
     if reason is not None:
         raise ValueError(

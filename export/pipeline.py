@@ -154,7 +154,7 @@ def check_formats(
         check_cpu(settings.precision, settings.opset, kv_cache)
     quantized = {name: format for name, format in formats.items() if format in FORMATS}
     if settings.compressed:
-        check_compressible_formats(model, quantized)
+        check_compressible_formats(model, quantized, kv_cache)
     if "engine" in settings.formats:
         check_engine_formats(quantized.values())
 

@@ -132,6 +132,19 @@ def test_a_compressed_folder_rounds_in_plain_transformers(format, kv_cache, tmp_
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def test_a_compressed_folder_that_would_lose_the_scales_is_refused_before_calibration(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("export.compressed.CACHE", "cache")
+    save_student(tiny_model(layers=1), tiny_tokenizer(), tmp_path / "dense")
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"prompt": "hello", "response": "world"}) + "\n")
+    common = [str(tmp_path / "dense"), "--engine", "none", "--calibration", str(tmp_path / "talks.jsonl")]
+    assert main([*common, "--output", str(tmp_path / "out"), "--kv-cache", "int8", "--compressed"]) == 2
+    assert "expected transformers before 5.24 for keys and values in int8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="expected transformers before 5.24"):
+        save_compressed(quantized(tiny_model(layers=1), kv_cache="fp8_e4m3"), tiny_tokenizer(), tmp_path / "compressed")
+    assert not (tmp_path / "compressed").exists()
+
+
 def test_the_command_line_calibrates_the_cache_alone(tmp_path):
     save_student(tiny_model(layers=1), tiny_tokenizer(), tmp_path / "dense")
     talk = {"prompt": "hello", "response": "world"}
