@@ -33,10 +33,11 @@ from benchmarks.quantization_arms import ARMS, COMPARISONS, INT4, Arm, HeadArm, 
 from benchmarks.quantization_graphs import graph_rows
 from benchmarks.quantization_page import write_page
 from benchmarks.quantization_peers import Peer
-from benchmarks.quantization_training import DISTILLED, LEARNED, STEPS, WAYS, learning_rate, trained_row
+from benchmarks.quantization_training import DISTILLED, ON_ALL, STEPS, WAYS, learning_rate, trained_row
 from benchmarks.study import Row, Rows, flat
 from benchmarks.study_training import quiet
 from models.evaluation import evaluate
+from models.forward import Batch
 from models.pretrained import load_model, load_tokenizer
 from models.quantization.choice import UNQUANTIZED, bits_of
 from models.quantization.formats import FORMATS
@@ -67,10 +68,10 @@ class Bench:
         self.teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.float32))
         self._start: tuple[Arm, PreTrainedModel] | None = None
 
-    def quantized(self, arm: Arm | HeadArm | Peer) -> PreTrainedModel:
-        """A student after calibration."""
+    def quantized(self, arm: Arm | HeadArm | Peer, more: Sequence[Batch] = ()) -> PreTrainedModel:
+        """A student after calibration, on more conversations than everybody's if there are some."""
         student = copy.deepcopy(self.model)
-        arm.quantize(student, self.calibration)
+        arm.quantize(student, [*self.calibration, *more])
         return student
 
     def start(self, arm: Arm) -> PreTrainedModel:
@@ -176,7 +177,7 @@ def quick(study: Study) -> tuple[list[Row], dict[str, float]]:
 def trained(study: Study, steps: int) -> tuple[list[Row], dict[str, float]]:
     """Our calibrated FP8 and INT4, and what distillation with quantizers in place makes of them; KL after over KL before."""
     rows, ratios = [], {}
-    for name, arm, way in (("fp8_qat_kl", best("fp8_e4m3"), DISTILLED), ("int4_qat_kl", best(INT4), LEARNED)):
+    for name, arm, way in (("fp8_qat_kl", best("fp8_e4m3"), DISTILLED), ("int4_qat_kl", best(INT4), ON_ALL)):
         [before], [after] = study.calibrated([arm]), study.trained([arm], [way], steps)
         rows += [before, after]
         ratios[name] = after["kl"] / before["kl"]

@@ -68,7 +68,7 @@ def _trained(rows: Sequence[Row], calibrated: Sequence[Row]) -> str:
         start = next(
             each
             for each in calibrated
-            if row["format"] == each["format"] and row["arm"].startswith(each["arm"] + ", QAT")
+            if row["format"] == each["format"] and row["arm"].startswith(f"{each['arm']}, {row['way']}")
         )
         lines.append(
             [
@@ -86,7 +86,8 @@ def _trained(rows: Sequence[Row], calibrated: Sequence[Row]) -> str:
         "## After training\n\n"
         f"From the best calibrated student of a format, {rows[0]['steps']} steps of eight instructions that calibration has not seen, the "
         "same in all ways.  QAT alone learns from the unquantized model's answers as if they were gold, distillation from its probabilities; "
-        "on policy, the quantized student answers for itself.  Recovered: share of the KL that is gone.\n\n"
+        "on policy, the quantized student answers for itself.  Calibrated on all: it starts from a calibration that has seen training's "
+        "conversations, too.  Recovered: share of the KL that is gone.\n\n"
     )
     header = ["format", "way", "KL before", "KL", "recovered", "agreement", "perplexity", "seconds"]
     return text + markdown_table(header, lines, text_columns=2)

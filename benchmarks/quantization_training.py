@@ -5,10 +5,12 @@
 | QAT                           | the unquantized model's | the tokens of the answers |
 | QAT, distillation             | the same               | the unquantized model's probabilities |
 | QAT, distillation, learned scales | the same           | the same; scales are trained as well (LSQ) |
+| calibrated on all, QAT, distillation, learned scales | the unquantized model's | the same |
 | QAT, on-policy distillation   | the quantized student's own | the same           |
 
 The student starts as the best that calibration alone makes (`benchmarks/quantization_arms.py`).  Questions are instructions that calibration
-has not seen; all ways see them in the same order.
+has not seen; all ways see them in the same order.  Where it is calibrated on all, it starts from a calibration that has seen the
+conversations of training too, as that of `QuantizationAwareTraining` does with as many `calibration_batches`.
 """
 
 import time
@@ -33,6 +35,7 @@ from models.quantization.learning import learn_scales
 
 DISTILLED = "QAT, distillation"
 LEARNED = "QAT, distillation, learned scales"
+ON_ALL = "calibrated on all, QAT, distillation, learned scales"
 TRAINING_SAMPLES = 160
 BATCH_SIZE = 8
 STEPS = 64
@@ -41,6 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "QAT": {"objective": Objective({"cross_entropy": 1.0})},
     DISTILLED: {},
     LEARNED: {},
+    ON_ALL: {},
     "QAT, on-policy distillation": {"on_policy": OnPolicy(start=0, tokens=OWN_TOKENS), "sampling": SAMPLING},
 }
 _LEARNING_RATES = {"fp8_e4m3": 5e-5}  # its steps are finer
@@ -72,11 +76,15 @@ def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Ro
         **WAYS[way],
     )
     module.configure_model()
-    module.student = bench.start(arm).requires_grad_(True).train()
-    if way == LEARNED:
+    batches, started = _batches(bench, steps, seed), time.perf_counter()
+    if way == ON_ALL:
+        student = bench.quantized(arm, list({id(batch): batch for batch in batches}.values()))
+    else:
+        student = bench.start(arm)
+    module.student = student.requires_grad_(True).train()
+    if way in (LEARNED, ON_ALL):
         learn_scales(module.student, weights_follow=True)
-    started = time.perf_counter()
-    _fit(module, _batches(bench, steps, seed), steps)
+    _fit(module, batches, steps)
     made = {"way": way, "steps": steps, "seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
     return {"format": arm.format, "arm": f"{arm.name}, {way}, {steps} steps", **made, **bench.judge(module.student)}
 

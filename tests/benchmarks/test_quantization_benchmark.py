@@ -13,6 +13,7 @@ from benchmarks import chats, onnx_decode, quantization, quantization_arms, quan
 from benchmarks.quantization_arms import Arm, HeadArm, best
 from benchmarks.quantization_peers import Peer
 from benchmarks.quantization_training import WAYS
+from models.forward import Batch
 from models.quantization import quantized_linears
 from models.quantization.formats import FORMATS, format_of
 from models.quantization.lsq import scale_of
@@ -218,7 +219,7 @@ def test_training_moves_the_calibrated_student(bench: Path) -> None:
     assert set(ratios) == {"fp8_qat_kl", "int4_qat_kl"}
     for (before, after), ratio in zip((rows[:2], rows[2:]), ratios.values(), strict=True):
         assert ratio == pytest.approx(after["kl"] / before["kl"]) and ratio != 1
-    assert [rows[1]["way"], rows[3]["way"]] == [quantization_training.DISTILLED, quantization_training.LEARNED]
+    assert [rows[1]["way"], rows[3]["way"]] == [quantization_training.DISTILLED, quantization_training.ON_ALL]
 
 
 @pytest.mark.usefixtures("training")
@@ -236,6 +237,21 @@ def test_learned_scales_are_those_that_are_judged(bench: Path, monkeypatch: pyte
         scale = linear.weight_quantizer.scale
         assert not torch.equal(scale, before[name].weight_quantizer.scale)
         assert torch.equal(scale, scale_of(linear.weight_quantizer.log_scale.detach()))
+
+
+@pytest.mark.usefixtures("training")
+def test_calibrated_on_all_starts_after_every_conversation_once(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, arm, seen = quantization.Bench(4), Arm("int4_g32", "gptq", "mse"), list[list[int]]()
+    original = Arm.quantize
+
+    def quantize(self: Arm, model: PreTrainedModel, batches: list[Batch]) -> None:
+        seen.append([id(batch) for batch in batches])
+        original(self, model, batches)
+
+    monkeypatch.setattr(Arm, "quantize", quantize)
+    monkeypatch.setattr(quantization_training, "_batches", lambda *_: 3 * kept.held_out[:1])
+    quantization_training.trained_row(kept, arm, quantization_training.ON_ALL, 3)
+    assert seen == [[id(batch) for batch in [*kept.calibration, kept.held_out[0]]]]
 
 
 def test_batches_are_those_of_the_steps_in_a_new_order_each_epoch(bench: Path, training: None) -> None:
