@@ -35,6 +35,7 @@ from export.shared_cache import SharedCacheSession
 from models.pretrained import load_model, load_tokenizer
 
 PAST = 128
+PIECE = 256  # tokens that ours runs at once
 NEW = 16  # tokens of one repetition
 PROMPT = 512
 HEAD_DIM = 64  # of the model; genai's graphs do not say
@@ -110,7 +111,7 @@ def first_token(ours: Path, theirs: dict[str, Path], threads: int, repetitions: 
         peers[f"genai {name}, graph in onnxruntime"] = prefilling(
             folder / "model.onnx", threads, piece=PROMPT, large_pages=False
         )
-    seconds = interleave({"ours": prefilling(ours, threads, piece=128), **peers}, repetitions=repetitions)
+    seconds = interleave({"ours": prefilling(ours, threads, piece=PIECE), **peers}, repetitions=repetitions)
     return [{"name": name, "what": "first token", **spread(times)} for name, times in seconds.items()]
 
 

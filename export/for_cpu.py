@@ -45,10 +45,10 @@ def write_cpu_graphs(graph: Path, *, prefill: bool = False) -> Path:
         store_head(model)
         store_embedding(model)
     merge_products(model)
-    if quantized:
-        integer_products(model)
     cache_in_attention(model)
     _drop_unused_positions(model.graph)
+    if quantized:
+        integer_products(model)
     norms_with_sums(model)
     target = graph.with_name(CPU)
     data = f"{CPU}.data"

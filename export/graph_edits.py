@@ -35,9 +35,9 @@ class Inserter:
         self.graph = graph
         self._before = before
 
-    def node(self, op: str, inputs: Sequence[ir.Value | None], *attributes: ir.Attr) -> ir.Value:
-        """The result of a new standard operator with one output."""
-        new = ir.Node("", op, inputs, attributes)
+    def node(self, op: str, inputs: Sequence[ir.Value | None], *attributes: ir.Attr, domain: str = "") -> ir.Value:
+        """The result of a new operator with one output, a standard one if no domain is named."""
+        new = ir.Node(domain, op, inputs, attributes)
         self.graph.insert_before(self._before, new)
         return new.outputs[0]
 

@@ -40,7 +40,7 @@ def keep_last_logits(model: ir.Model) -> None:
 def _hidden(logits: ir.Value) -> tuple[ir.Value, list[tuple[ir.Node, int]]]:
     """What the head reads, all positions of it, and where."""
     product = _first_other(logits, _BEHIND_PRODUCT)
-    if product is None or product.op_type not in ("MatMul", "MatMulInteger"):
+    if product is None or product.op_type not in ("MatMul", "MatMulIntegerToFloat"):
         raise ValueError(
             f"expected logits from a matrix product, found {None if product is None else product.op_type}; export the model with "
             "`export.to_onnx`"

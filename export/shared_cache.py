@@ -45,7 +45,7 @@ class SharedCacheSession:
         length: int,
         batch: int = 1,
         threads: int | None = None,
-        piece: int = 128,
+        piece: int = 256,
         head_dim: int | None = None,
         large_pages: bool = True,
     ) -> None:

@@ -39,7 +39,7 @@ def test_it_computes_what_torch_computes(precision, tmp_path):
     assert checks[0].bounded == ("max_relative_difference" if precision == "fp32" else "kl")
     found = operators(path)
     assert found.count("GroupQueryAttention") == 2
-    assert found.count("MatMulInteger") == (2 * 4 if precision in ("int8", "int8_static") else 0)
+    assert found.count("MatMulIntegerToFloat") == (2 * 5 if precision in ("int8", "int8_static") else 0)
     assert (tmp_path / "cpu.onnx.data").stat().st_size > 0
     assert {item.name for item in tmp_path.iterdir()} == {
         *("model.onnx", "model.onnx.data", CPU, "cpu.onnx.data", CPU_PREFILL)
