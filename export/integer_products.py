@@ -149,13 +149,13 @@ def _replace(make: Inserter, product: ir.Node, left: ir.Value, left_scale: ir.Va
 
 
 def _results(product: ir.Node) -> list[tuple[ir.Value, slice]]:
-    """What becomes of a product, and of which columns: if all that is done with it is to split it, its parts, which need no copy then."""
+    """What becomes of a product, and of which columns: the products that `merge_products` joined need no copy if they are made apart."""
     whole = product.outputs[0]
-    splits = [node for node, _ in whole.uses() if node.op_type == "Split"]
-    if len(whole.uses()) != 1 or not splits:
+    uses = list(whole.uses())
+    split = uses[0].node if len(uses) == 1 else None
+    sizes = split.inputs[1] if split is not None and split.op_type == "Split" and len(split.inputs) == 2 else None
+    if split is None or sizes is None or not sizes.is_initializer():
         return [(whole, slice(0, None))]
-    [split] = splits
-    assert split.inputs[1] is not None
-    ends = np.cumsum(_array(split.inputs[1])).tolist()
+    ends = np.cumsum(_array(sizes)).tolist()
     starts = [0, *ends[:-1]]
     return [(part, slice(start, end)) for part, start, end in zip(split.outputs, starts, ends, strict=True)]

@@ -6,10 +6,14 @@ import pytest
 import torch
 from tiny_models import left_padded_prompts, quantized, tiny_model
 
+from export.for_cpu import write_cpu_graphs
 from export.integer_products import integer_products
 from export.merge_products import merge_products
+from export.reference import record
 from export.runtime import OnnxSession
 from export.to_onnx import export_onnx
+from export.verify import verify_cpu
+from models.architecture import FAMILIES
 
 
 @pytest.mark.parametrize("format", ["int8", "int8_static"])
@@ -34,6 +38,17 @@ def test_they_are_the_products_that_the_graph_describes(format, tmp_path):
         logits.append(torch.cat([first.logits[prompts["prompt_mask"].bool()], second.logits[:, 0]]))
     different = ((logits[1] - logits[0]).abs().amax(1) > 1e-5 * logits[0].abs().max()).float().mean()
     assert different <= 0.2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_products_of_whole_numbers(family, tmp_path):
+    """Phi splits a product of its own, by a number of parts."""
+    model = quantized(tiny_model(family, layers=2), format="int8")
+    export_onnx(model, tmp_path / "model.onnx", precision="int8")
+    prompts = left_padded_prompts()
+    reference = record(model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=2)
+    checks = verify_cpu(reference, write_cpu_graphs(tmp_path / "model.onnx"))
+    assert {check.status for check in checks} == {"passed"}, [check.reason for check in checks]
 
 
 @pytest.mark.parametrize("format", ["int8_weight_only", "int8_g32", "fp8_e4m3"])
