@@ -215,11 +215,13 @@ def test_training_moves_the_calibrated_student(bench: Path) -> None:
     quantization.main(["--qat", "--samples", "4", "--steps", "2", "--json", str(bench / "qat.json")])
     found = json.loads((bench / "qat.json").read_text())
     rows, ratios = found["results"], found["ratios"]
-    assert [row["format"] for row in rows] == ["fp8_e4m3"] * 2 + ["int4_g128"] * 2
-    assert set(ratios) == {"fp8_qat_kl", "int4_qat_kl"}
-    for (before, after), ratio in zip((rows[:2], rows[2:]), ratios.values(), strict=True):
-        assert ratio == pytest.approx(after["kl"] / before["kl"]) and ratio != 1
-    assert [rows[1]["way"], rows[3]["way"]] == [quantization_training.DISTILLED, quantization_training.ON_ALL]
+    assert [row["format"] for row in rows] == ["fp8_e4m3"] * 2 + ["int4_g128"] * 3
+    training = quantization_training
+    ways = {"fp8_qat_kl": training.DISTILLED, "int4_qat_kl": training.LEARNED, "int4_on_all_kl": training.ON_ALL}
+    for (name, way), before, after in zip(ways.items(), (0, 2, 2), (1, 3, 4), strict=True):
+        assert rows[after]["way"] == way
+        assert ratios[name] == pytest.approx(rows[after]["kl"] / rows[before]["kl"]) and ratios[name] != 1
+    assert set(ratios) == set(ways)
 
 
 @pytest.mark.usefixtures("training")
