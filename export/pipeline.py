@@ -5,7 +5,8 @@ and is moved into place at the end.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from export.compressed import check_compressible, check_compressible_formats, sa
 from export.engines import Engines, write_engines
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graphs
-from export.huggingface import check_plain, save_student, without_quantizers
+from export.huggingface import check_plain, rounded, save_student, without_quantizers
 from export.label_graph import write_labels
 from export.layout import (
     COMPRESSED,
@@ -91,9 +92,12 @@ def export_all(
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
-    if settings.compressed:
-        check_compressible(model)
-    computed = _plain(model) if settings.precision in UNQUANTIZED else model
+    is_quantized = bool(quantized_linears(model) or cache_format(model))
+    compressed = (is_quantized or settings.compressed is True) and is_compressed(
+        settings, partial(check_compressible, model)
+    )
+    model = rounded(model, settings.dtype)
+    computed = _plain(model, settings) if settings.precision in UNQUANTIZED else model
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
@@ -106,12 +110,12 @@ def export_all(
     with staging_folder(output) as staging:
         if "hf" in settings.formats:
             with phases.phase("Student folder"):
-                save_student(model, tokenizer, staging / STUDENT)
+                save_student(model, tokenizer, staging / STUDENT, dtype=settings.dtype)
             if reason is not None:
                 rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
-        if settings.compressed:
+        if compressed:
             with phases.phase("Compressed folder"):
-                save_compressed(model, tokenizer, staging / COMPRESSED)
+                save_compressed(model, tokenizer, staging / COMPRESSED, dtype=settings.dtype)
             if isinstance(model.get_output_embeddings(), FakeQuantizedLinear):
                 rank_zero_info(
                     f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
@@ -153,8 +157,8 @@ def check_formats(
     if settings.cpu:
         check_cpu(settings.precision, settings.opset, kv_cache)
     quantized = {name: format for name, format in formats.items() if format in FORMATS}
-    if settings.compressed:
-        check_compressible_formats(model, quantized, kv_cache)
+    if settings.compressed is True:
+        check_compressible_formats(model, quantized.items(), kv_cache)
     if "engine" in settings.formats:
         check_engine_formats(quantized.values())
 
@@ -164,8 +168,33 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> d
     return dict(zip(labels, label_token_ids(tokenizer, labels), strict=True)) if labels else {}
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    return without_quantizers(model, keep_cache=True) if quantized_linears(model) else model
+def is_compressed(settings: ExportSettings, check: Callable[[], None]) -> bool:
+    """Whether a quantized student gets a compressed folder, too.
+
+    Args:
+        settings: With `auto`, it gets one if the check passes; if not, one line says why.
+        check: It raises if there can be none; not called if none is wanted.
+
+    Raises:
+        ModuleNotFoundError, ValueError: The check's, where the settings ask for the folder.
+    """
+    if settings.compressed is False or (settings.compressed == "auto" and "hf" not in settings.formats):
+        return False
+    try:
+        check()
+    except (ModuleNotFoundError, ValueError) as error:
+        if settings.compressed == "auto":
+            rank_zero_info(f"{COMPRESSED}/ is left out: {error}")
+            return False
+        raise
+    return True
+
+
+def _plain(model: PreTrainedModel, settings: ExportSettings) -> PreTrainedModel:
+    """What `student/` holds for programs that know no quantizers."""
+    if not quantized_linears(model):
+        return model
+    return rounded(without_quantizers(model, keep_cache=True), settings.dtype)
 
 
 def _write_graphs(
@@ -225,7 +254,7 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
 
     folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
     rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
-    if settings.compressed:
+    if (output / COMPRESSED).exists():
         rows.append(artefact(COMPRESSED, "compressed-tensors folder"))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
