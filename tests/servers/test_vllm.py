@@ -37,6 +37,7 @@ def python():
     if not (environment / ".installed").is_file():
         reason = environment / "reason.txt"
         pytest.skip(reason.read_text().strip() if reason.is_file() else "make test-servers installs vLLM and runs this")
+    torch.set_num_threads(os.cpu_count() or 1)  # other tests have one
     return environment.absolute() / "bin/python"
 
 

@@ -67,22 +67,16 @@ def serving(python: Path, model: Path, log: Path) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # `timeout` ends it even where this process is killed and can't.
-    command = [
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    bounded = [
         "timeout",
         f"--kill-after={END_SECONDS}",
         str(LONGEST_SECONDS),
-        str(python),
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-    ]
+    ]  # even where this process is killed and cannot
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | _SETTINGS
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--model", str(model), "--port", str(port), *_OPTIONS],
-            stdout=output,
-            stderr=output,
-            env=os.environ | _SETTINGS,
-            start_new_session=True,
+            [*bounded, *command, *_OPTIONS], stdout=output, stderr=output, env=environment, start_new_session=True
         )
     try:
         server, started = Server(port, model), time.monotonic()
