@@ -4,7 +4,7 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -58,10 +58,10 @@ class Preflight(Callback):
             if quantization is not None:
                 formats = formats_by_pattern(pl_module.student, quantization.format, quantization.exceptions)
                 _rehearse_quantization(layers, set(formats.values()), quantization.kv_cache)
-                if export is not None:
-                    _check_compressed(layers, formats, quantization.kv_cache, export.settings)
             if export is not None and "onnx" in export.settings.formats:
                 _rehearse_export(layers, export)
+            if export is not None:
+                _check_compressed(layers, pl_module.student, quantization, export.settings)
         if export is not None:
             check_output_free(Path(export.output or trainer.default_root_dir))
         _check_resources(trainer, pl_module, export)
@@ -118,13 +118,24 @@ def _rehearse_quantization(model: PreTrainedModel, formats: set[str], kv_cache: 
 
 
 def _check_compressed(
-    model: PreTrainedModel, formats: Mapping[str, str], kv_cache: CacheFormat | None, settings: ExportSettings
+    layers: PreTrainedModel,
+    student: PreTrainedModel,
+    quantization: QuantizationAwareTraining | None,
+    settings: ExportSettings,
 ) -> None:
     """What the compressed folder of the trained student cannot hold, or that the package for it is missing."""
-    names = [*quantize_decoder(model)["modules"], head_name(model)]
+    kv_cache = None
+    if settings.cpu_format is not None:
+        formats = formats_by_pattern(student, settings.cpu_format, {})
+    elif quantization is not None:
+        formats = formats_by_pattern(student, quantization.format, quantization.exceptions)
+        kv_cache = quantization.kv_cache
+    else:
+        return
+    names = [*quantize_decoder(layers)["modules"], head_name(layers)]
     kinds = {(name.rpartition(".")[2], format) for name, format in formats.items() if format in FORMATS}
     planned = [(name, format) for name in names for kind, format in kinds if name.endswith(kind)]
-    is_compressed(settings, partial(check_compressible_formats, model, planned, kv_cache))
+    is_compressed(settings, partial(check_compressible_formats, layers, planned, kv_cache))
 
 
 def _rehearse_export(model: PreTrainedModel, export: ExportOnFitEnd) -> None:

@@ -11,11 +11,11 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from export.calibration import calibrate
+from export.calibration import batches_of, calibrate, has_scales, quantized_anew
 from export.checks import VerificationError, raise_on_failure
 from export.huggingface import load_student, rounded
 from export.options import calibration_of, parser, settings_of
-from export.pipeline import check_formats, check_output_free, export_all
+from export.pipeline import check_cpu_format, check_formats, check_output_free, export_all
 from export.progress import Phases
 from export.prompts import prompts_for_verification
 from export.report import write_report
@@ -39,6 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Loading {options.model}", flush=True)
         model, tokenizer = load_any(options.model)
         prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
+        for_cpu = None
+        if settings.cpu_format is not None:
+            assert calibration is not None
+            check_cpu_format(model, settings)
+            batches = batches_of(tokenizer, calibration)
+            title = f"Quantizing for the CPU after {options.calibration}"
+            with Phases().phase(title, len(decoder_layers(model))) as on_layer:
+                for_cpu = quantized_anew(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)
+            if has_scales(model) or not (calibration.formats or calibration.kv_cache):
+                calibration = None  # it was for the CPU alone
         if calibration is not None:
             with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
                 check = partial(check_formats, settings=settings)
@@ -46,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.precision not in UNQUANTIZED:
             check_exportable(model, precision=options.precision, opset=options.opset)
         model = rounded(model, settings.dtype)  # here, so that the numbers it was loaded with need no memory any more
-        report = export_all(model, tokenizer, options.output, settings, prompts, overwrite=options.overwrite)
+        report = export_all(
+            model, tokenizer, options.output, settings, prompts, for_cpu=for_cpu, overwrite=options.overwrite
+        )
         write_report(options.output, report)
         for check in report["verification"]:
             print(f"{check['status']:>8}  {check['name']}" + (f": {check['reason']}" if check["reason"] else ""))

@@ -6,6 +6,7 @@ and is moved into place at the end.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from export.label_graph import write_labels
 from export.layout import (
     COMPRESSED,
     CPU_GRAPH,
+    CPU_PREFILL_GRAPH,
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
     GRAPH,
@@ -37,12 +39,14 @@ from export.layout import (
 )
 from export.prefill import write_prefill
 from export.progress import Phases
+from export.served import Served
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
-from export.verification import verify_artefacts
+from export.verify import HeldOut, Verification, verify_artefacts
 from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.cache import cache_format
+from models.quantization.choice import formats_by_pattern
 from models.quantization.formats import FORMATS
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 
@@ -64,8 +68,11 @@ def export_all(
     settings: ExportSettings,
     prompts: Mapping[str, Tensor],
     *,
+    held_out: HeldOut | None = None,
+    for_cpu: PreTrainedModel | None = None,
     compare: Mapping[str, Path] | None = None,
     overwrite: bool = False,
+    phases: Phases | None = None,
 ) -> dict[str, Any]:
     """Export, verify and measure a student; a verification that fails is reported, not raised: see `raise_on_failure`.
 
@@ -75,11 +82,14 @@ def export_all(
         output: Folder to write into; other files in it are left alone.
         settings: What to export.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P) for the verification.
-        compare: Further graphs (of the teacher) to measure in turns with the new one, by name.
+        held_out: Conversations on which graphs are judged as they are served; None: answers that the student samples.
+        for_cpu: The student in the format that `settings.cpu` names, see `quantized_anew`; None where it names none.
+        compare: Further graphs (of the teacher) to measure in turns with the new ones, by name.
         overwrite: Replace what an earlier export wrote.
+        phases: Show the progress; by default new ones.
 
     Returns:
-        `artefacts` (path in `output`, bytes, kind), `verification`, `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
+        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
         phase.
 
     Raises:
@@ -92,21 +102,24 @@ def export_all(
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
-    is_quantized = bool(quantized_linears(model) or cache_format(model))
-    compressed = (is_quantized or settings.compressed is True) and is_compressed(
-        settings, partial(check_compressible, model)
-    )
+    assert (settings.cpu_format is not None) == (for_cpu is not None)
     model = rounded(model, settings.dtype)
+    for_cpu = None if for_cpu is None else rounded(for_cpu, settings.dtype)
+    in_codes = model if for_cpu is None else for_cpu
+    is_quantized = bool(quantized_linears(in_codes) or cache_format(in_codes))
+    compressed = (is_quantized or settings.compressed is True) and is_compressed(
+        settings, partial(check_compressible, in_codes)
+    )
     computed = _plain(model, settings) if settings.precision in UNQUANTIZED else model
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
             check_engine_formats(formats_of(computed))
-    if settings.cpu:
+    if settings.cpu and for_cpu is None:
         check_cpu(settings.precision, settings.opset, cache_format(model))
 
     reason = why_not_plain(model)
-    phases = Phases()
+    phases = phases or Phases()
     with staging_folder(output) as staging:
         if "hf" in settings.formats:
             with phases.phase("Student folder"):
@@ -115,16 +128,22 @@ def export_all(
                 rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
         if compressed:
             with phases.phase("Compressed folder"):
-                save_compressed(model, tokenizer, staging / COMPRESSED, dtype=settings.dtype)
-            if isinstance(model.get_output_embeddings(), FakeQuantizedLinear):
+                save_compressed(in_codes, tokenizer, staging / COMPRESSED, dtype=settings.dtype)
+            if isinstance(in_codes.get_output_embeddings(), FakeQuantizedLinear):
                 rank_zero_info(
                     f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
                 )
         engines = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
         checks: list[Check] = []
+        served: dict[str, Served] = {}
         benchmark: list[dict[str, Any]] = []
         if settings.graph:
-            checks = verify_artefacts(computed, staging, engines, settings, prompts, phases)
+            itself = replace(settings, cpu=settings.cpu is True)
+            found = verify_artefacts(computed, staging, engines, itself, prompts, phases, held_out)
+            checks, served = found.checks, found.served
+            if for_cpu is not None:
+                found = _write_for_cpu(for_cpu, staging, settings, prompts, phases, held_out)
+                checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
             if settings.repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
         _move(staging, output)
@@ -132,6 +151,7 @@ def export_all(
     return {
         "artefacts": _artefacts(output, settings, engines, plain=reason is None),
         "verification": [check.as_dict() for check in checks],
+        "served": [{"name": name, **found.figures()} for name, found in served.items()],
         "benchmark": benchmark,
         "engine": engines.model.as_dict() if engines else None,
         "label_engine": engines.labels.as_dict() if engines and engines.labels else None,
@@ -154,13 +174,21 @@ def check_formats(
     Raises:
         ModuleNotFoundError, ValueError: See `check_compressible_formats`, `check_engine_formats` and `check_cpu`.
     """
-    if settings.cpu:
+    if settings.cpu is True:
         check_cpu(settings.precision, settings.opset, kv_cache)
     quantized = {name: format for name, format in formats.items() if format in FORMATS}
-    if settings.compressed is True:
+    if settings.compressed is True and settings.cpu_format is None:
         check_compressible_formats(model, quantized.items(), kv_cache)
     if "engine" in settings.formats:
         check_engine_formats(quantized.values())
+
+
+def check_cpu_format(model: PreTrainedModel, settings: ExportSettings) -> None:
+    """Raise for a format of `settings.cpu` that this model cannot be given; see `check_formats`."""
+    assert settings.cpu_format is not None
+    if settings.compressed is True:
+        formats = formats_by_pattern(model, settings.cpu_format, {})
+        check_compressible_formats(model, formats.items(), None)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, int]:
@@ -207,7 +235,7 @@ def _write_graphs(
             write_prefill(staging / GRAPH)
         if labels:
             write_labels(staging / GRAPH, labels)
-    if settings.cpu:
+    if settings.cpu is True:
         with phases.phase(f"ONNX {precision} for the CPU"):
             write_cpu_graphs(staging / GRAPH, prefill=settings.prefill)
     if "engine" not in settings.formats:
@@ -215,10 +243,32 @@ def _write_graphs(
     return write_engines(model, staging, settings, labels, phases)
 
 
+def _write_for_cpu(
+    model: PreTrainedModel,
+    staging: Path,
+    settings: ExportSettings,
+    prompts: Mapping[str, Tensor],
+    phases: Phases,
+    held_out: HeldOut | None,
+) -> Verification:
+    """Write `cpu.onnx` of a student in a format of its own; the graph that it is made from goes."""
+    assert settings.cpu_format is not None
+    own = replace(settings, precision=settings.cpu_format, formats=("onnx",), cpu=True, labels=())
+    with staging_folder(staging) as folder:
+        _write_graphs(model, folder, own, {}, phases)
+        (folder / GRAPH).unlink()
+        found = verify_artefacts(model, folder, None, own, prompts, phases, held_out)
+        for path in (CPU_GRAPH, f"{CPU_GRAPH}.data", CPU_PREFILL_GRAPH):
+            if (folder / path).exists():
+                move_into_place(folder / path, staging / path)
+    return found
+
+
 def _benchmark(
     staging: Path, settings: ExportSettings, compare: Mapping[str, Path], phases: Phases
 ) -> list[dict[str, Any]]:
-    graphs = {**compare, "student": staging / GRAPH}
+    written = {"student": GRAPH} | ({"student_cpu": CPU_GRAPH} if settings.cpu else {})
+    graphs = {**compare, **{name: staging / path for name, path in written.items()}}
     with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (settings.repetitions + 1)) as on_step:
         rows = benchmark_onnx(
             graphs,
@@ -227,7 +277,7 @@ def _benchmark(
             threads=settings.threads,
             on_step=on_step,
         )
-    return [row | {"path": GRAPH} if row["name"] == "student" else row for row in rows]
+    return [row | {"path": written.get(row["name"], row["path"])} for row in rows]
 
 
 def _move(staging: Path, output: Path) -> None:
@@ -255,7 +305,7 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
     folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
     rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
     if (output / COMPRESSED).exists():
-        rows.append(artefact(COMPRESSED, "compressed-tensors folder"))
+        rows.append(artefact(COMPRESSED, f"compressed-tensors folder {settings.cpu_format or settings.precision}"))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if settings.prefill:
@@ -264,7 +314,8 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
         words = f"ONNX, log-probabilities of {', '.join(settings.labels)}, on the weights of model.onnx"
         rows.append(artefact(LABEL_GRAPH, words))
     if settings.cpu:
-        rows.append(artefact(CPU_GRAPH, f"ONNX {settings.precision} for ONNX Runtime on a CPU"))
+        kind = f"ONNX {settings.cpu_format or settings.precision} for ONNX Runtime on a CPU"
+        rows.append(artefact(CPU_GRAPH, kind))
     if (output / ENGINE_SOURCE).exists():
         rows.append(
             artefact(ENGINE_SOURCE, f"ONNX {settings.precision}, float16 between (what the engine was built from)")
