@@ -142,6 +142,22 @@ def test_gguf_file(tmp_path: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("equal", "said"), [(True, "is tied to it again"), (False, "stays a weight of its own: 0 of 0 million")]
+)
+def test_a_gguf_file_with_a_head_of_its_own(
+    equal: bool, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = tiny_model(tie_word_embeddings=False)
+    if equal:
+        original.lm_head.weight.data.copy_(original.model.embed_tokens.weight.data)
+    with caplog.at_level("INFO"):
+        model = load_model(tiny_gguf(tmp_path / "tiny.gguf", original))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings == equal
+    assert said in caplog.text
+    torch.testing.assert_close(logits(model), logits(original), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_missing_gguf_file(load: Any, tmp_path: Path) -> None:
     with pytest.raises(
