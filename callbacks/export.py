@@ -48,7 +48,9 @@ class ExportOnFitEnd(Callback):
             for fp8_e4m3).
         formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
-        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
+        student_dtype: Floating point type of student/ and compressed/; weights are rounded to it before anything is written.
+        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/): true, false,
+            or auto for where that form can hold it.
         prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
         labels: Write also a graph on the same weights, and an engine, that return the log-probabilities of these labels, for ranking.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx): true for the numbers of model.onnx,
@@ -80,7 +82,8 @@ class ExportOnFitEnd(Callback):
         precision: Precision = "fp32",
         formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
         plain: bool = False,
-        compressed: bool = False,
+        student_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        compressed: bool | Literal["auto"] = "auto",
         prefill: bool = False,
         labels: Sequence[str] = (),
         cpu: bool | FormatName = False,
@@ -102,6 +105,7 @@ class ExportOnFitEnd(Callback):
             precision=precision,
             formats=tuple(formats),
             plain=plain,
+            student_dtype=student_dtype,
             compressed=compressed,
             prefill=prefill,
             labels=tuple(labels),
@@ -152,13 +156,20 @@ class ExportOnFitEnd(Callback):
         if self.settings.labels:
             label_token_ids(data.tokenizer, self.settings.labels)
         unequal = any(isinstance(callback, GradualPruning) and callback.makes_layers_unequal for callback in callbacks)
-        if self.settings.plain and "hf" in self.settings.formats and unequal:
+        for name in ("plain", "compressed"):
+            if unequal and getattr(self.settings, name) is True:
+                raise ValueError(
+                    f"expected GradualPruning.allocation uniform for ExportOnFitEnd.{name}, found per_layer: a Hugging Face config.json "
+                    f"has one size for all layers; change the allocation, or set {name} to false"
+                )
+        quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+        if self.settings.compressed is True and quantization is None and self.settings.cpu_format is None:
             raise ValueError(
-                "expected GradualPruning.allocation uniform for a plain Hugging Face folder, found per_layer: config.json has one "
-                "size for all layers; change the allocation, or set ExportOnFitEnd.plain to false"
+                "expected QuantizationAwareTraining among trainer.callbacks for ExportOnFitEnd.compressed, found none; add it, or set "
+                "compressed to auto"
             )
         if self.settings.graph and self.settings.precision not in UNQUANTIZED:
-            self._check_format(next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None))
+            self._check_format(quantization)
 
     def _check_format(self, quantization: QuantizationAwareTraining | None) -> None:
         precision = self.settings.precision

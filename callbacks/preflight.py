@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from transformers import PreTrainedModel
 from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from export.pipeline import check_output_free
+from export.compressed import check_compressible_formats
+from export.pipeline import check_output_free, is_compressed
+from export.settings import ExportSettings
 from export.slice import layer_kinds, slice_layers
 from export.to_onnx import export_onnx
-from models.architecture import DecoderLayer, count_parameters, decoder_layers
+from models.architecture import DecoderLayer, count_parameters, decoder_layers, head_name
 from models.lora import merge_adapters
 from models.pruning.cut import Targets
-from models.quantization import freeze_scales
+from models.quantization import FORMATS, freeze_scales
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.structure import Edit, apply_edit, quantize_decoder, replay
@@ -57,6 +60,8 @@ class Preflight(Callback):
                 _rehearse_quantization(layers, set(formats.values()), quantization.kv_cache)
             if export is not None and "onnx" in export.settings.formats:
                 _rehearse_export(layers, export)
+            if export is not None:
+                _check_compressed(layers, pl_module.student, quantization, export.settings)
         if export is not None:
             check_output_free(Path(export.output or trainer.default_root_dir))
         _check_resources(trainer, pl_module, export)
@@ -110,6 +115,27 @@ def _rehearse_quantization(model: PreTrainedModel, formats: set[str], kv_cache: 
     _forward(model.train())
     freeze_scales(model)
     _forward(model.eval())
+
+
+def _check_compressed(
+    layers: PreTrainedModel,
+    student: PreTrainedModel,
+    quantization: QuantizationAwareTraining | None,
+    settings: ExportSettings,
+) -> None:
+    """What the compressed folder of the trained student cannot hold, or that the package for it is missing."""
+    kv_cache = None
+    if settings.cpu_format is not None:
+        formats = formats_by_pattern(student, settings.cpu_format, {})
+    elif quantization is not None:
+        formats = formats_by_pattern(student, quantization.format, quantization.exceptions)
+        kv_cache = quantization.kv_cache
+    else:
+        return
+    names = [*quantize_decoder(layers)["modules"], head_name(layers)]
+    kinds = {(name.rpartition(".")[2], format) for name, format in formats.items() if format in FORMATS}
+    planned = [(name, format) for name in names for kind, format in kinds if name.endswith(kind)]
+    is_compressed(settings, partial(check_compressible_formats, layers, planned, kv_cache))
 
 
 def _rehearse_export(model: PreTrainedModel, export: ExportOnFitEnd) -> None:

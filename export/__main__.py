@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from export.calibration import batches_of, calibrate, has_scales, quantized_anew
 from export.checks import VerificationError, raise_on_failure
-from export.huggingface import load_student
+from export.huggingface import load_student, rounded
 from export.options import calibration_of, parser, settings_of
 from export.pipeline import check_cpu_format, check_formats, check_output_free, export_all
 from export.progress import Phases
@@ -50,11 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if has_scales(model) or not (calibration.formats or calibration.kv_cache):
                 calibration = None  # it was for the CPU alone
         if calibration is not None:
-            check = partial(check_formats, model, settings=settings)
             with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
-                calibrate(model, tokenizer, calibration, check=check, on_layer=on_layer)
+                check = partial(check_formats, settings=settings)
+                calibrate(model, tokenizer, calibration, check=partial(check, model), on_layer=on_layer)
         if options.precision not in UNQUANTIZED:
             check_exportable(model, precision=options.precision, opset=options.opset)
+        model = rounded(model, settings.dtype)  # here, so that the numbers it was loaded with need no memory any more
         report = export_all(
             model, tokenizer, options.output, settings, prompts, for_cpu=for_cpu, overwrite=options.overwrite
         )

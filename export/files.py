@@ -13,7 +13,6 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     """A temporary folder inside `parent` (created if missing), removed at the end with whatever was not moved out."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".writing-", dir=parent))
-    folder.chmod(0o755)  # mkdtemp makes it private, and what is moved out of it shall be as readable as other files
     try:
         yield folder
     finally:
@@ -22,9 +21,18 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
 def move_into_place(source: Path, target: Path) -> None:
     """Rename a file or folder; a folder that is already at `target` is replaced."""
+    set_permissions(source)
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(source, target)
+
+
+def set_permissions(path: Path) -> None:
+    """Give a file or folder, and all in it, the permissions that the user's umask leaves: safetensors makes its files private."""
+    mask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(mask)
+    for item in [path, *path.rglob("*")]:
+        item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
 
 
 def folder_bytes(path: Path) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from export.calibration import Calibration
-from export.settings import ExportSettings
+from export.settings import ExportSettings, StudentType
 from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED as NO_FORMAT
@@ -24,6 +24,7 @@ def settings_of(options: argparse.Namespace) -> ExportSettings:
         prefill=options.prefill,
         labels=tuple(options.labels),
         cpu=options.cpu,
+        student_dtype=options.student_dtype,
         compressed=options.compressed,
         tensorrt="auto" if options.engine == "none" else options.engine,
         compute_capability=tuple(options.compute_capability),
@@ -181,6 +182,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--cpu", nargs="?", const=True, default=False, choices=list(FORMATS), metavar="FORMAT", help=text)
     add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
-    add("--compressed", action="store_true", help="write a quantized student as codes, for vLLM and SGLang, as well")
+    text = "write a quantized student as codes, for vLLM and SGLang, as well (default: where that form can hold it)"
+    add("--compressed", action=argparse.BooleanOptionalAction, default="auto", help=text)
+    text = "floating point type of student/ and compressed/, to which weights are rounded before anything is written (default: %(default)s)"
+    add("--student-dtype", choices=get_args(StudentType), default="bfloat16", help=text)
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")
     return parser

@@ -5,8 +5,9 @@ and is moved into place at the end.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from export.compressed import check_compressible, check_compressible_formats, sa
 from export.engines import Engines, write_engines
 from export.files import folder_bytes, move_into_place, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graphs
-from export.huggingface import check_plain, save_student, without_quantizers
+from export.huggingface import check_plain, rounded, save_student, without_quantizers
 from export.label_graph import write_labels
 from export.layout import (
     COMPRESSED,
@@ -101,11 +102,15 @@ def export_all(
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
-    compressed = model if for_cpu is None else for_cpu
-    if settings.compressed:
-        check_compressible(compressed)
     assert (settings.cpu_format is not None) == (for_cpu is not None)
-    computed = _plain(model) if settings.precision in UNQUANTIZED else model
+    model = rounded(model, settings.dtype)
+    for_cpu = None if for_cpu is None else rounded(for_cpu, settings.dtype)
+    in_codes = model if for_cpu is None else for_cpu
+    is_quantized = bool(quantized_linears(in_codes) or cache_format(in_codes))
+    compressed = (is_quantized or settings.compressed is True) and is_compressed(
+        settings, partial(check_compressible, in_codes)
+    )
+    computed = _plain(model, settings) if settings.precision in UNQUANTIZED else model
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
@@ -118,13 +123,13 @@ def export_all(
     with staging_folder(output) as staging:
         if "hf" in settings.formats:
             with phases.phase("Student folder"):
-                save_student(model, tokenizer, staging / STUDENT)
+                save_student(model, tokenizer, staging / STUDENT, dtype=settings.dtype)
             if reason is not None:
                 rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
-        if settings.compressed:
+        if compressed:
             with phases.phase("Compressed folder"):
-                save_compressed(compressed, tokenizer, staging / COMPRESSED)
-            if isinstance(compressed.get_output_embeddings(), FakeQuantizedLinear):
+                save_compressed(in_codes, tokenizer, staging / COMPRESSED, dtype=settings.dtype)
+            if isinstance(in_codes.get_output_embeddings(), FakeQuantizedLinear):
                 rank_zero_info(
                     f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
                 )
@@ -172,8 +177,8 @@ def check_formats(
     if settings.cpu is True:
         check_cpu(settings.precision, settings.opset, kv_cache)
     quantized = {name: format for name, format in formats.items() if format in FORMATS}
-    if settings.compressed and settings.cpu_format is None:
-        check_compressible_formats(model, quantized, kv_cache)
+    if settings.compressed is True and settings.cpu_format is None:
+        check_compressible_formats(model, quantized.items(), kv_cache)
     if "engine" in settings.formats:
         check_engine_formats(quantized.values())
 
@@ -181,9 +186,9 @@ def check_formats(
 def check_cpu_format(model: PreTrainedModel, settings: ExportSettings) -> None:
     """Raise for a format of `settings.cpu` that this model cannot be given; see `check_formats`."""
     assert settings.cpu_format is not None
-    if settings.compressed:
+    if settings.compressed is True:
         formats = formats_by_pattern(model, settings.cpu_format, {})
-        check_compressible_formats(model, formats, None)
+        check_compressible_formats(model, formats.items(), None)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, int]:
@@ -191,8 +196,33 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> d
     return dict(zip(labels, label_token_ids(tokenizer, labels), strict=True)) if labels else {}
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    return without_quantizers(model, keep_cache=True) if quantized_linears(model) else model
+def is_compressed(settings: ExportSettings, check: Callable[[], None]) -> bool:
+    """Whether a quantized student gets a compressed folder, too.
+
+    Args:
+        settings: With `auto`, it gets one if the check passes; if not, one line says why.
+        check: It raises if there can be none; not called if none is wanted.
+
+    Raises:
+        ModuleNotFoundError, ValueError: The check's, where the settings ask for the folder.
+    """
+    if settings.compressed is False or (settings.compressed == "auto" and "hf" not in settings.formats):
+        return False
+    try:
+        check()
+    except (ModuleNotFoundError, ValueError) as error:
+        if settings.compressed == "auto":
+            rank_zero_info(f"{COMPRESSED}/ is left out: {error}")
+            return False
+        raise
+    return True
+
+
+def _plain(model: PreTrainedModel, settings: ExportSettings) -> PreTrainedModel:
+    """What `student/` holds for programs that know no quantizers."""
+    if not quantized_linears(model):
+        return model
+    return rounded(without_quantizers(model, keep_cache=True), settings.dtype)
 
 
 def _write_graphs(
@@ -274,7 +304,7 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
 
     folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
     rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
-    if settings.compressed:
+    if (output / COMPRESSED).exists():
         rows.append(artefact(COMPRESSED, f"compressed-tensors folder {settings.cpu_format or settings.precision}"))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))

@@ -1,12 +1,14 @@
 """What the export at the end of `fit` takes over from the callbacks of the training."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from lightning import Callback, LightningModule, Trainer
 from pruning_runs import fit, make_places, pruning
 
-from callbacks import ExportOnFitEnd
+from callbacks import ExportOnFitEnd, Preflight, QuantizationAwareTraining
 
 
 def test_the_report_holds_the_events_of_the_pruning(tmp_path: Path) -> None:
@@ -36,3 +38,57 @@ def test_labels_that_are_no_tokens_are_refused_before_training(tmp_path: Path) -
 def test_further_graphs_want_a_graph(further: dict) -> None:
     with pytest.raises(ValueError, match=f"expected onnx or engine among formats for {next(iter(further))}"):
         ExportOnFitEnd("fp32", ["hf"], **further)
+
+
+class Stop(Callback):
+    """The end of a preflight that found nothing."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise RuntimeError("the preflight let it pass")
+
+
+def preflight(
+    folder: Path, export: ExportOnFitEnd, quantization: QuantizationAwareTraining, sparsity: float = 0.5
+) -> None:
+    fit(make_places(folder), folder / "run", pruning(sparsity), quantization, export, Preflight(), Stop())
+
+
+def test_before_training_one_line_says_that_the_package_for_compressed_folders_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantization = QuantizationAwareTraining(5, 1)
+    with pytest.raises(RuntimeError, match="let it pass"), caplog.at_level("INFO"):
+        preflight(tmp_path / "installed", ExportOnFitEnd("fp8", ["hf"]), quantization)
+    assert "compressed" not in caplog.text
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(RuntimeError, match="let it pass"), caplog.at_level("INFO"):
+        preflight(tmp_path / "left out", ExportOnFitEnd("fp8", ["hf"]), quantization)
+    (line,) = [line for line in caplog.messages if "compressed" in line]
+    assert line.startswith("compressed/ is left out: ") and line.endswith("run `pip install -e '.[serving]'`")
+    with pytest.raises(ModuleNotFoundError, match="expected the package compressed-tensors"):
+        preflight(tmp_path / "asked", ExportOnFitEnd("fp8", ["hf"], compressed=True), quantization)
+
+
+def test_a_compressed_folder_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
+    """32 of 48 neurons are left: a whole group of 32, not of 64."""
+    asked = ExportOnFitEnd("int8_g64", ["hf"], compressed=True)
+    with pytest.raises(ValueError, match=r"whole groups of 64 weights .* found 32 inputs in .*q_proj"):
+        preflight(tmp_path / "groups", asked, QuantizationAwareTraining(5, 1, "int8_g64"))
+    mixed = QuantizationAwareTraining(5, 1, "int8_g32", exceptions={"*.down_proj": "int4_g64"})
+    with pytest.raises(ValueError, match=r"whole groups of 64 weights .* found 24 inputs in .*down_proj"):
+        preflight(tmp_path / "mixed", ExportOnFitEnd("mixed", ["hf"], compressed=True), mixed)
+    places = make_places(tmp_path / "unequal")
+    with pytest.raises(ValueError, match=r"allocation uniform for ExportOnFitEnd.compressed"):
+        fit(places, tmp_path / "run", pruning(0.5, allocation="per_layer"), QuantizationAwareTraining(5, 1), asked)
+    with pytest.raises(
+        ValueError, match=r"QuantizationAwareTraining among trainer.callbacks for ExportOnFitEnd.compressed"
+    ):
+        fit(make_places(tmp_path / "plain"), tmp_path / "run", ExportOnFitEnd("fp32", ["hf"], compressed=True))
+
+
+def test_a_student_trained_with_quantizers_is_saved_quantized_too(tmp_path: Path) -> None:
+    fit(make_places(tmp_path), tmp_path / "run", QuantizationAwareTraining(3, 1), ExportOnFitEnd("fp8", ["hf"]))
+    paths = [row["path"] for row in json.loads((tmp_path / "run/report.json").read_text())["artefacts"]]
+    assert paths == ["student", "compressed"]
+    config = json.loads((tmp_path / "run/compressed/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors" and config["dtype"] == "bfloat16"
