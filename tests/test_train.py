@@ -82,7 +82,10 @@ def test_the_quickstart_runs_on_a_tiny_model(place: Path, capsys: pytest.Capture
         )
     )
     # Attention of graphs for CPUs wants heads of 16, 32, ... numbers.
-    student = ["--model.init_args.student", tiny_folder(place / "model", seed=1, head_dim=16)]
+    student = [
+        "--model.init_args.student",
+        tiny_folder(place / "model", seed=1, head_dim=16, max_position_embeddings=1024),
+    ]
     recipe = ["fit", "--config", "configs/quickstart_teacher.yaml", "--config", "teacher.yaml"]
     assert train.entry_point([*recipe, *student, "--run_dir", "runs/quickstart/teacher"]) == 0
     callbacks = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["trainer"]["callbacks"]
@@ -123,7 +126,6 @@ def test_the_quickstart_runs_on_a_tiny_model(place: Path, capsys: pytest.Capture
     assert chat.main(["runs/quickstart", "--prompt", "Hm?", "--max-new-tokens", "3"]) == 0
     about = {"commit": "0" * 40, "machine": {"cores": 2, "processor": "one"}, "minutes": {"install": None, "all": 1.0}}
     figures = quickstart.figures_of(report, about)
-    assert not [sentence for sentence in quickstart.differences(figures, figures) if "within" in sentence]
     assert "student, INT8 graph for CPUs" in quickstart.table(figures)
 
 
