@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from export.pipeline import check_output_free
+from export.pipeline import check_cpu_format, check_output_free
 from export.slice import layer_kinds, slice_layers
 from export.to_onnx import export_onnx
 from models.architecture import DecoderLayer, count_parameters, decoder_layers
@@ -60,6 +60,8 @@ class Preflight(Callback):
                 _rehearse_export(layers, export)
         if export is not None:
             check_output_free(Path(export.output or trainer.default_root_dir))
+            if export.settings.cpu_format is not None:
+                check_cpu_format(pl_module.student, export.settings)
         _check_resources(trainer, pl_module, export)
         rank_zero_info(f"Preflight passed in {time.perf_counter() - started:.1f} s")
 
