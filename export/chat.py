@@ -61,7 +61,7 @@ class Conversation:
         new_1T = torch.tensor([tokens[known:]])
         if self._shared:
             self._session.reset(known)
-            logits: Tensor = self._session.run(new_1T)[:, -1]
+            logits: Tensor = self._session.run(new_1T, last_only=True)[:, -1]
             return logits
         output = self._session.run(new_1T, torch.ones(1, len(tokens), dtype=torch.long), self._cache)
         self._cache = output.cache
