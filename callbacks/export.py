@@ -17,17 +17,17 @@ from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
-from callbacks.served import ServedJudge
+from callbacks.served import held_out_of
 from datamodules.base import ChatDataModule
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
 from export.benchmark_worker import peak_bytes
 from export.calibration import quantized_anew
 from export.checks import raise_on_failure
-from export.layout import CPU_GRAPH, GRAPH
 from export.pipeline import export_all
 from export.progress import Phases
 from export.report import closing, summary, write_report
+from export.runtime import OnnxSession
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, Precision, format_for
 from models.allocator import give_back_freed_memory
@@ -191,27 +191,37 @@ class ExportOnFitEnd(Callback):
         output, phases = Path(self.output or trainer.default_root_dir), Phases()
         phases.seconds["Training"] = time.perf_counter() - self._started
         datamodule = data_of(trainer)
-        held_out = datamodule.has_split("val")
-        batch = next(iter(datamodule.val_dataloader() if held_out else datamodule.calibration_batches(1, seed=0)))
+        has_val = datamodule.has_split("val")
+        batch = next(iter(datamodule.val_dataloader() if has_val else datamodule.calibration_batches(1, seed=0)))
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
         release_optimizers(trainer)
-        baseline, graphs, judge = [], {}, None
+        baseline, graphs, held_out, served = [], {}, None, []
         teacher = getattr(pl_module, "teacher", None)
         if isinstance(teacher, Teacher) and self.compare_with_teacher:
             if self.served_questions:
-                judge = ServedJudge(datamodule, teacher, self.served_questions, pl_module.generate_tokens)
+                held_out = held_out_of(datamodule, teacher, self.served_questions, pl_module.generate_tokens)
             baseline = export_baseline(teacher.model.cpu().float(), output, self.settings, phases)
             graphs = {"teacher": output / baseline[0]["path"]}
+            if held_out is not None:
+                with phases.phase("Teacher, judged as served", len(held_out.batches)) as on_batch:
+                    found = held_out.measure(OnnxSession(graphs["teacher"]), end_token_ids(teacher.model), on_batch)
+                served = [{"name": "teacher", **found.figures()}]
         del teacher
         release_teacher(pl_module)
         student = pl_module.student.cpu().float().eval()
         for_cpu = self._for_cpu(student, datamodule, phases)
         report = export_all(
-            student, pl_module.tokenizer, output, self.settings, prompts, for_cpu=for_cpu, compare=graphs, phases=phases
+            student,
+            pl_module.tokenizer,
+            output,
+            self.settings,
+            prompts,
+            held_out=held_out,
+            for_cpu=for_cpu,
+            compare=graphs,
+            phases=phases,
         )
-        if judge is not None:
-            graphs |= {"student": output / GRAPH} | ({"student_cpu": output / CPU_GRAPH} if self.settings.cpu else {})
-            report["served"] = judge(graphs, end_token_ids(student), phases)
+        report["served"] = served + report["served"]
         report["artefacts"] = baseline + report["artefacts"]
         report.update(_training_figures(trainer))
         report["minutes"] = (time.time() - psutil.Process().create_time()) / 60

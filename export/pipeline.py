@@ -38,9 +38,10 @@ from export.layout import (
 )
 from export.prefill import write_prefill
 from export.progress import Phases
+from export.served import Served
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
-from export.verification import verify_artefacts
+from export.verify import HeldOut, Verification, verify_artefacts
 from models.folder import why_not_plain
 from models.lora import merged
 from models.quantization.cache import cache_format
@@ -66,6 +67,7 @@ def export_all(
     settings: ExportSettings,
     prompts: Mapping[str, Tensor],
     *,
+    held_out: HeldOut | None = None,
     for_cpu: PreTrainedModel | None = None,
     compare: Mapping[str, Path] | None = None,
     overwrite: bool = False,
@@ -79,13 +81,14 @@ def export_all(
         output: Folder to write into; other files in it are left alone.
         settings: What to export.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P) for the verification.
+        held_out: Conversations on which graphs are judged as they are served; None: answers that the student samples.
         for_cpu: The student in the format that `settings.cpu` names, see `quantized_anew`; None where it names none.
         compare: Further graphs (of the teacher) to measure in turns with the new ones, by name.
         overwrite: Replace what an earlier export wrote.
         phases: Show the progress; by default new ones.
 
     Returns:
-        `artefacts` (path in `output`, bytes, kind), `verification`, `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
+        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
         phase.
 
     Raises:
@@ -127,12 +130,15 @@ def export_all(
                 )
         engines = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
         checks: list[Check] = []
+        served: dict[str, Served] = {}
         benchmark: list[dict[str, Any]] = []
         if settings.graph:
             itself = replace(settings, cpu=settings.cpu is True)
-            checks = verify_artefacts(computed, staging, engines, itself, prompts, phases)
+            found = verify_artefacts(computed, staging, engines, itself, prompts, phases, held_out)
+            checks, served = found.checks, found.served
             if for_cpu is not None:
-                checks += _write_for_cpu(for_cpu, staging, settings, prompts, phases)
+                found = _write_for_cpu(for_cpu, staging, settings, prompts, phases, held_out)
+                checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
             if settings.repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
         _move(staging, output)
@@ -140,6 +146,7 @@ def export_all(
     return {
         "artefacts": _artefacts(output, settings, engines, plain=reason is None),
         "verification": [check.as_dict() for check in checks],
+        "served": [{"name": name, **found.figures()} for name, found in served.items()],
         "benchmark": benchmark,
         "engine": engines.model.as_dict() if engines else None,
         "label_engine": engines.labels.as_dict() if engines and engines.labels else None,
@@ -207,18 +214,24 @@ def _write_graphs(
 
 
 def _write_for_cpu(
-    model: PreTrainedModel, staging: Path, settings: ExportSettings, prompts: Mapping[str, Tensor], phases: Phases
-) -> list[Check]:
-    """Write `cpu.onnx` of a student in a format of its own; it is verified together with the graph that it is made from, which goes."""
+    model: PreTrainedModel,
+    staging: Path,
+    settings: ExportSettings,
+    prompts: Mapping[str, Tensor],
+    phases: Phases,
+    held_out: HeldOut | None,
+) -> Verification:
+    """Write `cpu.onnx` of a student in a format of its own; the graph that it is made from goes."""
     assert settings.cpu_format is not None
     own = replace(settings, precision=settings.cpu_format, formats=("onnx",), cpu=True, labels=())
     with staging_folder(staging) as folder:
         _write_graphs(model, folder, own, {}, phases)
-        checks = verify_artefacts(model, folder, None, own, prompts, phases)
+        (folder / GRAPH).unlink()
+        found = verify_artefacts(model, folder, None, own, prompts, phases, held_out)
         for path in (CPU_GRAPH, f"{CPU_GRAPH}.data", CPU_PREFILL_GRAPH):
             if (folder / path).exists():
                 move_into_place(folder / path, staging / path)
-    return checks
+    return found
 
 
 def _benchmark(

@@ -161,7 +161,7 @@ def _served_table(report: Report) -> str:
     cells = [[row["name"], *_with_interval(row, "kl"), *_with_interval(row, "task_score")] for row in rows]
     note = (
         f"In ONNX Runtime, as they are served: {rows[0]['tokens']:,} answer tokens and the greedy answers of {rows[0]['questions']} "
-        f"{rows[0]['split']} conversations; intervals of KL are clustered by conversation, those of scores are Wilson's."
+        f"held-out conversations; intervals of KL are clustered by conversation, those of scores are Wilson's."
     )
     return "\n\n".join(["## Graphs as they are served", _table(header, cells), note])
 

@@ -21,7 +21,7 @@ def _report() -> dict:
     ]
     for row in served:
         row |= {f"{name}_{end}": row[name] for name in ("kl", "task_score") for end in ("low", "high")}
-        row |= {"questions": 192, "tokens": 1500, "split": "test"}
+        row |= {"questions": 192, "tokens": 1500}
     speeds = {"teacher": (538e6, 1000, 30), "student": (190e6, 1000, 40), "student_cpu": (130e6, 300, 120)}
     benchmark = [
         {

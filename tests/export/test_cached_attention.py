@@ -5,12 +5,11 @@ from tiny_models import left_padded_prompts, tiny_model
 
 from export.cached_attention import cache_in_attention
 from export.merge_products import merge_products
-from export.reference import record
 from export.runtime import OnnxSession
 from export.shared_cache import SharedCacheSession
 from export.skip_norms import norms_with_sums
 from export.to_onnx import export_onnx
-from export.verify import verify_cpu
+from export.verify import verify
 
 FAMILIES = {
     "llama": {},
@@ -40,8 +39,7 @@ def test_attention_with_its_cache_computes_what_torch_does(family, tmp_path):
     between = family in ("qwen2", "qwen3")  # biases, or norms, lie between a product and the heads
     assert operators.count("Split") == (6 if between else 3)
     prompts = left_padded_prompts()
-    reference = record(model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=8)
-    checks = verify_cpu(reference, tmp_path / "model.onnx")
+    checks = verify(model, tmp_path / "model.onnx", *prompts.values(), decode_steps=8, for_cpu=True)
     assert [check.status for check in checks] == ["passed"] * len(checks), [check.reason for check in checks]
 
 

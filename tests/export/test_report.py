@@ -25,7 +25,7 @@ PRUNING = [
 ]  # fmt: skip
 SERVED = [
     {"name": name, "kl": kl, "kl_low": kl / 2, "kl_high": 2 * kl, "task_score": 0.75, "task_score_low": 0.5, "task_score_high": 1.0,
-     "tokens": 99, "questions": 12, "split": "test"} for name, kl in (("teacher", 0.0), ("student", 0.125), ("student_cpu", 0.25))
+     "tokens": 99, "questions": 12} for name, kl in (("teacher", 0.0), ("student", 0.125), ("student_cpu", 0.25))
 ]  # fmt: skip
 REPORT = {
     "teacher": {"name": "teacher", "parameters": 1000, "kl": 0.0, "top1_agreement": 1.0, "task_score": 0.75},

@@ -6,7 +6,6 @@ import torch
 from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.audit import audit
-from export.reference import record
 from export.to_onnx import check_engine_formats, export_onnx
 from export.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
 from export.verify import verify_engine
