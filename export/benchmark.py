@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from export.benchmark_artefacts import RUNTIMES, find_artefacts
 from export.benchmark_energy import find_counters
-from export.benchmark_measure import Cell, measure, spread
+from export.benchmark_measure import Cell, Session, SharedCache, measure, spread
 from export.benchmark_report import machine, plot, text, versions
 from export.benchmark_turns import cells, compare
 from export.files import folder_bytes, move_into_place, staging_folder
+from export.for_cpu import CPU
 from export.options import positive
 from export.runtime import OnnxSession
 
@@ -55,7 +56,13 @@ def benchmark_onnx(
         One row a graph: sizes in bytes, times in milliseconds, speeds in tokens/s.
     """
     cell = Cell(1, prompt_tokens, new_tokens)
-    sessions = {name: OnnxSession(path, threads=threads) for name, path in paths.items()}
+    length = prompt_tokens + new_tokens
+    sessions: dict[str, Session] = {
+        name: SharedCache(path, length=length, threads=threads)
+        if path.name == CPU
+        else OnnxSession(path, threads=threads)
+        for name, path in paths.items()
+    }
     first: dict[str, list[float]] = {name: [] for name in paths}
     speed: dict[str, list[float]] = {name: [] for name in paths}
     for repetition in range(repetitions + 1):
