@@ -28,9 +28,9 @@ class Bar(tqdm):
     @property
     def is_due(self) -> bool:
         """Whether an update would be seen now: time to read figures off a device for `set_postfix`."""
-        return not self.disable and self._time() - self.last_print_t >= self.mininterval
+        return not self.disable and self._time() - self.last_print_t >= self.mininterval  # type: ignore[attr-defined]
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
         """Redraw, or write a line."""
         if self.redraws:
             if self.n == self.total:

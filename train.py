@@ -91,7 +91,9 @@ class ConfigFile(ActionConfigFile):
     entry of its class at its place.
     """
 
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(  # type: ignore[override]
+        self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None
+    ) -> None:
         """Forget the earlier lists that the file names, then read it."""
         try:
             text = Path(values).read_text(encoding="utf-8")

@@ -70,19 +70,25 @@ def load_model(
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer (with its chat template) of a model reference; a missing pad token becomes the end token.
 
+    A GGUF file without a template takes the `chat_template.jinja` beside it.
+
     Raises:
         FileNotFoundError: As for `load_model`.
         ValueError: As for `load_model`.
     """
     source, options = _resolve(reference)
     if has_unequal_layers(Path(source)):
-        options["config"] = load_config(Path(source))
+        options = {**options, "config": load_config(Path(source))}
+    beside = Path(source).with_name("chat_template.jinja") if source.endswith(GGUF) else None
     try:
-        if source.endswith(GGUF):
+        if beside is not None:
             source = str(converted_tokenizer(Path(source)))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         raise _not_loadable("tokenizer", reference, error) from error
+    tokenizer.name_or_path = reference  # what errors name
+    if not tokenizer.chat_template and beside is not None and beside.is_file():
+        tokenizer.chat_template = beside.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
