@@ -23,7 +23,7 @@ from benchmarks.study import Row, Rows, fingerprint
 from benchmarks.study_judge import Judge, TrainingClock
 from datamodules import ReasoningTasks
 from models import StudentModule
-from train import QUIET
+from quiet import WARNINGS
 
 RECIPE = Path(__file__).parent / "study.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
@@ -110,7 +110,7 @@ def quiet() -> None:
     """Say only what a study says."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     disable_progress_bar()  # of loading models, between ours
-    for message in QUIET:
+    for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 gc.disable()  # as in train.py: two seconds of seven until the first line
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from export.calibration import batches_of, calibrate, has_scales, quantized_anew
 from export.checks import VerificationError, raise_on_failure
@@ -22,15 +21,16 @@ from export.report import write_report
 from export.settings import check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
 from models.architecture import decoder_layers
+from quiet import quiet_program
 
 gc.freeze()
 gc.enable()
 
 
+@quiet_program()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    transformers_logging.disable_progress_bar()
     try:
         settings, calibration = settings_of(options), calibration_of(options)
         check_settings(settings)

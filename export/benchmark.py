@@ -18,8 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from export.benchmark_artefacts import RUNTIMES, find_artefacts
 from export.benchmark_energy import find_counters
 from export.benchmark_measure import Cell, Session, SharedCache, measure, spread
@@ -29,6 +27,7 @@ from export.files import folder_bytes, move_into_place, staging_folder
 from export.for_cpu import CPU
 from export.options import positive
 from export.runtime import OnnxSession
+from progress import Bar
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -119,10 +118,8 @@ def _benchmark(options: argparse.Namespace) -> dict[str, Any]:
     artefacts, skipped = find_artefacts(options.folders, options.runtimes)
     grid = cells(options.prompts, options.batches, options.new_tokens)
     counters, reason = find_counters()
-    layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}, about {remaining} left"
-    interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
     total = len(artefacts) * len(grid) * (options.repetitions + 1)
-    with tqdm(total=total, desc="Benchmark", bar_format=layout, mininterval=interval) as bar:
+    with Bar(total=total, desc="Benchmark", unit="measurements") as bar:
 
         def step() -> None:
             bar.update()
