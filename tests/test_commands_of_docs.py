@@ -175,9 +175,16 @@ def ran(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
                 if language == "bash":
                     for command in commands(text):
                         if not elsewhere(command):
-                            import time; t=time.process_time()
+                            import time
+
+                            t = time.process_time()
                             run(command, folder)
-                            print("CPU", round(time.process_time()-t,1), command[:150], file=open("/tmp/t2/cpu.txt","a"))
+                            print(
+                                "CPU",
+                                round(time.process_time() - t, 1),
+                                command[:150],
+                                file=open("/tmp/t2/cpu.txt", "a"),
+                            )
                 if language == "python" and not any(client in text for client in CLIENTS):
                     exec(compile(text, page, "exec"), {})
         return folder
