@@ -10,7 +10,7 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.calibration import batches_of, calibrate, has_scales, quantized_anew
+from export.calibration import Calibration, batches_of, calibrate, has_scales, quantized_anew
 from export.checks import VerificationError, raise_on_failure
 from export.huggingface import load_student, rounded
 from export.options import calibration_of, parser, settings_of
@@ -20,8 +20,11 @@ from export.prompts import prompts_for_verification
 from export.report import write_report
 from export.settings import check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
+from export.verify import HeldOut
 from models.architecture import decoder_layers
 from quiet import quiet_program
+
+_HELD_OUT = 256  # conversations of --verify-on whose answers are judged
 
 gc.freeze()
 gc.enable()
@@ -39,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Loading {options.model}", flush=True)
         model, tokenizer = load_any(options.model)
         prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
+        held_out = None
+        if options.verify_on is not None and tokenizer.chat_template:
+            held_out = HeldOut(batches_of(tokenizer, Calibration(options.verify_on, num_conversations=_HELD_OUT)))
         for_cpu = None
         if settings.cpu_format is not None:
             assert calibration is not None
@@ -57,7 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_exportable(model, precision=options.precision, opset=options.opset)
         model = rounded(model, settings.dtype)  # here, so that the numbers it was loaded with need no memory any more
         report = export_all(
-            model, tokenizer, options.output, settings, prompts, for_cpu=for_cpu, overwrite=options.overwrite
+            model,
+            tokenizer,
+            options.output,
+            settings,
+            prompts,
+            held_out=held_out,
+            for_cpu=for_cpu,
+            overwrite=options.overwrite,
         )
         write_report(options.output, report)
         for check in report["verification"]:

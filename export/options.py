@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         "--verify-on",
         type=Path,
         metavar="FILE.jsonl",
-        help="conversations whose prompts are verified; without them, prompts that come with Potstill",
+        help="conversations whose prompts are verified, and on whose answers free runs are judged; without them, prompts that come with Potstill",
     )
     add("--prompts", type=positive, default=4, metavar="N", help="number of verified prompts (default: %(default)s)")
     add("--decode-steps", type=int, default=64, metavar="N", help="verified tokens after each (default: %(default)s)")

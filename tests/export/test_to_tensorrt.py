@@ -9,7 +9,7 @@ from export.audit import audit
 from export.engine_runtime import EngineSession
 from export.to_onnx import check_engine_formats, export_onnx
 from export.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
-from export.verify.faithfulness import compare_served, sampled, torch_served, without_rounded_inputs
+from export.verify.faithfulness import compare_served, judged_by, sampled, torch_served
 from models.structure import apply_edit
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -112,7 +112,7 @@ def test_engines_follow_torch(name, graphs, plain_model, quantized_model, tmp_pa
     model = quantized_model if name.startswith("fp8") else plain_model
     prompts = left_padded_prompts()
     build_engine(graphs[name], tmp_path / "model.engine", profiles=PROFILES)
-    held_out = sampled(model, without_rounded_inputs(model), prompts, num_tokens=1024)
+    held_out = judged_by(model, sampled(model, prompts, 1024))
     reference = torch_served(model, held_out, lambda: None)
     found = held_out.measure(EngineSession(tmp_path / "model.engine"), [2], lambda: None)
     check = compare_served(name, model, found, reference)

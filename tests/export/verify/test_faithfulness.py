@@ -12,6 +12,7 @@ from export.verify.faithfulness import (
     MARGIN,
     MARGIN_UNROUNDED,
     compare_served,
+    judged_by,
     num_tokens_for,
     sampled,
     torch_served,
@@ -64,7 +65,7 @@ def test_the_task_score_counts_too():
 def test_a_right_graph_is_equivalent_and_one_of_other_weights_is_not(tmp_path):
     model = quantized(tiny_model(layers=2))
     export_onnx(model, tmp_path / "model.onnx", precision="fp8")
-    held_out = sampled(model, without_rounded_inputs(model), PROMPTS, 512)
+    held_out = judged_by(model, sampled(model, PROMPTS, 512))
     reference = torch_served(model, held_out, lambda: None)
     assert len(reference.kl_N) >= 300 and reference.kl_N.mean() > 0
     check = compare_served(
@@ -81,7 +82,7 @@ def test_a_right_graph_is_equivalent_and_one_of_other_weights_is_not(tmp_path):
 
 def test_sampled_answers_are_the_same_every_time():
     model = tiny_model(layers=1)
-    first, second = (sampled(model, model, PROMPTS, 256).batches for _ in range(2))
+    first, second = (sampled(model, PROMPTS, 256).batches for _ in range(2))
     assert len(first) == 2 and all(
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True)
     )
@@ -91,7 +92,7 @@ def test_sampled_answers_are_the_same_every_time():
 
 def test_torch_rounds_inputs_as_kernels_do_where_weights_alone_are_quantized(monkeypatch):
     model = quantized(tiny_model(), format="int4_g32")
-    held_out = sampled(model, without_rounded_inputs(model), PROMPTS, 64)
+    held_out = judged_by(model, sampled(model, PROMPTS, 64))
     found = torch_served(model, held_out, lambda: None)
     monkeypatch.setattr(faithfulness, "rounded_in_blocks", lambda x, block: x)
     exact = torch_served(model, held_out, lambda: None)
