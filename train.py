@@ -8,9 +8,9 @@ or in a recipe wins over the one saved in the checkpoint, and every such differe
 import contextlib
 import copy
 import gc
+import importlib
 import logging
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -24,7 +24,6 @@ gc.disable()  # importing makes half a million objects that stay: collecting amo
 # The tokenizers library warns in forked loader workers otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -36,7 +35,7 @@ import callbacks
 import datamodules
 import models
 from export.checks import VerificationError
-from models.low_precision import admit_optimizer_states
+from models.checkpoint import REFERENCES, plain_settings, read_checkpoint
 
 gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
@@ -131,18 +130,24 @@ class PotstillCLI(LightningCLI):
         path = config.get("ckpt_path")
         if not path:
             return
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"expected a checkpoint at {path!r}, found no file; check --ckpt_path")
-        saved = _saved_settings(path)
-        class_path = saved.pop("_class_path", None)
-        if class_path != config.model.class_path:
-            rank_zero_info(f"The checkpoint was written by {class_path}: all settings come from the command line")
+        hyper_parameters = read_checkpoint(Path(path), settings_only=True)["hyper_parameters"]
+        class_path = config.model.class_path
+        if hyper_parameters.get("_class_path") != class_path:
+            found = hyper_parameters.get("_class_path")
+            rank_zero_info(f"The checkpoint was written by {found!r}: all settings come from the command line")
             return
+        saved, refused = plain_settings(_class_at(class_path), hyper_parameters)
+        if refused:
+            rank_zero_info(
+                f"Not taken over from the checkpoint, as it is no plain setting of ours: {', '.join(map(repr, refused))}; the recipe "
+                "and the command line decide"
+            )
         given = self._explicit_settings(self.config.subcommand)
         merged = {"class_path": class_path, "init_args": _merge(saved, given)}
         # The parser fills what neither names with defaults; whatever differs from the checkpoint was asked for.
         self.config = self.parser.parse_object({self.config.subcommand: {"model": merged}}, self.config)
-        _log_differences(saved, self.config[self.config.subcommand].model.init_args.as_dict())
+        said = saved | {name: hyper_parameters[name] for name in REFERENCES if name in hyper_parameters}
+        _log_differences(said, self.config[self.config.subcommand].model.init_args.as_dict())
 
     def _explicit_settings(self, subcommand: str) -> dict[str, Any]:
         """The model's settings that recipes and command line name, without defaults."""
@@ -151,21 +156,11 @@ class PotstillCLI(LightningCLI):
         return explicit[subcommand].model.init_args.as_dict()
 
 
-def _saved_settings(path: str) -> dict[str, Any]:
-    """The model's settings in a checkpoint."""
-    admit_optimizer_states(Path(path))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"expected a checkpoint at {path!r}, found a file that does not load as one ({reason}); check --ckpt_path"
-        ) from error
-    if "edits" not in checkpoint:
-        raise ValueError(f"expected a checkpoint of Potstill at {path!r}, found another program's; check --ckpt_path")
-    saved: dict[str, Any] = checkpoint["hyper_parameters"]
-    saved.pop("_instantiator", None)
-    return saved
+def _class_at(class_path: str) -> type[models.StudentModule]:
+    """The class that the user has named; the parser has imported it."""
+    module, _, name = class_path.rpartition(".")
+    found: type[models.StudentModule] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _relocatable(config: Namespace, folder: Path) -> Namespace:

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.order import StepBoundary
-from models.low_precision import admit_optimizer_states
+from models.checkpoint import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,9 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load to the CPU, optimizer states in 8 bits included, for which Lightning's function for that does not work."""
-        admit_optimizer_states(Path(path))
-        return super().load_checkpoint(path, map_location="cpu", weights_only=weights_only)  # type: ignore[arg-type]
+        """Load to the CPU what holds plain data only and agrees with its checksums, see `read_checkpoint`.
+
+        Raises:
+            ValueError: It does not; or anything else is asked for.
+        """
+        if weights_only is False:
+            raise ValueError(
+                "expected weights_only true or null, found false: it would run what the checkpoint says; leave it out"
+            )
+        return read_checkpoint(Path(path))
 
 
 class Checkpoint(ModelCheckpoint):

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.overwrite:
             check_output_free(options.output)
         print(f"Loading {options.model}", flush=True)
-        model, tokenizer = load_any(options.model)
+        model, tokenizer = load_any(options.model, options.student)
         prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
         if calibration is not None:
             check = partial(check_formats, model, settings=settings)
@@ -58,20 +58,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_any(reference: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_any(reference: str, student: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model on the CPU with its tokenizer, from a checkpoint of `train.py`, an exported folder or any model reference.
+
+    Args:
+        reference: What to load.
+        student: For a checkpoint, the model that it was trained from; None: the one that it names, if that is on this machine.
 
     Raises:
         FileNotFoundError: There is nothing that loads.
-        ValueError: The checkpoint is not one of a student.
+        ValueError: The checkpoint is not one of a student, or there is a student without a checkpoint.
     """
     path = Path(reference).expanduser()
     if path.suffix == ".ckpt":
-        if not path.is_file():
-            raise FileNotFoundError(f"expected a checkpoint at {reference!r}, found none; check the path")
         from models.checkpoint import load_student_checkpoint  # heavy: the whole of Lightning
 
-        return load_student_checkpoint(path)
+        return load_student_checkpoint(path, student)
+    if student is not None:
+        raise ValueError(f"expected a .ckpt file beside --student, found {reference!r}; leave --student out")
     return load_student(reference)
 
 

@@ -100,6 +100,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT_OR_FOLDER",
         help="a .ckpt file of train.py, a student's folder, or any model reference",
     )
+    add(
+        "--student",
+        metavar="REFERENCE",
+        help="model that a .ckpt file was trained from, for configuration and tokenizer (default: the one it names, if that is on "
+        "this machine)",
+    )
     add("--output", type=Path, required=True, help="folder to write student/, onnx/, engine/ and report.json into")
     add("--precision", choices=PRECISIONS, default="fp32", help="of graph and engine (default: %(default)s)")
     add("--opset", type=int, choices=OPSETS, default=23, help="ONNX operator set (default: %(default)s)")

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from models.architecture import decoder_layers
+from models.loading import read_object
 from models.quantization.cache import cache_format, cache_quantizers
 from models.quantization.linear import quantized_linears
 from models.quantization.quantizers import FakeQuantizer
@@ -126,7 +127,7 @@ def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: The files do not describe one model.
     """
-    sizes = _read_json(folder / STRUCTURE_FILE).get("layers", [])
+    sizes = _structure(folder).get("layers", [])
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(_with_room_for(sizes, load_config(folder)), dtype=dtype)
     model.tie_weights()
@@ -144,15 +145,54 @@ def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
 
 def restore_quantizers(model: PreTrainedModel, folder: Path) -> None:
     """Give a model that was loaded from a folder the quantizers that lie beside it, in place; most folders have none."""
-    structure = _read_json(folder / STRUCTURE_FILE)
+    structure = _structure(folder)
     for format, modules in structure.get("quantized", {}).items():
         apply_edit(model, {"op": "fake_quantize", "format": format, "modules": modules})
     if "kv_cache" in structure:
         apply_edit(model, {"op": "quantize_cache", "format": structure["kv_cache"]})
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
-    scales = load_file(folder / SCALES_FILE) if quantizers else {}
+    scales = load_file(folder / SCALES_FILE) if (folder / SCALES_FILE).is_file() else {}
+    missing = [name for name in quantizers if f"{name}.scale" not in scales]
+    if missing:
+        raise ValueError(
+            f"expected the scales of {missing[0]} in {str(folder / SCALES_FILE)!r}, as {STRUCTURE_FILE} has it quantized, found none; "
+            "write the folder again"
+        )
     for name, quantizer in quantizers.items():
         quantizer.set_scales(scales[f"{name}.scale"], scales.get(f"{name}.zero_point"))
+
+
+def _structure(folder: Path) -> dict[str, Any]:
+    """What `potstill.json` says, if there is one.
+
+    Raises:
+        ValueError: It says it in another form than we write.
+    """
+    found = read_object(folder / STRUCTURE_FILE) if (folder / STRUCTURE_FILE).is_file() else {}
+    sizes = {"neurons", "query_heads", "kv_groups"}
+    forms = {
+        "layers": lambda layers: (
+            isinstance(layers, list)
+            and all(
+                isinstance(layer, dict)
+                and layer.keys() == sizes
+                and all(type(n) is int and n > 0 for n in layer.values())
+                for layer in layers
+            )
+        ),
+        "quantized": lambda formats: (
+            isinstance(formats, dict)
+            and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in formats.values())
+        ),
+        "kv_cache": lambda format: isinstance(format, str),
+    }
+    for key, fits in forms.items():
+        if key in found and not fits(found[key]):
+            raise ValueError(
+                f"expected {key} in {str(folder / STRUCTURE_FILE)!r} as Potstill writes it, found {str(found[key])[:80]!r}; write the "
+                "folder again"
+            )
+    return found
 
 
 def _with_room_for(sizes: Sequence[LayerSizes], config: PretrainedConfig) -> PretrainedConfig:

