@@ -12,11 +12,12 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import quiet  # noqa: F401
 
@@ -29,7 +30,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import callbacks
 import datamodules
@@ -92,6 +93,17 @@ class RunConfigCallback(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"run": self.config.as_dict()}, allow_val_change=True)
+
+
+class Parser(LightningArgumentParser):
+    """A parser that answers a mistake in one line, not below seventy lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say it and exit with 2."""
+        if os.environ.get("POTSTILL_DEBUG") and ex is not None:
+            raise ex
+        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        self.exit(2, f"error: {_one_sentence(message)} (all options: {program} --help)\n")
 
 
 class PotstillCLI(LightningCLI):
@@ -240,6 +252,7 @@ def main(args: ArgsType = None) -> PotstillCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        parser_class=Parser,
         save_config_callback=RunConfigCallback,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults={"callbacks": [callbacks.Preflight()]},
@@ -247,10 +260,10 @@ def main(args: ArgsType = None) -> PotstillCLI:
     )
 
 
-def _one_sentence(error: Exception) -> str:
+def _one_sentence(message: str) -> str:
     """Ours alone, where the parser lists it among the types that it tried."""
-    ours = re.search(r"^ *- (expected .*found .*)$", str(error), re.MULTILINE)
-    return ours[1] if ours else " ".join(str(error).split())
+    ours = re.search(r"^ *- (expected .*found .*)$", message, re.MULTILINE)
+    return ours[1] if ours else " ".join(message.split())
 
 
 def entry_point(args: Sequence[str] | None = None) -> int:
@@ -263,9 +276,17 @@ def entry_point(args: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if os.environ.get("POTSTILL_DEBUG"):
             raise
-        print(f"error: {_one_sentence(error)}", file=sys.stderr)
+        print(f"error: {_one_sentence(str(error))}", file=sys.stderr)
         print("(POTSTILL_DEBUG=1 shows the stack)", file=sys.stderr)
         return 2
+    except SIGTERMException as stop:  # Lightning's own has no exit code, and would tell make and SLURM that all is well
+        return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # the trainer's answer to it, before training or after
+            return 128 + signal.SIGINT
+        raise
     finally:
         _drop_empty_run_folder()
     return 0

@@ -1,5 +1,6 @@
 """`python -m export CHECKPOINT_OR_FOLDER --output DIR --precision fp8`: export, verify and measure a trained model."""
 
+import argparse
 import gc
 import sys
 from collections.abc import Sequence
@@ -11,15 +12,16 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from export.calibration import calibrate
+from export.calibration import Calibration, calibrate
 from export.checks import VerificationError, raise_on_failure
+from export.files import only_one
 from export.huggingface import load_student
 from export.options import calibration_of, parser, settings_of
-from export.pipeline import check_formats, check_output_free, export_all
+from export.pipeline import check_formats, check_output, export_all, results_folder
 from export.progress import Phases
 from export.prompts import prompts_for_verification
 from export.report import write_report
-from export.settings import check_settings
+from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
 from models.architecture import decoder_layers
 
@@ -34,27 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings, calibration = settings_of(options), calibration_of(options)
         check_settings(settings)
-        if not options.overwrite:
-            check_output_free(options.output)
-        print(f"Loading {options.model}", flush=True)
-        model, tokenizer = load_any(options.model, options.student)
-        prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
-        if calibration is not None:
-            check = partial(check_formats, model, settings=settings)
-            with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
-                calibrate(model, tokenizer, calibration, check=check, on_layer=on_layer)
-        if options.precision not in UNQUANTIZED:
-            check_exportable(model, precision=options.precision, opset=options.opset)
-        report = export_all(model, tokenizer, options.output, settings, prompts, overwrite=options.overwrite)
-        write_report(options.output, report)
-        for check in report["verification"]:
-            print(f"{check['status']:>8}  {check['name']}" + (f": {check['reason']}" if check["reason"] else ""))
-        for artefact in report["artefacts"]:
-            print(f"{artefact['bytes'] / 1e6:7.1f} MB  {options.output / artefact['path']}")
-        raise_on_failure(report["verification"])
+        check_output(options.output, overwrite=options.overwrite)
+        with only_one(options.output):
+            return _export(options, settings, calibration)
     except (ValueError, FileNotFoundError, ModuleNotFoundError, VerificationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _export(options: argparse.Namespace, settings: ExportSettings, calibration: Calibration | None) -> int:
+    print(f"Loading {options.model}", flush=True)
+    model, tokenizer = load_any(options.model, options.student)
+    prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
+    if calibration is not None:
+        check = partial(check_formats, model, settings=settings)
+        with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
+            calibrate(model, tokenizer, calibration, check=check, on_layer=on_layer)
+    if options.precision not in UNQUANTIZED:
+        check_exportable(model, precision=options.precision, opset=options.opset)
+    report = export_all(model, tokenizer, options.output, settings, prompts, overwrite=options.overwrite)
+    output = results_folder(options.output, report["verification"], overwrite=options.overwrite)
+    write_report(output, report)
+    for check in report["verification"]:
+        print(f"{check['status']:>8}  {check['name']}" + (f": {check['reason']}" if check["reason"] else ""))
+    for artefact in report["artefacts"]:
+        print(f"{artefact['bytes'] / 1e6:7.1f} MB  {output / artefact['path']}")
+    raise_on_failure(report["verification"])
     return 0
 
 

@@ -62,7 +62,7 @@ def load_model(
         if has_unequal_layers(Path(source)):
             model = load_unequal_layers(Path(source), dtype=dtype)
         else:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -70,6 +70,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # reported below
                 **options,
             )
+            model, report = loaded
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable("model", reference, error) from error
     check_loaded(reference, report)
