@@ -113,13 +113,13 @@ def check_teacher(teacher: str) -> None:
     """Raise `FileNotFoundError` unless there is a model in this folder."""
     if not (Path(teacher) / "config.json").is_file():
         raise FileNotFoundError(
-            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with `make quickstart`, or alone with "
-            "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
+            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with "
+            "`python train.py fit --config benchmarks/study_teacher.yaml --run_dir runs/study/teacher`"
         )
 
 
 def write_half(teacher: str, folder: Path) -> None:
-    """Half of the decoder layers of the quickstart's teacher, evenly spread, and its tokenizer, as a Hugging Face folder.
+    """Half of the decoder layers of a teacher, evenly spread, and its tokenizer, as a Hugging Face folder.
 
     Raises:
         FileNotFoundError: There is no teacher.

@@ -1,26 +1,42 @@
 """Export at the end of `fit`: Hugging Face folder, ONNX, engine, verification, benchmark and report."""
 
+import gc
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from transformers import PreTrainedModel
 
 from callbacks.data import data_of
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
+from callbacks.served import held_out_of
+from datamodules.base import ChatDataModule
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
+from export.benchmark_worker import peak_bytes
+from export.calibration import quantized_anew
 from export.checks import raise_on_failure
 from export.pipeline import export_all
-from export.report import summary, write_report
+from export.progress import Phases
+from export.report import closing, summary, write_report
+from export.runtime import OnnxSession
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, Precision, format_for
+from models.allocator import give_back_freed_memory
+from models.architecture import decoder_layers
+from models.forward import Batch
 from models.offline import is_offline
+from models.pretrained import end_token_ids
+from models.quantization.formats import FormatName
+from models.quantization.settings import Method, PostTrainingQuantization
 from models.student import StudentModule
 from models.teacher import Teacher
 
@@ -35,10 +51,16 @@ class ExportOnFitEnd(Callback):
             for fp8_e4m3).
         formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
-        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
+        student_dtype: Floating point type of student/ and compressed/; weights are rounded to it before anything is written.
+        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/): true, false,
+            or auto for where that form can hold it.
         prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
         labels: Write also a graph on the same weights, and an engine, that return the log-probabilities of these labels, for ranking.
-        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx).
+        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx): true for the numbers of model.onnx,
+            or a format such as int8, in which the student is then quantized anew, without the quantizers of its training;
+            compressed/ holds the same.
+        cpu_method: How weights are rounded for a format of cpu: nearest, gptq or quantease.
+        cpu_batches: Training batches on which it is calibrated.
         output: Folder to write into; by default the run's folder.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
         compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
@@ -47,7 +69,10 @@ class ExportOnFitEnd(Callback):
         past: Smallest, usual and largest number of cached tokens of the engine.
         opset: ONNX operator set.
         verify_prompts: Validation prompts (training prompts if there are none) used for verification.
-        compare_with_teacher: Also export the teacher (fp32 ONNX, fp16 engine) into baseline/ and measure both side by side.
+        compare_with_teacher: Also export the teacher (fp32 ONNX) into baseline/ and measure both side by side.
+        served_questions: With compare_with_teacher, held-out conversations (of test data, or of validation data) on which each graph is
+            judged as it is served: KL to the teacher, and task score where the data has one; 0 for none.
+        benchmark_prompt: Prompt of the benchmark, tokens.
 
     Raises:
         ValueError: Settings that cannot be exported; found before training starts.
@@ -60,10 +85,13 @@ class ExportOnFitEnd(Callback):
         precision: Precision = "fp32",
         formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
         plain: bool = False,
-        compressed: bool = False,
+        student_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        compressed: bool | Literal["auto"] = "auto",
         prefill: bool = False,
         labels: Sequence[str] = (),
-        cpu: bool = False,
+        cpu: bool | FormatName = False,
+        cpu_method: Method = "nearest",
+        cpu_batches: int = 8,
         output: str | None = None,
         tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
         compute_capability: Sequence[str | float] = (),
@@ -73,11 +101,14 @@ class ExportOnFitEnd(Callback):
         opset: int = 23,
         verify_prompts: int = 4,
         compare_with_teacher: bool = False,
+        served_questions: int = 0,
+        benchmark_prompt: int = 128,
     ) -> None:
         self.settings = ExportSettings(
             precision=precision,
             formats=tuple(formats),
             plain=plain,
+            student_dtype=student_dtype,
             compressed=compressed,
             prefill=prefill,
             labels=tuple(labels),
@@ -88,8 +119,22 @@ class ExportOnFitEnd(Callback):
             sequence=sequence,
             past=past,
             opset=opset,
+            prompt_tokens=benchmark_prompt,
         )
         check_settings(self.settings)
+        if (
+            cpu_batches < 1
+            or served_questions < 0
+            or (served_questions and not (compare_with_teacher and self.settings.graph))
+        ):
+            raise ValueError(
+                "expected ExportOnFitEnd.cpu_batches of 1 or more, and served_questions of 0, or more together with compare_with_teacher and "
+                f"a graph, found {cpu_batches} and {served_questions}; change them in the recipe"
+            )
+        self.cpu_method = cpu_method
+        self.cpu_batches = cpu_batches
+        self.served_questions = served_questions
+        self._started = 0.0
         self.output = output
         self.verify_prompts = verify_prompts
         self.compare_with_teacher = compare_with_teacher
@@ -107,16 +152,32 @@ class ExportOnFitEnd(Callback):
                 "model.teacher_dtype int8; name the teacher's model with teacher_dtype auto, or leave the comparison out"
             )
         data = data_of(trainer)
+        if self.served_questions and not (data.has_split("test") or data.has_split("val")):
+            raise ValueError(
+                f"expected test or validation data for ExportOnFitEnd.served_questions {self.served_questions}, found neither; set "
+                "data.init_args.test, or served_questions to 0"
+            )
         if self.settings.labels:
             label_token_ids(data.tokenizer, self.settings.labels)
         unequal = any(isinstance(callback, GradualPruning) and callback.makes_layers_unequal for callback in callbacks)
-        if self.settings.plain and "hf" in self.settings.formats and unequal:
+        for name in ("plain", "compressed"):
+            if unequal and getattr(self.settings, name) is True:
+                raise ValueError(
+                    f"expected GradualPruning.allocation uniform for ExportOnFitEnd.{name}, found per_layer: a Hugging Face config.json "
+                    f"has one size for all layers; change the allocation, or set {name} to false"
+                )
+        quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+        if self.settings.compressed is True and quantization is None and self.settings.cpu_format is None:
             raise ValueError(
-                "expected GradualPruning.allocation uniform for a plain Hugging Face folder, found per_layer: config.json has one "
-                "size for all layers; change the allocation, or set ExportOnFitEnd.plain to false"
+                "expected QuantizationAwareTraining among trainer.callbacks for ExportOnFitEnd.compressed, found none; add it, or set "
+                "compressed to auto"
             )
         if self.settings.graph and self.settings.precision not in UNQUANTIZED:
-            self._check_format(next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None))
+            self._check_format(quantization)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self._started = time.perf_counter()
 
     def _check_format(self, quantization: QuantizationAwareTraining | None) -> None:
         precision = self.settings.precision
@@ -138,26 +199,76 @@ class ExportOnFitEnd(Callback):
         assert isinstance(pl_module, StudentModule)
         if trainer.interrupted:
             return
-        output = Path(self.output or trainer.default_root_dir)
+        output, phases = Path(self.output or trainer.default_root_dir), Phases()
+        phases.seconds["Training"] = time.perf_counter() - self._started
         datamodule = data_of(trainer)
-        held_out = datamodule.has_split("val")
-        batch = next(iter(datamodule.val_dataloader() if held_out else datamodule.calibration_batches(1, seed=0)))
+        has_val = datamodule.has_split("val")
+        batch = next(iter(datamodule.val_dataloader() if has_val else datamodule.calibration_batches(1, seed=0)))
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
-        baseline, compare = [], {}
+        release_optimizers(trainer)
+        baseline, graphs, held_out, served = [], {}, None, []
         teacher = getattr(pl_module, "teacher", None)
         if isinstance(teacher, Teacher) and self.compare_with_teacher:
-            baseline = export_baseline(teacher.model.cpu().float(), output, self.settings)
-            compare = {"teacher": output / baseline[0]["path"]}
+            if self.served_questions:
+                held_out = held_out_of(datamodule, teacher, self.served_questions, pl_module.generate_tokens)
+            baseline = export_baseline(teacher.model.cpu().float(), output, self.settings, phases)
+            graphs = {"teacher": output / baseline[0]["path"]}
+            if held_out is not None:
+                with phases.phase("Teacher, judged as served", len(held_out.batches)) as on_batch:
+                    found = held_out.measure(OnnxSession(graphs["teacher"]), end_token_ids(teacher.model), on_batch)
+                served = [{"name": "teacher", **found.figures()}]
+        del teacher
+        release_teacher(pl_module)
         student = pl_module.student.cpu().float().eval()
-        report = export_all(student, pl_module.tokenizer, output, self.settings, prompts, compare=compare)
+        for_cpu = self._for_cpu(student, datamodule, phases)
+        report = export_all(
+            student,
+            pl_module.tokenizer,
+            output,
+            self.settings,
+            prompts,
+            held_out=held_out,
+            for_cpu=for_cpu,
+            compare=graphs,
+            phases=phases,
+        )
+        report["served"] = served + report["served"]
         report["artefacts"] = baseline + report["artefacts"]
         report.update(_training_figures(trainer))
+        report["minutes"] = (time.time() - psutil.Process().create_time()) / 60
+        report["peak_memory_bytes"] = peak_bytes()
         write_report(output, report)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.save(str(output.absolute() / "report.*"), base_path=str(output.absolute()))
-        print(f"\n{summary(report)}\n\nThe whole report: {output / 'report.md'}")
+        print(f"\n{summary(report)}\n\n{closing(report, output)}")
         raise_on_failure(report["verification"])
+
+    def _for_cpu(self, student: PreTrainedModel, datamodule: ChatDataModule, phases: Phases) -> PreTrainedModel | None:
+        """The student in the format of `cpu`, calibrated on training batches; None if it has no format of its own."""
+        if self.settings.cpu_format is None:
+            return None
+        batches: list[Batch] = [{**batch} for batch in datamodule.calibration_batches(self.cpu_batches, seed=0)]
+        title, layers = f"Quantizing to {self.settings.cpu_format} for the CPU", len(decoder_layers(student))
+        with phases.phase(title, layers) as on_layer:
+            settings = PostTrainingQuantization(method=self.cpu_method)
+            return quantized_anew(student, batches, self.settings.cpu_format, settings, on_layer=on_layer)
+
+
+def release_optimizers(trainer: Trainer) -> None:
+    """Free gradients and the optimizers' states, which the last checkpoint has."""
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad()
+        optimizer.state.clear()
+    gc.collect()
+    give_back_freed_memory()
+
+
+def release_teacher(module: StudentModule) -> None:
+    """Free the teacher; `configure_model` loads it again if it is wanted."""
+    if hasattr(module, "teacher"):
+        del module.teacher
+    gc.collect()
 
 
 def _training_figures(trainer: Trainer) -> dict[str, Any]:

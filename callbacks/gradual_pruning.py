@@ -213,6 +213,7 @@ class GradualPruning(Callback):
         assert isinstance(pl_module, StudentModule)
         if self.history and self._judge.num_batches:
             self._note_recovery(trainer, self._judge.measure(pl_module), self._judge(trainer, pl_module))
+        self._judge.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Figures of the events so far, the losses since the last one where these decide, and what a search has found."""

@@ -53,6 +53,10 @@ class PruningJudge:
             )
         return figures["kl"] if self._teacher else float(torch.tensor(figures["perplexity"]).log())
 
+    def forget(self) -> None:
+        """Let go of batches and teacher."""
+        self._batches, self._teacher = [], None
+
     def calibration_batches(self, data: ChatDataModule, event: int, count: int) -> list[Batch]:
         """Fresh training batches for an event, counted from 1: none that an earlier event or the judge has seen.
 

@@ -10,29 +10,29 @@ from pathlib import Path
 gc.disable()  # as in train.py: two seconds of seven until the first line
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from export.calibration import Calibration, calibrate
+from export.calibration import Calibration, batches_of, calibrate, has_scales, quantized_anew
 from export.checks import VerificationError, raise_on_failure
 from export.files import only_one
-from export.huggingface import load_student
+from export.huggingface import load_student, rounded
 from export.options import calibration_of, parser, settings_of
-from export.pipeline import check_formats, check_output, export_all, results_folder
+from export.pipeline import check_cpu_format, check_formats, check_output, export_all, results_folder
 from export.progress import Phases
 from export.prompts import prompts_for_verification
 from export.report import write_report
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
 from models.architecture import decoder_layers
+from quiet import quiet_program
 
 gc.freeze()
 gc.enable()
 
 
+@quiet_program()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    transformers_logging.disable_progress_bar()
     try:
         settings, calibration = settings_of(options), calibration_of(options)
         check_settings(settings)
@@ -48,13 +48,26 @@ def _export(options: argparse.Namespace, settings: ExportSettings, calibration: 
     print(f"Loading {options.model}", flush=True)
     model, tokenizer = load_any(options.model, options.student)
     prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
+    for_cpu = None
+    if settings.cpu_format is not None:
+        assert calibration is not None
+        check_cpu_format(model, settings)
+        batches = batches_of(tokenizer, calibration)
+        title = f"Quantizing for the CPU after {options.calibration}"
+        with Phases().phase(title, len(decoder_layers(model))) as on_layer:
+            for_cpu = quantized_anew(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)
+        if has_scales(model) or not (calibration.formats or calibration.kv_cache):
+            calibration = None  # it was for the CPU alone
     if calibration is not None:
-        check = partial(check_formats, model, settings=settings)
         with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
-            calibrate(model, tokenizer, calibration, check=check, on_layer=on_layer)
+            check = partial(check_formats, settings=settings)
+            calibrate(model, tokenizer, calibration, check=partial(check, model), on_layer=on_layer)
     if options.precision not in UNQUANTIZED:
         check_exportable(model, precision=options.precision, opset=options.opset)
-    report = export_all(model, tokenizer, options.output, settings, prompts, overwrite=options.overwrite)
+    model = rounded(model, settings.dtype)  # here, so that the numbers it was loaded with need no memory any more
+    report = export_all(
+        model, tokenizer, options.output, settings, prompts, for_cpu=for_cpu, overwrite=options.overwrite
+    )
     output = results_folder(options.output, report["verification"], overwrite=options.overwrite)
     write_report(output, report)
     for check in report["verification"]:

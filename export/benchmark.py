@@ -18,16 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from export.benchmark_artefacts import RUNTIMES, find_artefacts
 from export.benchmark_energy import find_counters
-from export.benchmark_measure import Cell, measure, spread
+from export.benchmark_measure import Cell, Session, SharedCache, measure, spread
 from export.benchmark_report import machine, plot, text, versions
 from export.benchmark_turns import cells, compare
 from export.files import check_kind, folder_bytes, write_file
+from export.for_cpu import CPU
 from export.options import Parser, positive
 from export.runtime import OnnxSession
+from progress import Bar
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -55,7 +55,13 @@ def benchmark_onnx(
         One row a graph: sizes in bytes, times in milliseconds, speeds in tokens/s.
     """
     cell = Cell(1, prompt_tokens, new_tokens)
-    sessions = {name: OnnxSession(path, threads=threads) for name, path in paths.items()}
+    length = prompt_tokens + new_tokens
+    sessions: dict[str, Session] = {
+        name: SharedCache(path, length=length, threads=threads)
+        if path.name == CPU
+        else OnnxSession(path, threads=threads)
+        for name, path in paths.items()
+    }
     first: dict[str, list[float]] = {name: [] for name in paths}
     speed: dict[str, list[float]] = {name: [] for name in paths}
     for repetition in range(repetitions + 1):
@@ -114,10 +120,8 @@ def _benchmark(options: argparse.Namespace) -> dict[str, Any]:
     artefacts, skipped = find_artefacts(options.folders, options.runtimes)
     grid = cells(options.prompts, options.batches, options.new_tokens)
     counters, reason = find_counters()
-    layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}, about {remaining} left"
-    interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
     total = len(artefacts) * len(grid) * (options.repetitions + 1)
-    with tqdm(total=total, desc="Benchmark", bar_format=layout, mininterval=interval) as bar:
+    with Bar(total=total, desc="Benchmark", unit="measurements") as bar:
 
         def step() -> None:
             bar.update()

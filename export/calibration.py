@@ -3,7 +3,8 @@
 Training with the quantizers in place (`QuantizationAwareTraining`) costs less accuracy.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.chat import encode, truncate
 from datamodules.collate import collate, pad_id_of
 from datamodules.files import read_conversations
+from export.huggingface import without_quantizers
 from models.forward import Batch
+from models.lora import merged
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
 from models.quantization.linear import freeze_scales
@@ -23,6 +26,7 @@ from models.quantization.settings import PostTrainingQuantization
 
 BATCH_SIZE = 8
 _SENSITIVITY_BATCHES = 4
+_DEFAULT = PostTrainingQuantization()
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,13 @@ def calibrate(
     Raises:
         FileNotFoundError, ValueError: The file is missing, broken or empty; no such format; or all scales are found already.
     """
-    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
-    if quantizers and all(quantizer.frozen for quantizer in quantizers):
+    quantizers = _quantizers(model)
+    if has_scales(model):
         raise ValueError(
             f"expected a model without scales to calibrate, found {len(quantizers)} quantizers that have theirs from training or an "
             "earlier calibration; leave --calibration out, or name the student before it was quantized"
         )
-    batches = _batches(tokenizer, calibration)
+    batches = batches_of(tokenizer, calibration)
     if quantizers:
         _observe(model, batches)
     else:
@@ -103,7 +107,44 @@ def _choose(model: PreTrainedModel, batches: list[Batch], calibration: Calibrati
     return formats_by_sensitivity(model, some, calibration.candidates, calibration.average_bits)
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> list[Batch]:
+def quantized_anew(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    format: str,
+    settings: PostTrainingQuantization = _DEFAULT,
+    *,
+    on_layer: Callable[[], None] = lambda: None,
+) -> PreTrainedModel:
+    """A copy of a model without the quantizers that it has, those of keys and values included, quantized in another format.
+
+    Args:
+        model: The model; it is not changed.
+        batches: Calibration batches.
+        format: Of all projections.
+        settings: How weights are rounded and scales are found.
+        on_layer: Called after each decoder layer.
+    """
+    other = copy.deepcopy(without_quantizers(merged(model))).requires_grad_(False)
+    quantize_after_training(other, batches, format, settings, on_layer=lambda _: on_layer())
+    return other.eval()
+
+
+def has_scales(model: PreTrainedModel) -> bool:
+    """Whether a model has quantizers, and all of them have their scales."""
+    quantizers = _quantizers(model)
+    return bool(quantizers) and all(quantizer.frozen for quantizer in quantizers)
+
+
+def _quantizers(model: PreTrainedModel) -> list[FakeQuantizer]:
+    return [module for module in model.modules() if isinstance(module, FakeQuantizer)]
+
+
+def batches_of(tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> list[Batch]:
+    """The conversations that a calibration names, those of similar length together.
+
+    Raises:
+        FileNotFoundError, ValueError: The file is missing, broken, or holds no conversation that is short enough.
+    """
     max_length = calibration.max_length
     records = read_conversations(str(calibration.conversations), default_split="train")[: calibration.num_conversations]
     examples = [truncate(example, max_length=max_length) for example in encode(tokenizer, records)]

@@ -105,6 +105,7 @@ def move_into_place(source: Path, target: Path, *, ours: Collection[str] | None 
         ValueError: A file would replace a folder, or a folder a file.
     """
     check_kind(target, folder=source.is_dir())
+    set_permissions(source)
     if source.is_dir() and target.is_dir():
         for file in foreign_files(target, ours) if ours is not None else ():
             _link(target / file, source / file)
@@ -149,6 +150,14 @@ def sweep(parent: Path) -> None:
                 aside.rename(target)
 
 
+def set_permissions(path: Path) -> None:
+    """Give a file or folder, and all in it, the permissions that the user's umask leaves: safetensors makes its files private."""
+    mask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(mask)
+    for item in [path, *path.rglob("*")]:
+        item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
+
+
 def folder_bytes(path: Path) -> int:
     """Size of a file, or of all files in a folder, in bytes."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -162,9 +171,6 @@ def _new_staging(parent: Path) -> tuple[Path, int]:
         with suppress(FileNotFoundError):
             lock = _lock(folder)
             if lock is not None and folder.exists():
-                folder.chmod(
-                    0o755
-                )  # mkdtemp makes it private, and what is moved out shall be as readable as other files
                 return folder, lock
             if lock is not None:
                 os.close(lock)

@@ -77,7 +77,7 @@ def check_cpu(precision: str, opset: int, kv_cache: str | None = None) -> None:
     if precision == "fp16" or precision.startswith("fp8"):
         raise ValueError(
             f"expected float32 or integers for a graph for the CPU, found precision {precision}, for which CPUs have no products; choose "
-            "fp32, int8 or a weight-only format, or leave the graph out"
+            "fp32, int8 or a weight-only format, name one for the CPU alone (cpu: int8, --cpu int8), or leave the graph out"
         )
     if opset < _OPSET:
         raise ValueError(

@@ -13,9 +13,13 @@ Letters: K features that the head reads, N columns (tokens), b features of a blo
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
 
 from export.graph_edits import Inserter, constant, take_place
+from models.forward import shared_copy
 
 BLOCK_SIZES = (64, 32, 16)
 
@@ -96,6 +100,33 @@ def round_to_nearest(weight_KN: np.ndarray, *, block_size: int) -> tuple[np.ndar
     scales_B1N = np.where(largest_B1N == 0, np.float32(1), largest_B1N / np.float32(-128))
     codes_BbN = np.clip(np.rint(blocks_BbN / scales_B1N), -128, 127)
     return codes_BbN.reshape(weight_KN.shape).astype(np.int8), scales_B1N[:, 0]
+
+
+def with_stored_head(model: PreTrainedModel, graph: onnx.GraphProto) -> PreTrainedModel:
+    """The torch model with head and embedding rounded as a graph stores them, for comparisons; it shares all other tensors.
+
+    Args:
+        model: The model that the graph was made from; it is not changed.
+        graph: Says which of the two it holds in blocks of 8 bits; their values are computed here.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    codes = makers["logits"].input[1]
+    while codes in makers:
+        codes = makers[codes].input[0]
+    rounded = {
+        "get_input_embeddings": any(
+            node.op_type == "Gather" and node.input[0].endswith(".int8") for node in graph.node
+        ),
+        "get_output_embeddings": codes.endswith(".int8"),
+    }
+    changed = shared_copy(model)
+    for owner in [getattr(changed, name)() for name, yes in rounded.items() if yes]:
+        codes_KN, scales_BN = round_to_nearest(
+            owner.weight.detach().t().numpy(), block_size=_block_size(owner.weight.shape[1]) or 1
+        )
+        values_KN = codes_KN.astype(np.float32) * np.repeat(scales_BN, len(codes_KN) // len(scales_BN), axis=0)
+        owner.weight = torch.nn.Parameter(torch.from_numpy(values_KN).t().contiguous(), requires_grad=False)
+    return changed
 
 
 def _block_size(features: int) -> int | None:

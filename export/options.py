@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from export.calibration import Calibration
-from export.settings import ExportSettings
+from export.settings import ExportSettings, StudentType
 from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED as NO_FORMAT
@@ -24,6 +24,7 @@ def settings_of(options: argparse.Namespace) -> ExportSettings:
         prefill=options.prefill,
         labels=tuple(options.labels),
         cpu=options.cpu,
+        student_dtype=options.student_dtype,
         compressed=options.compressed,
         tensorrt="auto" if options.engine == "none" else options.engine,
         compute_capability=tuple(options.compute_capability),
@@ -46,10 +47,12 @@ def calibration_of(options: argparse.Namespace) -> Calibration | None:
     """
     given = [name for name in _CALIBRATION_OPTIONS if getattr(options, name[2:].replace("-", "_")) is not None]
     if options.calibration is None:
+        given += ["--cpu FORMAT"] if isinstance(options.cpu, str) else []
         if given:
             raise ValueError(f"expected --calibration FILE.jsonl beside {given[0]}, found none; name the conversations")
         return None
-    if options.precision in UNQUANTIZED and (options.kv_cache is None or options.method is not None):
+    for_cpu = isinstance(options.cpu, str)
+    if options.precision in UNQUANTIZED and not for_cpu and (options.kv_cache is None or options.method is not None):
         raise ValueError(
             f"expected a quantized precision with {'--calibration' if options.kv_cache is None else '--method'}, found {options.precision}; "
             "choose a format such as int4_g64, or leave the option out"
@@ -187,9 +190,15 @@ def parser() -> argparse.ArgumentParser:
     add("--prefill", action="store_true", help=text)
     text = "write also onnx/labels.onnx (the same weights), and an engine, that return the log-probabilities of these labels, such as no yes"
     add("--labels", nargs="+", default=[], metavar="LABEL", help=text)
-    text = "write also onnx/cpu.onnx, for ONNX Runtime on CPUs only: cache and products as they are fastest there"
-    add("--cpu", action="store_true", help=text)
+    text = (
+        "write also onnx/cpu.onnx, for ONNX Runtime on CPUs only: cache and products as they are fastest there; with a FORMAT, of the "
+        "model without its quantizers, if it has some, quantized anew in this format (such as int8) after --calibration, and compressed/ holds the same"
+    )
+    add("--cpu", nargs="?", const=True, default=False, choices=list(FORMATS), metavar="FORMAT", help=text)
     add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
-    add("--compressed", action="store_true", help="write a quantized student as codes, for vLLM and SGLang, as well")
+    text = "write a quantized student as codes, for vLLM and SGLang, as well (default: where that form can hold it)"
+    add("--compressed", action=argparse.BooleanOptionalAction, default="auto", help=text)
+    text = "floating point type of student/ and compressed/, to which weights are rounded before anything is written (default: %(default)s)"
+    add("--student-dtype", choices=get_args(StudentType), default="bfloat16", help=text)
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")
     return parser

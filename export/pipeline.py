@@ -4,8 +4,10 @@ The files are those of `export/layout.py`.  Everything is checked before anythin
 and is moved into place at the end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from export.compressed import check_compressible, check_compressible_formats, sa
 from export.engines import Engines, write_engines
 from export.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graphs
-from export.huggingface import check_plain, save_student, without_quantizers
+from export.huggingface import check_plain, rounded, save_student, without_quantizers
 from export.label_graph import write_labels
 from export.layout import (
     COMPRESSED,
     CPU_GRAPH,
+    CPU_PREFILL_GRAPH,
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
     FAILED,
@@ -38,13 +41,15 @@ from export.layout import (
 )
 from export.prefill import write_prefill
 from export.progress import Phases
+from export.served import Served
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
-from export.verification import verify_artefacts
+from export.verify import HeldOut, Verification, verify_artefacts
 from models.folder import why_not_plain
 from models.loading import check_finite
 from models.lora import merged
 from models.quantization.cache import cache_format
+from models.quantization.choice import formats_by_pattern
 from models.quantization.formats import FORMATS
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 
@@ -82,8 +87,11 @@ def export_all(
     settings: ExportSettings,
     prompts: Mapping[str, Tensor],
     *,
+    held_out: HeldOut | None = None,
+    for_cpu: PreTrainedModel | None = None,
     compare: Mapping[str, Path] | None = None,
     overwrite: bool = False,
+    phases: Phases | None = None,
 ) -> dict[str, Any]:
     """Export, verify and measure a student; a verification that fails is reported, not raised: see `raise_on_failure`.
 
@@ -93,11 +101,14 @@ def export_all(
         output: Folder to write into; other files in it are left alone.
         settings: What to export.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P) for the verification.
-        compare: Further graphs (of the teacher) to measure in turns with the new one, by name.
+        held_out: Conversations on which graphs are judged as they are served; None: answers that the student samples.
+        for_cpu: The student in the format that `settings.cpu` names, see `quantized_anew`; None where it names none.
+        compare: Further graphs (of the teacher) to measure in turns with the new ones, by name.
         overwrite: Replace what an earlier export wrote, unless the verification fails: then the results go into `failed/`.
+        phases: Show the progress; by default new ones.
 
     Returns:
-        `artefacts` (path in `output`, bytes, kind), `verification`, `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
+        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
         phase.
 
     Raises:
@@ -110,37 +121,49 @@ def export_all(
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
-    if settings.compressed:
-        check_compressible(model)
-    computed = _plain(model) if settings.precision in UNQUANTIZED else model
+    assert (settings.cpu_format is not None) == (for_cpu is not None)
+    model = rounded(model, settings.dtype)
+    for_cpu = None if for_cpu is None else rounded(for_cpu, settings.dtype)
+    in_codes = model if for_cpu is None else for_cpu
+    is_quantized = bool(quantized_linears(in_codes) or cache_format(in_codes))
+    compressed = (is_quantized or settings.compressed is True) and is_compressed(
+        settings, partial(check_compressible, in_codes)
+    )
+    computed = _plain(model, settings) if settings.precision in UNQUANTIZED else model
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
             check_engine_formats(formats_of(computed))
-    if settings.cpu:
+    if settings.cpu and for_cpu is None:
         check_cpu(settings.precision, settings.opset, cache_format(model))
 
     reason = why_not_plain(model)
-    phases = Phases()
+    phases = phases or Phases()
     with only_one(output), staging_folder(output) as staging:
         check_output(output, overwrite=overwrite)  # another export may have ended meanwhile
         if "hf" in settings.formats:
             with phases.phase("Student folder"):
-                save_student(model, tokenizer, staging / STUDENT)
+                save_student(model, tokenizer, staging / STUDENT, dtype=settings.dtype)
             if reason is not None:
                 rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
-        if settings.compressed:
+        if compressed:
             with phases.phase("Compressed folder"):
-                save_compressed(model, tokenizer, staging / COMPRESSED)
-            if isinstance(model.get_output_embeddings(), FakeQuantizedLinear):
+                save_compressed(in_codes, tokenizer, staging / COMPRESSED, dtype=settings.dtype)
+            if isinstance(in_codes.get_output_embeddings(), FakeQuantizedLinear):
                 rank_zero_info(
                     f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
                 )
         engines = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
         checks: list[Check] = []
+        served: dict[str, Served] = {}
         benchmark: list[dict[str, Any]] = []
         if settings.graph:
-            checks = verify_artefacts(computed, staging, engines, settings, prompts, phases)
+            itself = replace(settings, cpu=settings.cpu is True)
+            found = verify_artefacts(computed, staging, engines, itself, prompts, phases, held_out)
+            checks, served = found.checks, found.served
+            if for_cpu is not None:
+                found = _write_for_cpu(for_cpu, staging, settings, prompts, phases, held_out)
+                checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
             if settings.repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
         verification = [check.as_dict() for check in checks]
@@ -155,6 +178,7 @@ def export_all(
     return {
         "artefacts": _artefacts(output, settings, engines, plain=reason is None),
         "verification": verification,
+        "served": [{"name": name, **found.figures()} for name, found in served.items()],
         "benchmark": benchmark,
         "engine": engines.model.as_dict() if engines else None,
         "label_engine": engines.labels.as_dict() if engines and engines.labels else None,
@@ -177,13 +201,21 @@ def check_formats(
     Raises:
         ModuleNotFoundError, ValueError: See `check_compressible_formats`, `check_engine_formats` and `check_cpu`.
     """
-    if settings.cpu:
+    if settings.cpu is True:
         check_cpu(settings.precision, settings.opset, kv_cache)
     quantized = {name: format for name, format in formats.items() if format in FORMATS}
-    if settings.compressed:
-        check_compressible_formats(model, quantized, kv_cache)
+    if settings.compressed is True and settings.cpu_format is None:
+        check_compressible_formats(model, quantized.items(), kv_cache)
     if "engine" in settings.formats:
         check_engine_formats(quantized.values())
+
+
+def check_cpu_format(model: PreTrainedModel, settings: ExportSettings) -> None:
+    """Raise for a format of `settings.cpu` that this model cannot be given; see `check_formats`."""
+    assert settings.cpu_format is not None
+    if settings.compressed is True:
+        formats = formats_by_pattern(model, settings.cpu_format, {})
+        check_compressible_formats(model, formats.items(), None)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, int]:
@@ -191,8 +223,33 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> d
     return dict(zip(labels, label_token_ids(tokenizer, labels), strict=True)) if labels else {}
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    return without_quantizers(model, keep_cache=True) if quantized_linears(model) else model
+def is_compressed(settings: ExportSettings, check: Callable[[], None]) -> bool:
+    """Whether a quantized student gets a compressed folder, too.
+
+    Args:
+        settings: With `auto`, it gets one if the check passes; if not, one line says why.
+        check: It raises if there can be none; not called if none is wanted.
+
+    Raises:
+        ModuleNotFoundError, ValueError: The check's, where the settings ask for the folder.
+    """
+    if settings.compressed is False or (settings.compressed == "auto" and "hf" not in settings.formats):
+        return False
+    try:
+        check()
+    except (ModuleNotFoundError, ValueError) as error:
+        if settings.compressed == "auto":
+            rank_zero_info(f"{COMPRESSED}/ is left out: {error}")
+            return False
+        raise
+    return True
+
+
+def _plain(model: PreTrainedModel, settings: ExportSettings) -> PreTrainedModel:
+    """What `student/` holds for programs that know no quantizers."""
+    if not quantized_linears(model):
+        return model
+    return rounded(without_quantizers(model, keep_cache=True), settings.dtype)
 
 
 def _write_graphs(
@@ -205,7 +262,7 @@ def _write_graphs(
             write_prefill(staging / GRAPH)
         if labels:
             write_labels(staging / GRAPH, labels)
-    if settings.cpu:
+    if settings.cpu is True:
         with phases.phase(f"ONNX {precision} for the CPU"):
             write_cpu_graphs(staging / GRAPH, prefill=settings.prefill)
     if "engine" not in settings.formats:
@@ -213,10 +270,32 @@ def _write_graphs(
     return write_engines(model, staging, settings, labels, phases)
 
 
+def _write_for_cpu(
+    model: PreTrainedModel,
+    staging: Path,
+    settings: ExportSettings,
+    prompts: Mapping[str, Tensor],
+    phases: Phases,
+    held_out: HeldOut | None,
+) -> Verification:
+    """Write `cpu.onnx` of a student in a format of its own; the graph that it is made from goes."""
+    assert settings.cpu_format is not None
+    own = replace(settings, precision=settings.cpu_format, formats=("onnx",), cpu=True, labels=())
+    with staging_folder(staging) as folder:
+        _write_graphs(model, folder, own, {}, phases)
+        (folder / GRAPH).unlink()
+        found = verify_artefacts(model, folder, None, own, prompts, phases, held_out)
+        for path in (CPU_GRAPH, f"{CPU_GRAPH}.data", CPU_PREFILL_GRAPH):
+            if (folder / path).exists():
+                move_into_place(folder / path, staging / path)
+    return found
+
+
 def _benchmark(
     staging: Path, settings: ExportSettings, compare: Mapping[str, Path], phases: Phases
 ) -> list[dict[str, Any]]:
-    graphs = {**compare, "student": staging / GRAPH}
+    written = {"student": GRAPH} | ({"student_cpu": CPU_GRAPH} if settings.cpu else {})
+    graphs = {**compare, **{name: staging / path for name, path in written.items()}}
     with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (settings.repetitions + 1)) as on_step:
         rows = benchmark_onnx(
             graphs,
@@ -225,7 +304,7 @@ def _benchmark(
             threads=settings.threads,
             on_step=on_step,
         )
-    return [row | {"path": GRAPH} if row["name"] == "student" else row for row in rows]
+    return [row | {"path": written.get(row["name"], row["path"])} for row in rows]
 
 
 def _move(staging: Path, output: Path) -> None:
@@ -252,8 +331,8 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
 
     folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
     rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
-    if settings.compressed:
-        rows.append(artefact(COMPRESSED, "compressed-tensors folder"))
+    if (output / COMPRESSED).exists():
+        rows.append(artefact(COMPRESSED, f"compressed-tensors folder {settings.cpu_format or settings.precision}"))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if settings.prefill:
@@ -262,7 +341,8 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
         words = f"ONNX, log-probabilities of {', '.join(settings.labels)}, on the weights of model.onnx"
         rows.append(artefact(LABEL_GRAPH, words))
     if settings.cpu:
-        rows.append(artefact(CPU_GRAPH, f"ONNX {settings.precision} for ONNX Runtime on a CPU"))
+        kind = f"ONNX {settings.cpu_format or settings.precision} for ONNX Runtime on a CPU"
+        rows.append(artefact(CPU_GRAPH, kind))
     if (output / ENGINE_SOURCE).exists():
         rows.append(
             artefact(ENGINE_SOURCE, f"ONNX {settings.precision}, float16 between (what the engine was built from)")

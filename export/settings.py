@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from export.for_cpu import check_cpu
 from export.to_onnx import Precision, check_engine_formats, format_for
 from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
+from models.quantization.formats import FormatName
 
 Format = Literal["hf", "onnx", "engine"]
+StudentType = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,13 @@ class ExportSettings:
         precision: Of graph and engine.
         formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
         plain: Refuse to write a folder that plain transformers would not load.
-        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
+        student_dtype: Floating point type of the folders; weights are rounded to it before anything is written, graphs included.
+        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang: yes or an error, no, or `auto`, beside
+            the `hf` folder where that form can hold it.
         prefill: Write a second graph on the same weights that returns the logits of the last position only.
         labels: Write a graph on the same weights, and an engine, that return the log-probabilities of these labels, one token each.
-        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs.
+        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs; with a format, of the student quantized anew in that
+            format, which the compressed folder then holds as well.
         tensorrt: Which package compiles the engine.
         compute_capability: Target GPUs such as "8.9"; none: portable.
         batch: Conversations at a time that the engine takes: smallest, usual, largest.
@@ -37,10 +44,11 @@ class ExportSettings:
     precision: Precision = "fp32"
     formats: tuple[Format, ...] = ("hf", "onnx", "engine")
     plain: bool = False
-    compressed: bool = False
+    student_dtype: StudentType = "bfloat16"
+    compressed: bool | Literal["auto"] = "auto"
     prefill: bool = False
     labels: tuple[str, ...] = ()
-    cpu: bool = False
+    cpu: bool | FormatName = False
     tensorrt: Flavour = "auto"
     compute_capability: tuple[str, ...] = ()
     batch: Range = (1, 1, 16)
@@ -53,9 +61,20 @@ class ExportSettings:
     threads: int | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the folders."""
+        dtype: torch.dtype = getattr(torch, self.student_dtype)
+        return dtype
+
+    @property
     def graph(self) -> bool:
         """Whether an ONNX graph is written."""
         return "onnx" in self.formats or "engine" in self.formats
+
+    @property
+    def cpu_format(self) -> FormatName | None:
+        """The format of a student that is quantized anew for CPUs; None: `cpu.onnx`, if there is one, has the numbers of `model.onnx`."""
+        return None if isinstance(self.cpu, bool) else self.cpu
 
 
 def check_settings(settings: ExportSettings) -> None:
@@ -73,7 +92,7 @@ def check_settings(settings: ExportSettings) -> None:
             "add onnx, or leave it out"
         )
     if settings.cpu:
-        check_cpu(settings.precision, settings.opset)
+        check_cpu(settings.cpu_format or settings.precision, settings.opset)
     if "engine" in settings.formats:
         format = format_for(settings.precision)
         check_engine_formats([] if format is None else [format])

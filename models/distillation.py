@@ -95,11 +95,9 @@ class Distillation(StudentModule):
 
     def configure_model(self) -> None:
         """Load student and teacher, and refuse a pair that does not share a tokenizer."""
-        if hasattr(self, "student"):
-            return
         super().configure_model()
-        if is_offline(self.teacher_reference):
-            return  # `setup` opens it: it has to match the data
+        if hasattr(self, "teacher") or is_offline(self.teacher_reference):
+            return  # `setup` opens a captured one: it has to match the data
         self.teacher = load_teacher(
             self.teacher_reference,
             self.tokenizer,

@@ -4,6 +4,7 @@ Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary,
 """
 
 import copy
+import itertools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -80,6 +81,23 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # transformers' public name for this changed within version 5, and it also hooks the embeddings, which only re-entrant
     # checkpoints need.
     model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model on the same tensors: its modules can be changed and exchanged, and `model` stays as it is."""
+    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    copied: PreTrainedModel = copy.deepcopy(model, tensors)  # type: ignore[arg-type]
+    return copied
+
+
+@torch.no_grad()
+def with_rounded_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model in evaluation mode that rounds no weight any more: quantized ones are stored as they round; others are shared."""
+    rounded = shared_copy(model).eval()
+    for linear in quantized_linears(rounded).values():
+        linear.weight = nn.Parameter(linear.weight_quantizer(linear.weight), requires_grad=False)
+        linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]
+    return rounded
 
 
 @torch.no_grad()

@@ -77,10 +77,8 @@ class RankingDistillation(StudentModule):
 
     def configure_model(self) -> None:
         """Load the student and, if there is one, a teacher that shares its tokenizer."""
-        if hasattr(self, "student"):
-            return
         super().configure_model()
-        if not self.teacher_reference:
+        if hasattr(self, "teacher") or not self.teacher_reference:
             return
         self.teacher = load_teacher(
             self.teacher_reference,

@@ -277,7 +277,7 @@ FOLDERS = {
     code_beside: "custom code",
     sizes_that_are_code: "potstill.json",
     operations_of_a_structure: "os.system",
-    structure_without_scales: "potstill.safetensors",
+    structure_without_scales: "scales",
     key_twice: "'hidden_size'",
 }
 

@@ -15,13 +15,12 @@ from export.__main__ import main
 from export.compressed import save_compressed
 from export.for_cpu import write_cpu_graphs
 from export.huggingface import load_student, save_student
-from export.reference import record
 from export.runtime import OnnxSession
 from export.scorer import Scorer
 from export.shared_cache import SharedCacheSession
 from export.to_onnx import export_onnx
 from export.torch_session import TorchSession
-from export.verify import verify, verify_cpu
+from export.verify import verify
 from models.quantization.cache import cache_format, cache_scales
 from models.quantization.linear import quantized_linears
 from models.structure import apply_edit
@@ -48,8 +47,7 @@ def test_every_family_keeps_codes_in_its_cache(family, opset, kv_cache, tmp_path
     export_onnx(model, tmp_path / "model.onnx", precision="fp32", opset=opset)
     assert set(io_types(tmp_path / "model.onnx").values()) == {TYPES[kv_cache]}
     checks = verify(model, tmp_path / "model.onnx", IDS, MASK, decode_steps=8)
-    assert [check.status for check in checks] == ["passed"] * 4, [check.reason for check in checks]
-    assert checks[0].bound == checks[1].bound == 1e-4
+    assert [check.status for check in checks] == ["passed"] * 3, [check.reason for check in checks]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +79,8 @@ def test_on_the_cpu_attention_appends_codes_in_place(format, tmp_path):
     assert nodes.count("GroupQueryAttention") == 2
     assert nodes.count("QuantizeLinear") == 0
     assert set(io_types(path).values()) == {onnx.TensorProto.INT8}
-    reference = record(model, IDS, MASK, decode_steps=8)
-    [check] = verify_cpu(reference, path)
-    assert check.status == "passed", check.reason
+    checks = verify(model, path, IDS, MASK, decode_steps=8, for_cpu=True)
+    assert {check.status for check in checks} == {"passed"}, checks
     session = SharedCacheSession(path, length=24)
     ids_1T = IDS[:1]
     ours = [session.run(ids_1T[:, :5]), session.run(ids_1T[:, 5:6]), session.run(ids_1T[:, 6:])]

@@ -5,12 +5,11 @@ from tiny_models import left_padded_prompts, tiny_model
 
 from export.cached_attention import cache_in_attention
 from export.merge_products import merge_products
-from export.reference import record
 from export.runtime import OnnxSession
 from export.shared_cache import SharedCacheSession
 from export.skip_norms import norms_with_sums
 from export.to_onnx import export_onnx
-from export.verify import verify_cpu
+from export.verify import verify
 
 FAMILIES = {
     "llama": {},
@@ -40,8 +39,7 @@ def test_attention_with_its_cache_computes_what_torch_does(family, tmp_path):
     between = family in ("qwen2", "qwen3")  # biases, or norms, lie between a product and the heads
     assert operators.count("Split") == (6 if between else 3)
     prompts = left_padded_prompts()
-    reference = record(model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=8)
-    checks = verify_cpu(reference, tmp_path / "model.onnx")
+    checks = verify(model, tmp_path / "model.onnx", *prompts.values(), decode_steps=8, for_cpu=True)
     assert [check.status for check in checks] == ["passed"] * len(checks), [check.reason for check in checks]
 
 
@@ -82,6 +80,29 @@ def test_a_prompt_in_pieces_gives_the_same_logits(paths):
     logits = SharedCacheSession(paths[1], length=12, threads=1, piece=4).run(prompt)
     assert logits.shape[1] == 3  # those of the last piece
     close(logits, expected[:, -3:])
+
+
+@pytest.mark.parametrize("piece", [3, 4, 5, 10, 16])
+def test_the_last_logits_of_a_prompt_may_be_had_alone(piece, paths):
+    prompt, more = torch.arange(3, 14)[None], torch.tensor([[5, 6]])
+    plain = OnnxSession(paths[0], threads=1)
+    output = plain.run(prompt, torch.ones_like(prompt))
+    shared = SharedCacheSession(paths[1], length=14, threads=1, piece=piece)
+    logits = shared.run(prompt, last_only=True)
+    assert logits.shape[1] == 1 and shared.num_past == 11
+    close(logits, output.logits[:, -1:])
+    output = plain.run(more, torch.ones(1, 13, dtype=torch.long), output.cache)
+    close(shared.run(more, last_only=True), output.logits[:, -1:])
+    output = plain.run(more[:, :1], torch.ones(1, 14, dtype=torch.long), output.cache)
+    close(shared.run(more[:, :1], last_only=True), output.logits)
+
+
+def test_the_last_logits_of_several_prompts_are_those_of_the_whole(paths):
+    prompts = left_padded_prompts()
+    shared = SharedCacheSession(paths[1], length=12, batch=3, threads=1)
+    whole = shared.run(prompts["prompt_ids"], prompts["prompt_mask"])[:, -1:].clone()
+    shared.reset()
+    close(shared.run(prompts["prompt_ids"], prompts["prompt_mask"], last_only=True), whole)
 
 
 def test_forgotten_tokens_leave_no_trace(paths):

@@ -67,9 +67,7 @@ def test_cut_in_every_direction(family, tmp_path):
 def test_quantized_with_float16_between(family, tmp_path):
     model = quantized(model_of(family, layers=2))
     export_onnx(model, tmp_path / "model.onnx", precision="fp8", activations="float16")
-    prefill, _, free_run, _ = check_parity(model, tmp_path / "model.onnx")
-    assert prefill.bound == 1e-2
-    assert free_run.bounded == "kl"
+    check_parity(model, tmp_path / "model.onnx")
 
 
 def test_angles_that_a_graph_can_not_hold_are_refused(tmp_path):

@@ -9,10 +9,9 @@ from tiny_models import left_padded_prompts, quantized, tiny_model
 from export.for_cpu import write_cpu_graphs
 from export.integer_products import integer_products
 from export.merge_products import merge_products
-from export.reference import record
 from export.runtime import OnnxSession
 from export.to_onnx import export_onnx
-from export.verify import verify_cpu
+from export.verify import verify
 from models.architecture import FAMILIES
 
 
@@ -46,8 +45,8 @@ def test_every_family_has_products_of_whole_numbers(family, tmp_path):
     model = quantized(tiny_model(family, layers=2), format="int8")
     export_onnx(model, tmp_path / "model.onnx", precision="int8")
     prompts = left_padded_prompts()
-    reference = record(model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=2)
-    checks = verify_cpu(reference, write_cpu_graphs(tmp_path / "model.onnx"))
+    path = write_cpu_graphs(tmp_path / "model.onnx")
+    checks = verify(model, path, *prompts.values(), decode_steps=2, for_cpu=True)
     assert {check.status for check in checks} == {"passed"}, [check.reason for check in checks]
 
 

@@ -1,14 +1,16 @@
 import importlib.util
 import json
 
+import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from export import pipeline
 from export.__main__ import main
-from export.huggingface import load_student, save_student
+from export.huggingface import load_student, rounded, save_student
 from models.pretrained import load_model
 from models.quantization import quantized_linears
 from models.structure import apply_edit
@@ -39,6 +41,7 @@ def test_the_whole_chain_and_a_second_export(folders, tmp_path, capsys):
     report = json.loads((output / "report.json").read_text())
     assert {row["path"] for row in report["artefacts"]} == {
         "student",
+        "compressed",
         "onnx/model.onnx",
         "onnx/prefill.onnx",
         "onnx/engine-source.onnx",
@@ -181,5 +184,60 @@ def test_students_of_unequal_layers_export_from_a_folder_that_says_what_it_is(tm
     assert {check["status"] for check in report["verification"]} == {"passed"}
     kinds = {row["path"]: row["kind"] for row in report["artefacts"]}
     assert kinds["student"] == "student folder (Potstill loads it, plain transformers does not)"
-    again = load_model(str(tmp_path / "out" / "student"))
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    again, once = load_model(str(tmp_path / "out" / "student")), rounded(model, torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, once[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize(("source", "precision"), [("quantized", "fp8"), ("plain", "fp32"), ("plain", "fp8")])
+def test_a_graph_for_the_cpu_may_have_a_format_of_its_own(source, precision, folders, tmp_path, capsys):
+    arguments = [str(folders / source), "--output", str(tmp_path / "out"), "--precision", precision, "--engine", "none"]
+    arguments += ["--cpu", "int8", "--compressed", *QUICK]
+    assert main(arguments) == 2
+    assert "expected --calibration FILE.jsonl beside --cpu FORMAT" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--calibration", str(folders / "conversations.jsonl")]) == 0
+    graphs = {name: onnx.load(tmp_path / "out/onnx" / name) for name in ("model.onnx", "cpu.onnx")}
+    precisions = {name: {p.key: p.value for p in graph.metadata_props}["precision"] for name, graph in graphs.items()}
+    assert precisions == {"model.onnx": precision, "cpu.onnx": "int8"}
+    operators = {node.op_type for node in graphs["cpu.onnx"].graph.node}
+    assert {"MatMulIntegerToFloat", "GroupQueryAttention"} <= operators
+    student, _ = load_student(str(tmp_path / "out/student"))
+    assert {linear.format for linear in quantized_linears(student).values()} == (
+        {"fp8_e4m3"} if precision == "fp8" else set()
+    )
+    compressed = json.loads((tmp_path / "out/compressed/config.json").read_text())["quantization_config"]
+    group = compressed["config_groups"]["group_0"]
+    assert (group["weights"]["num_bits"], group["weights"]["type"], group["input_activations"]["dynamic"]) == (
+        8,
+        "int",
+        True,
+    )
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [row["name"] for row in report["benchmark"]] == ["student", "student_cpu"]
+    statuses = {check["name"]: check["status"] for check in report["verification"]}
+    assert set(statuses.values()) == {"passed"}
+    assert {f"onnx {precision}, prefill", "onnx int8, prefill", "onnx int8 for the CPU, free run"} <= set(statuses)
+    kinds = {row["path"]: row["kind"] for row in report["artefacts"]}
+    assert kinds["compressed"] == "compressed-tensors folder int8"
+    assert kinds["onnx/cpu.onnx"] == "ONNX int8 for ONNX Runtime on a CPU"
+    assert {path.name for path in (tmp_path / "out/onnx").iterdir()} == {
+        f"{name}{end}" for name in graphs for end in ("", ".data")
+    }
+
+
+def test_a_format_for_the_cpu_starts_from_the_weights_not_from_another_format(folders, tmp_path):
+    """Calibrated to FP8 and, for the CPU, to INT8: the INT8 codes are those of the plain weights."""
+    arguments = [str(folders / "plain"), "--engine", "none", "--compressed", "--cpu", "int8", *QUICK]
+    arguments += ["--calibration", str(folders / "conversations.jsonl")]
+    for precision in ("fp32", "fp8"):
+        assert main([*arguments, "--precision", precision, "--output", str(tmp_path / precision)]) == 0
+    one, other = (load_file(tmp_path / name / "compressed/model.safetensors") for name in ("fp32", "fp8"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_float8_format_for_the_cpu_is_refused(folders, tmp_path, capsys):
+    arguments = [str(folders / "plain"), "--output", str(tmp_path / "out"), "--engine", "none", "--cpu", "fp8_e4m3"]
+    assert main([*arguments, "--calibration", str(folders / "conversations.jsonl")]) == 2
+    assert "expected float32 or integers for a graph for the CPU, found precision fp8_e4m3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

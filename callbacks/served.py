@@ -1,0 +1,42 @@
+"""Held-out conversations of a run's data, and what its teacher says about them, for graphs to be judged after the teacher was let go."""
+
+import torch
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+
+from datamodules.base import ChatDataModule
+from export.verify import HeldOut
+from models.forward import Batch
+from models.losses import head_of
+from models.teacher import Teacher
+
+BATCH_SIZE = 16  # fastest on two cores: activations of more leave the processor's cache
+
+
+def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, max_new_tokens: int) -> HeldOut:
+    """The first test conversations (validation where there are none), those of similar length together, judged by a teacher.
+
+    Args:
+        datamodule: Has test or validation data.
+        teacher: Asked once, and left on the CPU; hidden states of the answers and its head are kept.
+        questions: How many conversations.
+        max_new_tokens: Length of the answers that are generated, tokens.
+    """
+    split = "test" if datamodule.has_split("test") else "val"
+    examples = sorted(datamodule.examples(split)[:questions], key=len)
+    collate, starts = datamodule.collate_fn, range(0, len(examples), BATCH_SIZE)
+    batches: list[Batch] = [{**collate(examples[start : start + BATCH_SIZE])} for start in starts]
+    device = teacher.model.device
+    hidden = [teacher.answer_hidden(move_data_to_device(batch, device)).cpu() for batch in batches]
+    head = head_of(teacher.to(torch.device("cpu")).model).cut(None, torch.float32)
+
+    def judge(number: int, batch: Batch, positions_n: Tensor) -> Tensor:
+        return head.logits(hidden[number][positions_n].float())
+
+    return HeldOut(
+        batches,
+        judge,
+        tokenizer=datamodule.tokenizer,
+        scorer=(lambda texts, batch: datamodule.score(texts, batch, split) or []) if datamodule.has_score else None,
+        max_new_tokens=max_new_tokens,
+    )

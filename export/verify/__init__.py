@@ -1,0 +1,7 @@
+"""Verification: exactness layer by layer, and a free run that is as good as the torch model; docs/verification.md derives both."""
+
+from export.verify.everything import Verification, verify_artefacts
+from export.verify.exactness import verify
+from export.verify.faithfulness import HeldOut
+
+__all__ = ["HeldOut", "Verification", "verify", "verify_artefacts"]

@@ -1,0 +1,361 @@
+"""Does a graph compute what the torch model computes?  Layer by layer, with every product and quantizer fed from torch.
+
+Compared at each step of a run (prompts, then greedy tokens with the cache): what each linear layer and each quantizer of keys and values
+reads, each product, new cache entries, and the logits.  The distance of a token's features is divided by what rounding explains at
+this place (`rounding.py`); a graph fails beyond `LIMIT` times that.  A right graph stays below 1, wherever it runs: nothing here
+is chance, see docs/verification.md for what was measured.
+
+Torch and the graph take turns, so the values of one step are all that is held.
+
+Letters: B batch, T new tokens, S all tokens so far, N tokens, G key/value groups, E head width, V vocabulary.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from export.checks import Check, Comparison
+from export.head_blocks import with_stored_head
+from export.label_graph import LOG_PROBS
+from export.runtime import OnnxSession, Output, new_entries, position_ids
+from export.slice import layer_kinds
+from export.trace import cache_names, cache_tensors
+from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding, operands
+from export.verify.taps import FED, Entrance, FedGraph, Product, fed_graph, layer_of
+from models.architecture import decoder_layers, head_name
+from models.forward import with_rounded_weights
+from models.losses.head import logits_of
+from models.pruning.observe import hooked
+from models.quantization.cache import cache_quantizers, cache_scales
+from models.quantization.linear import FakeQuantizedLinear
+from models.quantization.quantizers import InputQuantizer
+from models.renamed import CACHE
+
+LIMIT = 4.0
+NOTE = "products and quantizers were fed what entered them in torch; see docs/verification.md"
+_EXPLAINED_TOKENS = 256  # of a run: enough for every kind of token, few enough to draw errors for in seconds
+_LOGITS_AT_ONCE = 2**24  # values: 64 MB
+
+
+@dataclass
+class Step:
+    """One forward pass of torch: the prompts first, then one token a step.
+
+    Attributes:
+        input_ids: (B, T).
+        attention_mask: (B, S).
+        reads: What entered each linear layer, (B, T, features), and each quantizer of keys and values, (B, G, T, E).
+        cache: The T new entries (B, G, T, E) of each layer: key, value, key, value, ...
+        logits: (B, V), of the last position; None without the head.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    reads: dict[str, Tensor]
+    cache: list[Tensor]
+    logits: Tensor | None
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, T): True at tokens, False at padding."""
+        return self.attention_mask[:, -self.input_ids.shape[1] :].bool()
+
+
+@dataclass
+class Run:
+    """Prompts and greedy tokens behind them, run through torch step by step, once for each artefact.
+
+    Attributes:
+        model: The torch model in float32, in evaluation mode.
+        prompt_ids_BT: Left padded.
+        prompt_mask_BT: 1 for tokens, 0 for padding.
+        decode_steps: Tokens behind the prompts.
+        layers: Decoder layers that are looked at, without the head; None: all, and the head.
+    """
+
+    model: PreTrainedModel
+    prompt_ids_BT: Tensor
+    prompt_mask_BT: Tensor
+    decode_steps: int = 0
+    layers: Sequence[int] | None = None
+    _tokens: list[Tensor] = field(default_factory=list)
+    _explained: dict[bool, dict[str, float]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def steps(self) -> Iterator[Step]:
+        """Torch's steps; the tokens are those that were found at the first time."""
+        cache, input_ids, mask_BS = DynamicCache(), self.prompt_ids_BT, self.prompt_mask_BT
+        for number in range(self.decode_steps + 1):
+            num_new, reads = input_ids.shape[1], dict[str, Tensor]()
+            with _kept_inputs(self.model, reads, self.layers):
+                hidden_BTD = self.model.model(
+                    input_ids=input_ids,
+                    attention_mask=mask_BS,
+                    position_ids=position_ids(mask_BS, num_new),
+                    use_cache=True,
+                    **{CACHE: cache},
+                ).last_hidden_state
+            logits_BV = None
+            if self.layers is None:
+                reads[head_name(self.model)] = hidden_BTD
+                logits_BV = logits_of(self.model, hidden_BTD[:, -1]).float()
+                if number == len(self._tokens):
+                    self._tokens.append(logits_BV.argmax(dim=-1, keepdim=True))
+            entries = [tensor[:, :, -num_new:] for tensor in cache_tensors(cache)]
+            yield Step(input_ids, mask_BS, reads, entries, logits_BV)
+            if number < self.decode_steps:
+                input_ids = self._tokens[number]
+                mask_BS = torch.cat([mask_BS, torch.ones_like(input_ids)], dim=1)
+
+    def explained(self, *, half: bool) -> dict[str, float]:
+        """What rounding explains at each place, drawn on these texts."""
+        if half not in self._explained:
+            if self.layers is None and len(self._tokens) <= self.decode_steps:
+                collections.deque(self.steps(), maxlen=0)  # the tokens first
+            behind = self._tokens[: self.decode_steps]
+            ids_BS = torch.cat([self.prompt_ids_BT, *behind], dim=1)
+            mask_BS = torch.cat([self.prompt_mask_BT, *map(torch.ones_like, behind)], dim=1)
+            rows = max(1, _EXPLAINED_TOKENS // ids_BS.shape[1])
+            layers = None if self.layers is None else set(self.layers)
+            arithmetic = FLOAT16 if half else FLOAT32
+            found = explained_by_rounding(self.model, ids_BS[:rows], mask_BS[:rows], arithmetic, layers=layers)
+            self._explained[half] = found
+        return self._explained[half]
+
+
+def verify(
+    model: PreTrainedModel,
+    path: Path,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    *,
+    decode_steps: int = 64,
+    for_cpu: bool = False,
+) -> list[Check]:
+    """Compare an ONNX file with its model on a batch of left-padded prompts, `decode_steps` greedy tokens, and each prompt alone.
+
+    Args:
+        model: The torch model, with the quantizers that were exported.
+        path: Written by `export_onnx`, or made from such a file.
+        input_ids_BT: Left-padded prompts, int64.
+        attention_mask_BT: 1 for tokens, 0 for padding, int64.
+        decode_steps: Tokens behind the prompts.
+        for_cpu: A graph of `export.for_cpu`.
+    """
+    model = with_rounded_weights(model)
+    graph = onnx.load(path, load_external_data=False)
+    if for_cpu:
+        model = with_stored_head(model, graph.graph)
+    name = f"onnx {next(entry.value for entry in graph.metadata_props if entry.key == 'precision')}"
+    run = Run(model, input_ids_BT, attention_mask_BT, decode_steps)
+    alone = [compare_alone(name, [run], path, for_cpu=for_cpu)] if len(input_ids_BT) > 1 else []
+    return [*compare_graph(name, [run], path, for_cpu=for_cpu), *alone]
+
+
+def compare_graph(
+    name: str,
+    runs: Sequence[Run],
+    path: Path,
+    *,
+    threads: int | None = None,
+    for_cpu: bool = False,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Check]:
+    """Compare an ONNX file with torch: one check of prompts, one of decoded tokens if there are any.
+
+    Args:
+        name: Of the artefact.
+        runs: Prompts in groups.
+        path: Written by `export_onnx`, or made from such a file.
+        threads: Threads in ONNX Runtime.
+        for_cpu: A graph of `export.for_cpu`: keys behind padding are turned by their place in the cache, and left out.
+        on_step: Called after each step.
+    """
+    graph = _Graph(path, threads, for_cpu=for_cpu)
+    parts = {"prefill": Comparison(), "decode": Comparison()}
+    for run in runs:
+        cache = None
+        for number, step in enumerate(run.steps()):
+            part = parts["decode" if number else "prefill"]
+            cache = graph.compare(part, run, number, step, cache)
+            on_step()
+    return [part.check(f"{name}, {title}", LIMIT, note=NOTE) for title, part in parts.items() if part.places]
+
+
+def compare_alone(
+    name: str, runs: Sequence[Run], path: Path, *, threads: int | None = None, for_cpu: bool = False
+) -> Check:
+    """Compare an ONNX file with torch on each prompt by itself, without padding; see `compare_graph`."""
+    graph, comparison = _Graph(path, threads, for_cpu=for_cpu), Comparison()
+    for run in runs:
+        explained = run.explained(half=graph.fed.half)
+        for ids_T, valid_T in zip(run.prompt_ids_BT, run.prompt_mask_BT.bool(), strict=True):
+            ids_1T = ids_T[valid_T][None]
+            alone = Run(run.model, ids_1T, torch.ones_like(ids_1T))
+            graph.compare(comparison, alone, 0, next(alone.steps()), None, explained)
+    return comparison.check(f"{name}, one prompt at a time", LIMIT, note=NOTE)
+
+
+def compare_longest(
+    name: str, model: PreTrainedModel, ids_1T: Tensor, path: Path, *, threads: int | None = None
+) -> Check:
+    """Compare one layer of each kind with torch on one long prompt, in one call, without the head.
+
+    What the length of a prompt can spoil are angles, masks and windows, which all layers of a kind share.
+    """
+    kinds = layer_kinds(model)
+    layers = sorted({kinds.index(kind) for kind in kinds} | {len(kinds) - 1})
+    run = Run(model, ids_1T, torch.ones_like(ids_1T), layers=layers)
+    comparison = Comparison()
+    _Graph(path, threads, layers=layers).compare(comparison, run, 0, next(run.steps()), None)
+    return comparison.check(f"{name}, longest prompt ({ids_1T.shape[1]} tokens)", LIMIT, note=NOTE)
+
+
+class _Graph:
+    """A fed graph, ready to run beside torch."""
+
+    def __init__(
+        self, path: Path, threads: int | None, *, layers: Sequence[int] | None = None, for_cpu: bool = False
+    ) -> None:
+        self.fed: FedGraph = fed_graph(path, layers)
+        self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True)
+        self._layers, self._padded_keys = layers, not for_cpu
+
+    @torch.no_grad()
+    def compare(
+        self,
+        comparison: Comparison,
+        run: Run,
+        number: int,
+        step: Step,
+        cache: list[Any] | None,
+        explained: dict[str, float] | None = None,
+    ) -> list[Any]:
+        """Run one step and compare all of it; returns the cache for the next one."""
+        explained = run.explained(half=self.fed.half) if explained is None else explained
+        modules = dict(run.model.named_modules())
+        feeds = {entrance.value + FED: self._fed(entrance, modules, step) for entrance in self.fed.entrances}
+        output = self._session.run(step.input_ids, step.attention_mask, cache, feeds)
+
+        def add(place: str, ours: Tensor, theirs: Tensor, valid_BT: Tensor = step.valid) -> None:
+            if valid_BT.any():
+                ours_ND, theirs_ND = _at_tokens(ours.reshape(theirs.shape), valid_BT), _at_tokens(theirs, valid_BT)
+                comparison.add(f"{place} at step {number}", ours_ND, theirs_ND, explained[place])
+
+        rounds_unseen = self._rounds_unseen(run.model)
+        for entrance in self.fed.entrances:
+            if entrance.value in self.fed.compared and not (rounds_unseen and entrance.module.endswith("o_proj")):
+                theirs, valid_BT = self._read(entrance.module, step)
+                add(f"{entrance.module} reads", output.others[entrance.value], theirs, valid_BT)
+        for product in self.fed.products:
+            ours = output.logits if product.value == "logits" else output.others[product.value]
+            for module, first, last in _columns(product, modules):
+                place = f"{module} gives"
+                reads, valid_BT = self._read(module, step)
+                for part in _pieces(reads, modules[module].weight.shape[0]):
+                    theirs = F.linear(*operands(modules[module], reads[:, part]))
+                    add(place, ours[:, part, first:last], theirs, valid_BT[:, part])
+        if not rounds_unseen:
+            for name, (ours, theirs) in self._entries(run.model, step, output).items():
+                padded = self._padded_keys or name.endswith("value")
+                add(
+                    name,
+                    ours,
+                    theirs,
+                    step.valid if padded else step.valid & step.attention_mask.all(dim=1, keepdim=True),
+                )
+        if step.logits is not None:
+            self._compare_logits(comparison, number, step.logits, output, explained[f"{head_name(run.model)} gives"])
+        return output.cache
+
+    def _fed(self, entrance: Entrance, modules: dict[str, nn.Module], step: Step) -> Tensor:
+        """What a product or quantizer of the graph is fed."""
+        module: Any = modules[entrance.module]
+        value, _ = self._read(entrance.module, step)
+        if self.fed.half:  # values on the grid: float16 must not decide their rounding once more
+            quantizer = module if isinstance(module, InputQuantizer) else getattr(module, "input_quantizer", None)
+            value = (value if quantizer is None else quantizer.quantize(value)).half()
+        return value.flatten(0, -2) if entrance.rows else value
+
+    def _read(self, module: str, step: Step) -> tuple[Tensor, Tensor]:
+        """What a module read in torch, at the positions that the graph computes, and which of them are tokens."""
+        value = step.reads[module]
+        if self.fed.last_only and layer_of(module) is None:
+            return value[:, -1:], step.valid[:, -1:]
+        return value, step.valid
+
+    def _rounds_unseen(self, model: PreTrainedModel) -> bool:
+        """Whether keys and values are rounded inside an operator, which can't be fed: a free run judges what that does."""
+        places = any("cache_quantizer" in entrance.module for entrance in self.fed.entrances)
+        return bool(cache_quantizers(model)) and not places
+
+    def _entries(self, model: PreTrainedModel, step: Step, output: Output) -> dict[str, tuple[Tensor, Tensor]]:
+        """New entries of the cache, the graph's and torch's, by name."""
+        layers = range(len(step.cache) // 2) if self._layers is None else self._layers
+        at = [2 * layer + kind for layer in layers for kind in (0, 1)]
+        names, scales = cache_names("present", len(step.cache) // 2), cache_scales(model)
+        ours = new_entries(output.cache, step.input_ids.shape[1], [scales[index] for index in at] if scales else ())
+        return {names[index]: (mine, step.cache[index]) for index, mine in zip(at, ours, strict=True)}
+
+    def _compare_logits(
+        self, comparison: Comparison, number: int, theirs_BV: Tensor, output: Output, explained: float
+    ) -> None:
+        """Compare the last position's logits, or the log-probabilities of labels that a graph returns in their place."""
+        if not self._session.labels:
+            ours_BV = output.logits[:, -1].float()
+            comparison.add(f"logits at step {number}", ours_BV, theirs_BV, 2 * explained)
+            comparison.add_distributions(ours_BV, theirs_BV)
+            return
+        # A label's log-probability is the difference of a logit and a mean of logits: each may be off by the error of one.
+        error = 2 * explained * theirs_BV.square().mean(-1).sqrt()
+        theirs_BC = theirs_BV.log_softmax(-1)[:, list(self._session.labels.values())]
+        allowed = float((error / theirs_BC.square().mean(-1).sqrt()).amax())
+        comparison.add("log-probabilities of labels", output.others[LOG_PROBS], theirs_BC, allowed)
+
+
+def _at_tokens(x: Tensor, valid_BT: Tensor) -> Tensor:
+    """The rows (N, features) of tokens; keys and values come as (B, G, T, E)."""
+    return (x.transpose(1, 2).flatten(2) if x.dim() == 4 else x)[valid_BT]
+
+
+def _columns(product: Product, modules: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """The linear layers whose outputs a product computes, each with its first column and the one behind its last."""
+    begin = -product.start
+    for module in product.modules:
+        end = begin + modules[module].weight.shape[0]
+        if begin >= 0 and (product.size is None or end <= product.size):
+            yield module, begin, end
+        begin = end
+
+
+def _pieces(reads_BTD: Tensor, outputs: int) -> Iterator[slice]:
+    """Some tokens at a time, so that their results stay small."""
+    size = max(1, _LOGITS_AT_ONCE // (len(reads_BTD) * outputs))
+    return (slice(start, start + size) for start in range(0, reads_BTD.shape[1], size))
+
+
+@contextmanager
+def _kept_inputs(model: PreTrainedModel, reads: dict[str, Tensor], layers: Sequence[int] | None) -> Iterator[None]:
+    """Keep what enters every linear layer of the decoder, and every quantizer of keys and values."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, inputs: reads.__setitem__(name, inputs[0])
+
+    handles = []
+    for layer in decoder_layers(model):
+        for name, module in layer.block.named_modules() if layers is None or layer.index in layers else ():
+            if isinstance(module, nn.Linear | FakeQuantizedLinear | InputQuantizer) and not name.endswith(
+                "input_quantizer"
+            ):
+                handles.append(module.register_forward_pre_hook(hook(f"model.layers.{layer.index}.{name}")))
+    with hooked(handles):
+        yield
