@@ -8,13 +8,14 @@ or in a recipe wins over the one saved in the checkpoint, and every such differe
 import contextlib
 import copy
 import gc
+import importlib
 import os
-import pickle
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from quiet import quiet_program
 
@@ -22,20 +23,19 @@ gc.disable()  # importing makes half a million objects that stay: collecting amo
 # The tokenizers library warns in forked loader workers otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import callbacks
 import datamodules
 import models
 from export.checks import VerificationError
-from models.low_precision import admit_optimizer_states
+from models.checkpoint import REFERENCES, plain_settings, read_checkpoint
 
 gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
@@ -82,6 +82,17 @@ class RunConfigCallback(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"run": self.config.as_dict()}, allow_val_change=True)
+
+
+class Parser(LightningArgumentParser):
+    """A parser that answers a mistake in one line, not below seventy lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say it and exit with 2."""
+        if os.environ.get("POTSTILL_DEBUG") and ex is not None:
+            raise ex
+        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        self.exit(2, f"error: {_one_sentence(message)} (all options: {program} --help)\n")
 
 
 class ConfigFile(ActionConfigFile):
@@ -164,18 +175,24 @@ class PotstillCLI(LightningCLI):
         path = config.get("ckpt_path")
         if not path:
             return
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"expected a checkpoint at {path!r}, found no file; check --ckpt_path")
-        saved = _saved_settings(path)
-        class_path = saved.pop("_class_path", None)
-        if class_path != config.model.class_path:
-            rank_zero_info(f"The checkpoint was written by {class_path}: all settings come from the command line")
+        hyper_parameters = read_checkpoint(Path(path), settings_only=True)["hyper_parameters"]
+        class_path = config.model.class_path
+        if hyper_parameters.get("_class_path") != class_path:
+            found = hyper_parameters.get("_class_path")
+            rank_zero_info(f"The checkpoint was written by {found!r}: all settings come from the command line")
             return
+        saved, refused = plain_settings(_class_at(class_path), hyper_parameters)
+        if refused:
+            rank_zero_info(
+                f"Not taken over from the checkpoint, as it is no plain setting of ours: {', '.join(map(repr, refused))}; the recipe "
+                "and the command line decide"
+            )
         given = self._explicit_settings(self.config.subcommand)
         merged = {"class_path": class_path, "init_args": _merge(saved, given)}
         # The parser fills what neither names with defaults; whatever differs from the checkpoint was asked for.
         self.config = self.parser.parse_object({self.config.subcommand: {"model": merged}}, self.config)
-        _log_differences(saved, self.config[self.config.subcommand].model.init_args.as_dict())
+        said = saved | {name: hyper_parameters[name] for name in REFERENCES if name in hyper_parameters}
+        _log_differences(said, self.config[self.config.subcommand].model.init_args.as_dict())
 
     def _explicit_settings(self, subcommand: str) -> dict[str, Any]:
         """The model's settings that recipes and command line name, without defaults."""
@@ -184,21 +201,11 @@ class PotstillCLI(LightningCLI):
         return explicit[subcommand].model.init_args.as_dict()
 
 
-def _saved_settings(path: str) -> dict[str, Any]:
-    """The model's settings in a checkpoint."""
-    admit_optimizer_states(Path(path))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"expected a checkpoint at {path!r}, found a file that does not load as one ({reason}); check --ckpt_path"
-        ) from error
-    if "edits" not in checkpoint:
-        raise ValueError(f"expected a checkpoint of Potstill at {path!r}, found another program's; check --ckpt_path")
-    saved: dict[str, Any] = checkpoint["hyper_parameters"]
-    saved.pop("_instantiator", None)
-    return saved
+def _class_at(class_path: str) -> type[models.StudentModule]:
+    """The class that the user has named; the parser has imported it."""
+    module, _, name = class_path.rpartition(".")
+    found: type[models.StudentModule] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _relocatable(config: Namespace, folder: Path) -> Namespace:
@@ -289,6 +296,7 @@ def main(args: ArgsType = None) -> PotstillCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        parser_class=Parser,
         save_config_callback=RunConfigCallback,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults={"callbacks": [callbacks.Preflight()], "enable_model_summary": False},
@@ -296,10 +304,10 @@ def main(args: ArgsType = None) -> PotstillCLI:
     )
 
 
-def _one_sentence(error: Exception) -> str:
+def _one_sentence(message: str) -> str:
     """Ours alone, where the parser lists it among the types that it tried."""
-    ours = re.search(r"^ *- (expected .*found .*)$", str(error), re.MULTILINE)
-    return ours[1] if ours else " ".join(str(error).split())
+    ours = re.search(r"^ *- (expected .*found .*)$", message, re.MULTILINE)
+    return ours[1] if ours else " ".join(message.split())
 
 
 @quiet_program()
@@ -310,9 +318,17 @@ def entry_point(args: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if os.environ.get("POTSTILL_DEBUG"):
             raise
-        print(f"error: {_one_sentence(error)}", file=sys.stderr)
+        print(f"error: {_one_sentence(str(error))}", file=sys.stderr)
         print("(POTSTILL_DEBUG=1 shows the stack)", file=sys.stderr)
         return 2
+    except SIGTERMException as stop:  # Lightning's own has no exit code, and would tell make and SLURM that all is well
+        return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # the trainer's answer to it, before training or after
+            return 128 + signal.SIGINT
+        raise
     finally:
         _drop_empty_run_folder()
     return 0

@@ -22,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 
 from benchmarks.students import keep_layers
+from export.files import write_file
 from models.pretrained import load_model, load_tokenizer
 
 Row = dict[str, Any]
@@ -82,10 +83,7 @@ def _difference(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any])
 
 def write_text(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def fingerprint(folder: Path) -> str:
@@ -207,8 +205,5 @@ def plot_dots(axes: Axes, series: Mapping[str, Mapping[str, Sequence[float]]], l
 
 def save_plot(figure: Any, path: Path) -> None:
     """Write a picture at once or not at all, and free it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=110)
+    write_file(path, lambda path: figure.savefig(path, dpi=110))
     plt.close(figure)
-    os.replace(temporary, path)

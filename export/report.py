@@ -2,12 +2,12 @@
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.files import write_file
 from export.plots import plot_artefacts, plot_training
 
 Report = dict[str, Any]
@@ -271,6 +271,4 @@ def _number(value: Any) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, lambda path: path.write_text(text, encoding="utf-8"))

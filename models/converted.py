@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.utils.quantization_config import GgufConfig
 
+from models.loading import check_loaded, check_only_data
 from models.packaged import cache_folder
 from progress import Bar
 
@@ -36,9 +38,16 @@ def converted_model(file: Path) -> Path:
             f"Converting {file.name} ({file.stat().st_size / 1e6:,.0f} MB) once; kept in {_folder_of(file)}, or elsewhere with "
             "POTSTILL_CACHE"
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        check_only_data(str(file.parent), gguf=True, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
+        model, report = loaded
+        check_loaded(str(file), report)
         _tie_equal_head(model)
         model.to(_smallest_exact_type(model)).save_pretrained(folder)
 

