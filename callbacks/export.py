@@ -1,10 +1,12 @@
 """Export at the end of `fit`: Hugging Face folder, ONNX, engine, verification, benchmark and report."""
 
 import gc
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,11 +21,12 @@ from callbacks.served import held_out_of
 from datamodules.base import ChatDataModule
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
+from export.benchmark_worker import peak_bytes
 from export.calibration import quantized_anew
 from export.checks import raise_on_failure
 from export.pipeline import export_all
 from export.progress import Phases
-from export.report import summary, write_report
+from export.report import closing, summary, write_report
 from export.runtime import OnnxSession
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, Precision, format_for
@@ -131,6 +134,7 @@ class ExportOnFitEnd(Callback):
         self.cpu_method = cpu_method
         self.cpu_batches = cpu_batches
         self.served_questions = served_questions
+        self._started = 0.0
         self.output = output
         self.verify_prompts = verify_prompts
         self.compare_with_teacher = compare_with_teacher
@@ -171,6 +175,10 @@ class ExportOnFitEnd(Callback):
         if self.settings.graph and self.settings.precision not in UNQUANTIZED:
             self._check_format(quantization)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self._started = time.perf_counter()
+
     def _check_format(self, quantization: QuantizationAwareTraining | None) -> None:
         precision = self.settings.precision
         if quantization is None:
@@ -192,10 +200,12 @@ class ExportOnFitEnd(Callback):
         if trainer.interrupted:
             return
         output, phases = Path(self.output or trainer.default_root_dir), Phases()
+        phases.seconds["Training"] = time.perf_counter() - self._started
         datamodule = data_of(trainer)
-        held_out = datamodule.has_split("val")
-        batch = next(iter(datamodule.val_dataloader() if held_out else datamodule.calibration_batches(1, seed=0)))
+        has_val = datamodule.has_split("val")
+        batch = next(iter(datamodule.val_dataloader() if has_val else datamodule.calibration_batches(1, seed=0)))
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
+        release_optimizers(trainer)
         baseline, graphs, held_out, served = [], {}, None, []
         teacher = getattr(pl_module, "teacher", None)
         if isinstance(teacher, Teacher) and self.compare_with_teacher:
@@ -208,7 +218,7 @@ class ExportOnFitEnd(Callback):
                     found = held_out.measure(OnnxSession(graphs["teacher"]), end_token_ids(teacher.model), on_batch)
                 served = [{"name": "teacher", **found.figures()}]
         del teacher
-        release_training(trainer, pl_module)
+        release_teacher(pl_module)
         student = pl_module.student.cpu().float().eval()
         for_cpu = self._for_cpu(student, datamodule, phases)
         report = export_all(
@@ -225,11 +235,13 @@ class ExportOnFitEnd(Callback):
         report["served"] = served + report["served"]
         report["artefacts"] = baseline + report["artefacts"]
         report.update(_training_figures(trainer))
+        report["minutes"] = (time.time() - psutil.Process().create_time()) / 60
+        report["peak_memory_bytes"] = peak_bytes()
         write_report(output, report)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.save(str(output.absolute() / "report.*"), base_path=str(output.absolute()))
-        print(f"\n{summary(report)}\n\nThe whole report: {output / 'report.md'}")
+        print(f"\n{summary(report)}\n\n{closing(report, output)}")
         raise_on_failure(report["verification"])
 
     def _for_cpu(self, student: PreTrainedModel, datamodule: ChatDataModule, phases: Phases) -> PreTrainedModel | None:
@@ -243,15 +255,20 @@ class ExportOnFitEnd(Callback):
             return quantized_anew(student, batches, self.settings.cpu_format, settings, on_layer=on_layer)
 
 
-def release_training(trainer: Trainer, module: StudentModule) -> None:
-    """Free what only training needs: gradients, the optimizers' states, the teacher; `configure_model` loads a teacher again."""
+def release_optimizers(trainer: Trainer) -> None:
+    """Free gradients and the optimizers' states, which the last checkpoint has."""
     for optimizer in trainer.optimizers:
         optimizer.zero_grad()
         optimizer.state.clear()
+    gc.collect()
+    give_back_freed_memory()
+
+
+def release_teacher(module: StudentModule) -> None:
+    """Free the teacher; `configure_model` loads it again if it is wanted."""
     if hasattr(module, "teacher"):
         del module.teacher
     gc.collect()
-    give_back_freed_memory()
 
 
 def _training_figures(trainer: Trainer) -> dict[str, Any]:

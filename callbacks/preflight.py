@@ -19,7 +19,7 @@ from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
 from export.compressed import check_compressible_formats
-from export.pipeline import check_output_free, is_compressed
+from export.pipeline import check_cpu_format, check_output_free, is_compressed
 from export.settings import ExportSettings
 from export.slice import layer_kinds, slice_layers
 from export.to_onnx import export_onnx
@@ -31,6 +31,7 @@ from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.structure import Edit, apply_edit, quantize_decoder, replay
 from models.student import StudentModule
+from models.teacher import Teacher
 
 GIB = 2**30
 
@@ -64,6 +65,8 @@ class Preflight(Callback):
                 _check_compressed(layers, pl_module.student, quantization, export.settings)
         if export is not None:
             check_output_free(Path(export.output or trainer.default_root_dir))
+            if export.settings.cpu_format is not None:
+                check_cpu_format(pl_module.student, export.settings)
         _check_resources(trainer, pl_module, export)
         rank_zero_info(f"Preflight passed in {time.perf_counter() - started:.1f} s")
 
@@ -156,7 +159,7 @@ def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFi
     trained = sum(p.numel() * p.element_size() for p in module.student.parameters() if p.requires_grad)
     # A checkpoint holds weights and two moments, and the new one is complete before the old one goes; an export writes the
     # folder, one or two graphs and an engine, or two with labels.
-    written = (5 if export.settings.labels else 4) * exported if export else 0
+    written = (4 + bool(export.settings.labels) + bool(export.settings.cpu)) * exported if export else 0
     disk = 2 * (weights + 2 * trained) + written
     free_disk = shutil.disk_usage(_existing_parent(Path(trainer.default_root_dir))).free
     if free_disk < disk:
@@ -164,15 +167,34 @@ def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFi
             f"expected {disk / GIB:.1f} GiB of free disk at {trainer.default_root_dir}, found {free_disk / GIB:.1f}; free some, "
             "or choose another --root"
         )
-    # Gradients and two moments are still to come, and the export holds another copy or two after training.
+    # Gradients and two moments are still to come; they are free again when the export begins.
     on_cpu = module.device.type == "cpu"
-    memory = max(3 * trained if on_cpu else weights, 3 * exported if export else 0)
+    memory = max(3 * trained if on_cpu else weights, _export_bytes(module, export) if export else 0)
     free_memory = psutil.virtual_memory().available
     if free_memory < memory:
         raise ValueError(
             f"expected {memory / GIB:.1f} GiB of free memory for training and export, found {free_memory / GIB:.1f}; close "
             "other programs or choose a smaller student"
         )
+
+
+def _export_bytes(module: StudentModule, export: ExportOnFitEnd) -> int:
+    """The most that an export needs beside the student and the teacher as they are.
+
+    For the student: its graph while it is written, a session with its weights, packed for the processor, and what these are made from;
+    another copy in a format for CPUs; logits of the longest prompt, and pieces of them.  For the teacher: float32 weights, a graph.
+    """
+    settings, student = export.settings, 4 * count_parameters(module.student)
+    teacher = getattr(module, "teacher", None)
+    compared = (
+        6 * count_parameters(teacher.model) if export.compare_with_teacher and isinstance(teacher, Teacher) else 0
+    )
+    if not settings.graph:
+        return student
+    positions = getattr(module.student.config, "max_position_embeddings", None) or settings.sequence[2]
+    logits = 4 * min(settings.sequence[2], positions) * len(module.student.get_output_embeddings().weight)
+    copies = 3 + (settings.cpu_format is not None)
+    return max(copies * student + logits + min(logits, GIB), compared)
 
 
 def _existing_parent(path: Path) -> Path:

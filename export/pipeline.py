@@ -4,8 +4,8 @@ The files are those of `export/layout.py`.  Everything is checked before anythin
 and is moved into place at the end.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.engines import Engines, write_engines
-from export.files import folder_bytes, move_into_place, staging_folder
+from export.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graphs
 from export.huggingface import check_plain, rounded, save_student, without_quantizers
 from export.label_graph import write_labels
@@ -31,6 +31,8 @@ from export.layout import (
     CPU_PREFILL_GRAPH,
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
+    FAILED,
+    FILES,
     GRAPH,
     LABEL_GRAPH,
     PREFILL_GRAPH,
@@ -44,6 +46,7 @@ from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
 from export.verify import HeldOut, Verification, verify_artefacts
 from models.folder import why_not_plain
+from models.loading import check_finite
 from models.lora import merged
 from models.quantization.cache import cache_format
 from models.quantization.choice import formats_by_pattern
@@ -59,6 +62,22 @@ def check_output_free(output: Path) -> None:
             f"expected an output folder without an export, found {found[0].relative_to(output).as_posix()} in {str(output)!r}; "
             "choose another folder, or replace the export with --overwrite"
         )
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise `ValueError` for an output that is a file, has files where folders belong, or holds an export that shall stay."""
+    for folder in (output, *(output / name for name in FILES)):
+        check_kind(folder, folder=True)
+    for file in ("report.json", "report.md"):
+        check_kind(output / file, folder=False)
+    if not overwrite:
+        check_output_free(output)
+
+
+def results_folder(output: Path, verification: Sequence[Mapping[str, Any]], *, overwrite: bool) -> Path:
+    """Where the results are: what failed its verification never takes the place of an earlier export."""
+    failed = any(check["status"] == "failed" for check in verification)
+    return output / FAILED if failed and overwrite else output
 
 
 def export_all(
@@ -85,7 +104,7 @@ def export_all(
         held_out: Conversations on which graphs are judged as they are served; None: answers that the student samples.
         for_cpu: The student in the format that `settings.cpu` names, see `quantized_anew`; None where it names none.
         compare: Further graphs (of the teacher) to measure in turns with the new ones, by name.
-        overwrite: Replace what an earlier export wrote.
+        overwrite: Replace what an earlier export wrote, unless the verification fails: then the results go into `failed/`.
         phases: Show the progress; by default new ones.
 
     Returns:
@@ -96,8 +115,8 @@ def export_all(
         ValueError, ModuleNotFoundError: Settings, model and output do not fit; found before anything is written.
     """
     check_settings(settings)
-    if not overwrite:
-        check_output_free(output)
+    check_output(output, overwrite=overwrite)
+    check_finite(model, "the model to export")
     labels = label_tokens(tokenizer, settings.labels)
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
@@ -120,7 +139,8 @@ def export_all(
 
     reason = why_not_plain(model)
     phases = phases or Phases()
-    with staging_folder(output) as staging:
+    with only_one(output), staging_folder(output) as staging:
+        check_output(output, overwrite=overwrite)  # another export may have ended meanwhile
         if "hf" in settings.formats:
             with phases.phase("Student folder"):
                 save_student(model, tokenizer, staging / STUDENT, dtype=settings.dtype)
@@ -146,11 +166,18 @@ def export_all(
                 checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
             if settings.repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
+        verification = [check.as_dict() for check in checks]
+        output = results_folder(output, verification, overwrite=overwrite)
+        if output.name == FAILED:
+            rank_zero_info(
+                f"An earlier export in {output.parent} stays as it is; what failed its verification is in {output}"
+            )
+        output.mkdir(exist_ok=True)
         _move(staging, output)
     engines = engines.moved(output / "engine") if engines else None
     return {
         "artefacts": _artefacts(output, settings, engines, plain=reason is None),
-        "verification": [check.as_dict() for check in checks],
+        "verification": verification,
         "served": [{"name": name, **found.figures()} for name, found in served.items()],
         "benchmark": benchmark,
         "engine": engines.model.as_dict() if engines else None,
@@ -281,20 +308,20 @@ def _benchmark(
 
 
 def _move(staging: Path, output: Path) -> None:
-    """Put what was written in place of what an earlier export wrote; other files stay."""
-    old = [path for pattern in WRITTEN for path in output.glob(pattern)]
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for source in [
-        staging / STUDENT,
-        staging / COMPRESSED,
-        *(staging / "onnx").glob("*"),
-        *(staging / "engine").glob("*"),
-    ]:
-        if source.exists():
-            target = output / source.relative_to(staging)
-            target.parent.mkdir(exist_ok=True)
-            move_into_place(source, target)
+    """Put each folder that was written in place of what an earlier export wrote; other files in it stay."""
+    written = [name for name in FILES if (staging / name).exists()]
+    for name in FILES:
+        others = foreign_files(output / name, FILES[name])
+        if others:
+            rank_zero_info(f"Kept in {output / name}: {', '.join(map(str, others))}")
+    for name in written:
+        move_into_place(staging / name, output / name, ours=FILES[name])
+    for name in FILES.keys() - written:  # last: what the earlier export wrote beyond this one
+        if (output / name).exists():
+            (staging / name).mkdir()
+            move_into_place(staging / name, output / name, ours=FILES[name])
+            with suppress(OSError):  # somebody else's files are in it
+                (output / name).rmdir()
 
 
 def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, *, plain: bool) -> list[dict[str, Any]]:

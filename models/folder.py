@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from models.architecture import decoder_layers
+from models.loading import read_object
 from models.quantization.cache import cache_format, cache_quantizers
 from models.quantization.linear import quantized_linears
 from models.quantization.quantizers import FakeQuantizer
@@ -211,7 +212,37 @@ def _narrowing(model: PreTrainedModel, sizes: Sequence[LayerSizes]) -> list[Edit
 
 
 def _structure(folder: Path) -> dict[str, Any]:
-    return _read_json(_own_file(folder, STRUCTURE_FILE))
+    """What the file of the structure says, if there is one.
+
+    Raises:
+        ValueError: It says it in another form than we write.
+    """
+    path = _own_file(folder, STRUCTURE_FILE)
+    found = read_object(path) if path.is_file() else {}
+    sizes = {"neurons", "query_heads", "kv_groups"}
+    forms = {
+        "layers": lambda layers: (
+            isinstance(layers, list)
+            and all(
+                isinstance(layer, dict)
+                and layer.keys() == sizes
+                and all(type(n) is int and n > 0 for n in layer.values())
+                for layer in layers
+            )
+        ),
+        "quantized": lambda formats: (
+            isinstance(formats, dict)
+            and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in formats.values())
+        ),
+        "kv_cache": lambda format: isinstance(format, str),
+    }
+    for key, fits in forms.items():
+        if key in found and not fits(found[key]):
+            raise ValueError(
+                f"expected {key} in {str(path)!r} as Potstill writes it, found {str(found[key])[:80]!r}; write the "
+                "folder again"
+            )
+    return found
 
 
 def _own_file(folder: Path, name: str) -> Path:
