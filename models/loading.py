@@ -162,3 +162,14 @@ def _some(names: set[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - _SHOWN
     return ", ".join(ordered[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def tie_equal_head(model: PreTrainedModel) -> bool:
+    """Tie a head that has a weight of its own, equal to the embedding's, to the embedding, in place; whether there was one."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head.weight is embedding.weight or not torch.equal(head.weight, embedding.weight):
+        return False
+    head.weight = embedding.weight
+    model.config.tie_word_embeddings = True
+    return True

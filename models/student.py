@@ -19,6 +19,7 @@ from models.forward import Batch, checkpoint_activations
 from models.losses import check_head, head_of
 from models.low_precision import check_rounding
 from models.pretrained import load_model, load_tokenizer
+from models.quantization.head import untie_head
 from models.quantization.learning import add_scale_group, cover_new_groups, learned_scales, round_learned_scales
 from models.sampling import seed_of
 from models.sharding import check_shardable, shard
@@ -171,6 +172,7 @@ class StudentModule(EvaluatedModule):
         self.edits = list(edits)
         if "state_dict" in checkpoint:  # a sharding strategy has loaded the weights before, and removed them here
             _check_weights(self, checkpoint)
+            _follow_head(self, checkpoint["state_dict"])
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
@@ -229,3 +231,11 @@ def _check_weights(module: "StudentModule", checkpoint: dict[str, Any]) -> None:
                 f"{theirs.get(name)} instead of {ours.get(name)}; it was trained from "
                 f"{checkpoint.get('hyper_parameters', {}).get('student')!r}: set model.init_args.student to that"
             )
+
+
+def _follow_head(module: "StudentModule", weights: dict[str, Tensor]) -> None:
+    """Give the head a weight of its own where a checkpoint has one: models from GGUF files are tied at load, and were not before."""
+    head, embedding = module.student.get_output_embeddings(), module.student.get_input_embeddings()
+    names = {id(owner): f"student.{name}.weight" for name, owner in module.student.named_modules()}
+    if not torch.equal(weights[names[id(head)]], weights[names[id(embedding)]]):
+        untie_head(module.student)
