@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,14 +133,14 @@ def test_a_kill_at_any_line_of_writing_a_file_leaves_the_old_or_the_new(tmp_path
 
 def test_a_checkpoint_that_was_being_written_is_swept_when_the_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    content = {"edits": [], "hyper_parameters": {}, "state_dict": {}}
+    content: dict[str, Any] = {"edits": [], "hyper_parameters": {}, "state_dict": {}}
     AtomicCheckpointIO().save_checkpoint(content, path)
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def save_and_die() -> None:
-        torch.save = die
+        torch.save = die  # type: ignore[assignment]
         AtomicCheckpointIO().save_checkpoint(content, path)
 
     assert child(save_and_die) == -signal.SIGKILL
