@@ -42,6 +42,7 @@ STUDENT_FILES = (
     "config.json",
     "generation_config.json",
     "potstill.json",
+    "potstill/*",
     *_TOKENIZER,
 )
 FILES = {
