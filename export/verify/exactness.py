@@ -281,9 +281,9 @@ class _Graph:
         """What a product or quantizer of the graph is fed."""
         module: Any = modules[entrance.module]
         value, _ = self._read(entrance.module, step)
-        if self.fed.half:  # values on the grid: float16 must not decide their rounding once more
+        if self.fed.half:  # half way to the grid: float16 must not decide the rounding, and a quantizer that is missing shows
             quantizer = module if isinstance(module, InputQuantizer) else getattr(module, "input_quantizer", None)
-            value = (value if quantizer is None else quantizer.quantize(value)).half()
+            value = (value if quantizer is None else (value + quantizer.quantize(value)) / 2).half()
         return value.flatten(0, -2) if entrance.rows else value
 
     def _read(self, module: str, step: Step) -> tuple[Tensor, Tensor]:
