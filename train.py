@@ -8,48 +8,37 @@ or in a recipe wins over the one saved in the checkpoint, and every such differe
 import contextlib
 import copy
 import gc
-import logging
+import importlib
 import os
-import pickle
 import re
+import signal
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import quiet  # noqa: F401
+from quiet import quiet_program
 
 gc.disable()  # importing makes half a million objects that stay: collecting among them takes a third of the time
 # The tokenizers library warns in forked loader workers otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import callbacks
 import datamodules
 import models
 from export.checks import VerificationError
-from models.low_precision import admit_optimizer_states
+from models.checkpoint import REFERENCES, plain_settings, read_checkpoint
 
 gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
-
-# Known, harmless on purpose, and otherwise the first thing a newcomer reads.
-QUIET = (
-    "The '.*dataloader' does not have many workers",  # batches are tokenised in advance: workers would only cost memory
-    "Found .* module.* in eval mode at the start of training",  # torchmetrics and frozen parts are meant to be
-    "Precision .* is not supported by the model summary",  # the summary's sizes in MB, not ours
-    "It is recommended to use .*sync_dist=True",  # our metrics are already those of all devices
-    "'set_vital' is deprecated",  # torchdata
-    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning
-)
 
 USER_ERRORS = (
     ValueError,
@@ -95,12 +84,54 @@ class RunConfigCallback(SaveConfigCallback):
                 logger.experiment.config.update({"run": self.config.as_dict()}, allow_val_change=True)
 
 
+class Parser(LightningArgumentParser):
+    """A parser that answers a mistake in one line, not below seventy lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say it and exit with 2."""
+        if os.environ.get("POTSTILL_DEBUG") and ex is not None:
+            raise ex
+        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        self.exit(2, f"error: {_one_sentence(message)} (all options: {program} --help)\n")
+
+
+class ConfigFile(ActionConfigFile):
+    """A file whose lists replace those of the files before it; `name+:` appends.
+
+    jsonargparse alone does so too, unless both lists are equally long: then an entry takes over the `init_args` of the earlier
+    entry of its class at its place.
+    """
+
+    def __call__(  # type: ignore[override]
+        self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None
+    ) -> None:
+        """Forget the earlier lists that the file names, then read it."""
+        try:
+            text = Path(values).read_text(encoding="utf-8")
+        except OSError:
+            text = values  # settings written on the command line, or a file that is missing: the parser says so
+        with contextlib.suppress(yaml.YAMLError):  # as it does of broken ones
+            settings = yaml.safe_load(text)
+            for key, value in _flatten(settings if isinstance(settings, Mapping) else {}).items():
+                if isinstance(value, list):
+                    cfg.pop(key, None)
+        super().__call__(parser, cfg, values, option_string)
+
+
 class PotstillCLI(LightningCLI):
     """LightningCLI plus: numbered run folders, checkpoints that give way to the command line, one always-on checkpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._given: ArgsType = kwargs.get("args")
         super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, with our way of reading files."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigFile, help="Recipe or overlay in YAML; may be given several times."
+        )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Run folder, checkpointing, and the tokenizer's link from model to data."""
@@ -111,7 +142,7 @@ class PotstillCLI(LightningCLI):
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run's folder and hand it to trainer and loggers."""
+        """Choose the run's folder and hand it to trainer and loggers; choose how often to log, and the progress bar."""
         config = self.config[self.subcommand]
         self.run_dir = _run_folder(config)
         config.trainer.default_root_dir = str(self.run_dir)
@@ -124,6 +155,19 @@ class PotstillCLI(LightningCLI):
             if logger.init_args.get("save_dir", "") in (None, "."):
                 # Absolute: W&B writes from a process of its own, which may have another working directory.
                 logger.init_args.save_dir = str(self.run_dir.absolute())
+        if config.trainer.max_steps > 0:
+            config.trainer.log_every_n_steps = _log_interval(config.trainer.log_every_n_steps, config.trainer.max_steps)
+        if config.trainer.enable_progress_bar is not False and not _has_bar(config.trainer.callbacks):
+            self.trainer_defaults["callbacks"].append(callbacks.TrainingProgress())
+
+    def before_fit(self) -> None:
+        """A test split that nothing reads during training is not passed over in silence."""
+        judged = any(isinstance(callback, callbacks.PhaseEvaluation) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.config.fit.data.init_args.get("test") and not judged:
+            rank_zero_info(
+                "The test split is not read by this recipe: judge on it afterwards with `python train.py test` and --ckpt_path, or list "
+                "PhaseEvaluation among trainer.callbacks"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Settings in rising order of precedence: defaults, checkpoint, recipe and command line."""
@@ -131,18 +175,24 @@ class PotstillCLI(LightningCLI):
         path = config.get("ckpt_path")
         if not path:
             return
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"expected a checkpoint at {path!r}, found no file; check --ckpt_path")
-        saved = _saved_settings(path)
-        class_path = saved.pop("_class_path", None)
-        if class_path != config.model.class_path:
-            rank_zero_info(f"The checkpoint was written by {class_path}: all settings come from the command line")
+        hyper_parameters = read_checkpoint(Path(path), settings_only=True)["hyper_parameters"]
+        class_path = config.model.class_path
+        if hyper_parameters.get("_class_path") != class_path:
+            found = hyper_parameters.get("_class_path")
+            rank_zero_info(f"The checkpoint was written by {found!r}: all settings come from the command line")
             return
+        saved, refused = plain_settings(_class_at(class_path), hyper_parameters)
+        if refused:
+            rank_zero_info(
+                f"Not taken over from the checkpoint, as it is no plain setting of ours: {', '.join(map(repr, refused))}; the recipe "
+                "and the command line decide"
+            )
         given = self._explicit_settings(self.config.subcommand)
         merged = {"class_path": class_path, "init_args": _merge(saved, given)}
         # The parser fills what neither names with defaults; whatever differs from the checkpoint was asked for.
         self.config = self.parser.parse_object({self.config.subcommand: {"model": merged}}, self.config)
-        _log_differences(saved, self.config[self.config.subcommand].model.init_args.as_dict())
+        said = saved | {name: hyper_parameters[name] for name in REFERENCES if name in hyper_parameters}
+        _log_differences(said, self.config[self.config.subcommand].model.init_args.as_dict())
 
     def _explicit_settings(self, subcommand: str) -> dict[str, Any]:
         """The model's settings that recipes and command line name, without defaults."""
@@ -151,21 +201,11 @@ class PotstillCLI(LightningCLI):
         return explicit[subcommand].model.init_args.as_dict()
 
 
-def _saved_settings(path: str) -> dict[str, Any]:
-    """The model's settings in a checkpoint."""
-    admit_optimizer_states(Path(path))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"expected a checkpoint at {path!r}, found a file that does not load as one ({reason}); check --ckpt_path"
-        ) from error
-    if "edits" not in checkpoint:
-        raise ValueError(f"expected a checkpoint of Potstill at {path!r}, found another program's; check --ckpt_path")
-    saved: dict[str, Any] = checkpoint["hyper_parameters"]
-    saved.pop("_instantiator", None)
-    return saved
+def _class_at(class_path: str) -> type[models.StudentModule]:
+    """The class that the user has named; the parser has imported it."""
+    module, _, name = class_path.rpartition(".")
+    found: type[models.StudentModule] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _relocatable(config: Namespace, folder: Path) -> Namespace:
@@ -183,6 +223,17 @@ def _relocatable(config: Namespace, folder: Path) -> Namespace:
 def _loggers(config: Namespace) -> list[Namespace]:
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     return [logger for logger in loggers if isinstance(logger, Namespace)]
+
+
+def _log_interval(chosen: int | None, max_steps: int) -> int:
+    """Optimizer steps between two entries: 50 or a twentieth of the run if nothing is said; the last step at the latest."""
+    if chosen is None:
+        return min(50, max(1, max_steps // 20))
+    return min(chosen, max_steps)
+
+
+def _has_bar(listed: list[Namespace] | None) -> bool:
+    return any("ProgressBar" in callback.class_path for callback in listed or [])
 
 
 def _run_folder(config: Namespace) -> Path:
@@ -245,32 +296,39 @@ def main(args: ArgsType = None) -> PotstillCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        parser_class=Parser,
         save_config_callback=RunConfigCallback,
         save_config_kwargs={"save_to_log_dir": False},
-        trainer_defaults={"callbacks": [callbacks.Preflight()]},
+        trainer_defaults={"callbacks": [callbacks.Preflight()], "enable_model_summary": False},
         args=args,
     )
 
 
-def _one_sentence(error: Exception) -> str:
+def _one_sentence(message: str) -> str:
     """Ours alone, where the parser lists it among the types that it tried."""
-    ours = re.search(r"^ *- (expected .*found .*)$", str(error), re.MULTILINE)
-    return ours[1] if ours else " ".join(str(error).split())
+    ours = re.search(r"^ *- (expected .*found .*)$", message, re.MULTILINE)
+    return ours[1] if ours else " ".join(message.split())
 
 
+@quiet_program()
 def entry_point(args: Sequence[str] | None = None) -> int:
     """`main` for people: a user's mistake is one sentence on standard error and exit code 2, without a stack."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
     try:
         main(None if args is None else list(args))
     except USER_ERRORS as error:
         if os.environ.get("POTSTILL_DEBUG"):
             raise
-        print(f"error: {_one_sentence(error)}", file=sys.stderr)
+        print(f"error: {_one_sentence(str(error))}", file=sys.stderr)
         print("(POTSTILL_DEBUG=1 shows the stack)", file=sys.stderr)
         return 2
+    except SIGTERMException as stop:  # Lightning's own has no exit code, and would tell make and SLURM that all is well
+        return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # the trainer's answer to it, before training or after
+            return 128 + signal.SIGINT
+        raise
     finally:
         _drop_empty_run_folder()
     return 0

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from export.files import write_file
 from models.interleave import interleave
 
 __all__ = ["interleave", "parser", "report", "spread"]
@@ -47,6 +48,5 @@ def report(results: list[dict[str, Any]], ratios: dict[str, float], packages: Se
         print(f"{name}: {ratio:.2f}x")
     print(", ".join(f"{name} {number}" for name, number in versions.items()))
     if path:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps({"results": results, "ratios": ratios, "versions": versions}, indent=2) + "\n")
-        os.replace(temporary, path)
+        text = json.dumps({"results": results, "ratios": ratios, "versions": versions}, indent=2) + "\n"
+        write_file(path, lambda path: path.write_text(text))

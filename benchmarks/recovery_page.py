@@ -53,7 +53,7 @@ def _setting(runs: Sequence[Row]) -> str:
     data, seeds = first["settings"]["data"], sorted({row["seed"] for row in runs})
     arms = "\n".join(f"- `{name}`: {arm.title}" for name, arm in ARMS.items())
     return (
-        f"`python -m benchmarks.study_recovery` distils the quickstart's teacher into a copy of itself that loses "
+        f"`python -m benchmarks.study_recovery` distils the studies' teacher into a copy of itself that loses "
         f"{first['settings']['mlp_sparsity']:.1%} of its MLP neurons and {first['settings']['kv_group_sparsity']:.1%} of its key/value groups, "
         f"by OSSCAR with sequential repair, equal layers; {first['steps']} steps of {data['batch_size']} samples, seeds "
         f"{', '.join(map(str, seeds))}:\n\n{arms}\n\nThe arms of a seed see the same questions in the same order, so `one_shot` and `gradual` see "

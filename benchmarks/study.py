@@ -22,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 
 from benchmarks.students import keep_layers
+from export.files import write_file
 from models.pretrained import load_model, load_tokenizer
 
 Row = dict[str, Any]
@@ -82,10 +83,7 @@ def _difference(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any])
 
 def write_text(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def fingerprint(folder: Path) -> str:
@@ -115,13 +113,13 @@ def check_teacher(teacher: str) -> None:
     """Raise `FileNotFoundError` unless there is a model in this folder."""
     if not (Path(teacher) / "config.json").is_file():
         raise FileNotFoundError(
-            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with `make quickstart`, or alone with "
-            "`python train.py fit --config configs/quickstart_teacher.yaml --run_dir runs/quickstart/teacher`"
+            f"expected a fine-tuned teacher at {teacher!r}, found none; make it with "
+            "`python train.py fit --config benchmarks/study_teacher.yaml --run_dir runs/study/teacher`"
         )
 
 
 def write_half(teacher: str, folder: Path) -> None:
-    """Half of the decoder layers of the quickstart's teacher, evenly spread, and its tokenizer, as a Hugging Face folder.
+    """Half of the decoder layers of a teacher, evenly spread, and its tokenizer, as a Hugging Face folder.
 
     Raises:
         FileNotFoundError: There is no teacher.
@@ -207,8 +205,5 @@ def plot_dots(axes: Axes, series: Mapping[str, Mapping[str, Sequence[float]]], l
 
 def save_plot(figure: Any, path: Path) -> None:
     """Write a picture at once or not at all, and free it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=110)
+    write_file(path, lambda path: figure.savefig(path, dpi=110))
     plt.close(figure)
-    os.replace(temporary, path)

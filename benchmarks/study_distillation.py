@@ -2,7 +2,7 @@
 
     python -m benchmarks.study_distillation [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--arms ...] [--out FOLDER] [--json FILE]
 
-The student has every second layer of the teacher; data, optimizer and precision are the quickstart's.  All arms start from the same
+The student has every second layer of the teacher; data, optimizer and precision are those of `study.yaml`.  All arms start from the same
 student, see the same batches in the same order for a seed, and are judged on the same held-out questions; a seed decides the
 order of the training questions and what the student samples.
 

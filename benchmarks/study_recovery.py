@@ -2,9 +2,9 @@
 
     python -m benchmarks.study_recovery [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--arms ...] [--out FOLDER] [--json FILE]
 
-The quickstart's teacher is distilled into a copy of itself that loses 37.5 % of its MLP neurons and one of three key/value groups,
+The studies' teacher is distilled into a copy of itself that loses 37.5 % of its MLP neurons and one of three key/value groups,
 by OSSCAR with sequential repair: after the first step at once, or in three events over the first half of the steps.  Data, optimizer and
-precision are the quickstart's; the arms of a seed see the same batches in the same order.  An interrupted command goes on where
+precision are those of `study.yaml`; the arms of a seed see the same batches in the same order.  An interrupted command goes on where
 it stopped; `python -m benchmarks.pruning` writes the page.
 """
 

@@ -1,4 +1,4 @@
-"""What the studies that train have in common: the quickstart's recipe, data and precision, one judge, and rows that survive.
+"""What the studies that train have in common: recipe, data and precision (`study.yaml`), one judge, and rows that survive.
 
 All runs of a study start from the same student, see the same batches in the same order for a seed, and are judged on the same
 held-out questions; a seed decides the order of the training questions and what the student samples.
@@ -23,9 +23,9 @@ from benchmarks.study import Row, Rows, fingerprint
 from benchmarks.study_judge import Judge, TrainingClock
 from datamodules import ReasoningTasks
 from models import StudentModule
-from train import QUIET
+from quiet import WARNINGS
 
-RECIPE = Path(__file__).parent.parent / "configs/quickstart.yaml"
+RECIPE = Path(__file__).parent / "study.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
 
 
@@ -110,13 +110,13 @@ def quiet() -> None:
     """Say only what a study says."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     disable_progress_bar()  # of loading models, between ours
-    for message in QUIET:
+    for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every such study has, but for `--out`."""
-    parser.add_argument("--teacher", default="runs/quickstart/teacher/student", help="Hugging Face folder")
+    parser.add_argument("--teacher", default="runs/study/teacher/student", help="Hugging Face folder")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every arm (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
     parser.add_argument("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")

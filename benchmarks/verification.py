@@ -53,7 +53,7 @@ from export.runtime import OnnxSession
 from export.slice import slice_layers
 from export.to_onnx import Precision, export_onnx, precision_of
 from export.verify.exactness import Run, compare_alone, compare_graph, compare_longest
-from export.verify.faithfulness import compare_served, num_tokens_for, sampled, torch_served, without_rounded_inputs
+from export.verify.faithfulness import compare_served, judged_by, num_tokens_for, sampled, torch_served
 from export.verify.rounding import FLOAT16, FLOAT32
 from models.forward import Batch, shared_copy, with_rounded_weights
 from models.pretrained import end_token_ids, load_model, load_tokenizer
@@ -220,22 +220,18 @@ def false_alarms(
 def verified(graph: Right, prompts: Sequence[Tensor], number: int, threads: int, *, free: bool) -> list[Check]:
     """One verification; `number` decides everything about its texts."""
     draw = random.Random(number)
-    texts = _drawn(prompts, draw, draw.randint(1, 6), padded=draw.random() < 0.5)
+    prompt_ids, prompt_mask = _drawn(prompts, draw, draw.randint(1, 6), padded=draw.random() < 0.5)
     nudged = number % 2 == 1
     served = _nudged(graph.model, graph, number) if nudged else graph.model
     model = _nudged(graph.stored(), graph, number) if nudged else graph.stored()
-    run = Run(model, *texts, draw.randint(8, 16))
+    run = Run(model, prompt_ids, prompt_mask, draw.randint(8, 16))
     checks = compare_graph(graph.name, [run], graph.path, threads=threads, for_cpu=graph.for_cpu)
     checks.append(compare_alone(graph.name, [run], graph.path, threads=threads, for_cpu=graph.for_cpu))
     if free:
         rows = num_tokens_for(served) // ANSWER
         ids_BT, mask_BT = _drawn(prompts, draw, rows, padded=True)
-        held_out = sampled(
-            served,
-            without_rounded_inputs(served),
-            {"prompt_ids": ids_BT, "prompt_mask": mask_BT},
-            rows * ANSWER,
-        )
+        texts = {"prompt_ids": ids_BT, "prompt_mask": mask_BT}
+        held_out = judged_by(served, sampled(served, texts, rows * ANSWER))
         reference = torch_served(served, held_out, lambda: None)
         artefact = held_out.measure(OnnxSession(graph.path, threads=threads), end_token_ids(graph.model), lambda: None)
         checks.append(compare_served(graph.name, served, artefact, reference))

@@ -6,6 +6,7 @@ from callbacks.gradual_pruning import GradualPruning
 from callbacks.lora import LoRA
 from callbacks.phases import PhaseEvaluation
 from callbacks.preflight import Preflight
+from callbacks.progress import TrainingProgress
 from callbacks.quantization import QuantizationAwareTraining
 from callbacks.samples import SampleCompletions
 from callbacks.throughput import Throughput
@@ -21,4 +22,5 @@ __all__ = [
     "QuantizationAwareTraining",
     "SampleCompletions",
     "Throughput",
+    "TrainingProgress",
 ]

@@ -1,10 +1,12 @@
 """Export at the end of `fit`: Hugging Face folder, ONNX, engine, verification, benchmark and report."""
 
 import gc
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,11 +21,12 @@ from callbacks.served import held_out_of
 from datamodules.base import ChatDataModule
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
+from export.benchmark_worker import peak_bytes
 from export.calibration import quantized_anew
 from export.checks import raise_on_failure
 from export.pipeline import export_all
 from export.progress import Phases
-from export.report import summary, write_report
+from export.report import closing, summary, write_report
 from export.runtime import OnnxSession
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, Precision, format_for
@@ -48,7 +51,9 @@ class ExportOnFitEnd(Callback):
             for fp8_e4m3).
         formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
         plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
-        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/).
+        student_dtype: Floating point type of student/ and compressed/; weights are rounded to it before anything is written.
+        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/): true, false,
+            or auto for where that form can hold it.
         prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
         labels: Write also a graph on the same weights, and an engine, that return the log-probabilities of these labels, for ranking.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx): true for the numbers of model.onnx,
@@ -80,7 +85,8 @@ class ExportOnFitEnd(Callback):
         precision: Precision = "fp32",
         formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
         plain: bool = False,
-        compressed: bool = False,
+        student_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        compressed: bool | Literal["auto"] = "auto",
         prefill: bool = False,
         labels: Sequence[str] = (),
         cpu: bool | FormatName = False,
@@ -102,6 +108,7 @@ class ExportOnFitEnd(Callback):
             precision=precision,
             formats=tuple(formats),
             plain=plain,
+            student_dtype=student_dtype,
             compressed=compressed,
             prefill=prefill,
             labels=tuple(labels),
@@ -127,6 +134,7 @@ class ExportOnFitEnd(Callback):
         self.cpu_method = cpu_method
         self.cpu_batches = cpu_batches
         self.served_questions = served_questions
+        self._started = 0.0
         self.output = output
         self.verify_prompts = verify_prompts
         self.compare_with_teacher = compare_with_teacher
@@ -152,13 +160,24 @@ class ExportOnFitEnd(Callback):
         if self.settings.labels:
             label_token_ids(data.tokenizer, self.settings.labels)
         unequal = any(isinstance(callback, GradualPruning) and callback.makes_layers_unequal for callback in callbacks)
-        if self.settings.plain and "hf" in self.settings.formats and unequal:
+        for name in ("plain", "compressed"):
+            if unequal and getattr(self.settings, name) is True:
+                raise ValueError(
+                    f"expected GradualPruning.allocation uniform for ExportOnFitEnd.{name}, found per_layer: a Hugging Face config.json "
+                    f"has one size for all layers; change the allocation, or set {name} to false"
+                )
+        quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+        if self.settings.compressed is True and quantization is None and self.settings.cpu_format is None:
             raise ValueError(
-                "expected GradualPruning.allocation uniform for a plain Hugging Face folder, found per_layer: config.json has one "
-                "size for all layers; change the allocation, or set ExportOnFitEnd.plain to false"
+                "expected QuantizationAwareTraining among trainer.callbacks for ExportOnFitEnd.compressed, found none; add it, or set "
+                "compressed to auto"
             )
         if self.settings.graph and self.settings.precision not in UNQUANTIZED:
-            self._check_format(next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None))
+            self._check_format(quantization)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self._started = time.perf_counter()
 
     def _check_format(self, quantization: QuantizationAwareTraining | None) -> None:
         precision = self.settings.precision
@@ -181,10 +200,12 @@ class ExportOnFitEnd(Callback):
         if trainer.interrupted:
             return
         output, phases = Path(self.output or trainer.default_root_dir), Phases()
+        phases.seconds["Training"] = time.perf_counter() - self._started
         datamodule = data_of(trainer)
-        held_out = datamodule.has_split("val")
-        batch = next(iter(datamodule.val_dataloader() if held_out else datamodule.calibration_batches(1, seed=0)))
+        has_val = datamodule.has_split("val")
+        batch = next(iter(datamodule.val_dataloader() if has_val else datamodule.calibration_batches(1, seed=0)))
         prompts = {key: batch[key][: self.verify_prompts] for key in ("prompt_ids", "prompt_mask")}
+        release_optimizers(trainer)
         baseline, graphs, held_out, served = [], {}, None, []
         teacher = getattr(pl_module, "teacher", None)
         if isinstance(teacher, Teacher) and self.compare_with_teacher:
@@ -197,7 +218,7 @@ class ExportOnFitEnd(Callback):
                     found = held_out.measure(OnnxSession(graphs["teacher"]), end_token_ids(teacher.model), on_batch)
                 served = [{"name": "teacher", **found.figures()}]
         del teacher
-        release_training(trainer, pl_module)
+        release_teacher(pl_module)
         student = pl_module.student.cpu().float().eval()
         for_cpu = self._for_cpu(student, datamodule, phases)
         report = export_all(
@@ -214,11 +235,13 @@ class ExportOnFitEnd(Callback):
         report["served"] = served + report["served"]
         report["artefacts"] = baseline + report["artefacts"]
         report.update(_training_figures(trainer))
+        report["minutes"] = (time.time() - psutil.Process().create_time()) / 60
+        report["peak_memory_bytes"] = peak_bytes()
         write_report(output, report)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.save(str(output.absolute() / "report.*"), base_path=str(output.absolute()))
-        print(f"\n{summary(report)}\n\nThe whole report: {output / 'report.md'}")
+        print(f"\n{summary(report)}\n\n{closing(report, output)}")
         raise_on_failure(report["verification"])
 
     def _for_cpu(self, student: PreTrainedModel, datamodule: ChatDataModule, phases: Phases) -> PreTrainedModel | None:
@@ -232,15 +255,20 @@ class ExportOnFitEnd(Callback):
             return quantized_anew(student, batches, self.settings.cpu_format, settings, on_layer=on_layer)
 
 
-def release_training(trainer: Trainer, module: StudentModule) -> None:
-    """Free what only training needs: gradients, the optimizers' states, the teacher; `configure_model` loads a teacher again."""
+def release_optimizers(trainer: Trainer) -> None:
+    """Free gradients and the optimizers' states, which the last checkpoint has."""
     for optimizer in trainer.optimizers:
         optimizer.zero_grad()
         optimizer.state.clear()
+    gc.collect()
+    give_back_freed_memory()
+
+
+def release_teacher(module: StudentModule) -> None:
+    """Free the teacher; `configure_model` loads it again if it is wanted."""
     if hasattr(module, "teacher"):
         del module.teacher
     gc.collect()
-    give_back_freed_memory()
 
 
 def _training_figures(trainer: Trainer) -> dict[str, Any]:

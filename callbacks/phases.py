@@ -5,18 +5,19 @@ from typing import Any, Literal
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from tqdm import tqdm
 
 from callbacks.data import data_of
 from callbacks.distributed import share_of_rank
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
 from callbacks.quantization import QuantizationAwareTraining
+from datamodules.base import ChatDataModule
 from models.architecture import count_parameters
 from models.evaluation import evaluate
 from models.offline import is_offline
 from models.student import StudentModule
 from models.teacher import RememberingTeacher, Teacher
+from progress import Bar
 
 
 class PhaseEvaluation(Callback):
@@ -29,7 +30,7 @@ class PhaseEvaluation(Callback):
 
     Args:
         generate_tokens: Length in tokens of the answers generated for the task score; 0 for none.
-        split: Which held-out data: test, or val where there is no test data.
+        split: Which held-out data: test or val (null: test if there is such a split, else val).
 
     Raises:
         ValueError: The data module has no such split, or is no `ChatDataModule`.
@@ -37,9 +38,11 @@ class PhaseEvaluation(Callback):
 
     needs_whole_student = True
 
-    def __init__(self, generate_tokens: int = 64, split: Literal["test", "val"] = "test") -> None:
+    def __init__(self, generate_tokens: int = 64, split: Literal["test", "val"] | None = None) -> None:
         self.generate_tokens = generate_tokens
-        self.split = split
+        self.wanted = split
+        #: The split that is judged.
+        self.split: str = split or "test"
         self.phases: list[dict[str, Any]] = []
         self.teacher_figures: dict[str, Any] = {}
         self.constant_answer_score: float | None = None
@@ -59,14 +62,22 @@ class PhaseEvaluation(Callback):
                 "expected a live teacher for PhaseEvaluation, found a captured one; name the teacher's model, or leave the "
                 "callback out and read the validation's figures"
             )
-        if not data_of(trainer).has_split(self.split):
-            raise ValueError(
-                f"expected {self.split} data for PhaseEvaluation, found none; set data.init_args.{self.split}, or choose "
-                "another PhaseEvaluation.split"
-            )
+        self.split = self._choose_split(data_of(trainer))
+        instead = "" if self.wanted or self.split == "test" else ": there is no test data"
+        rank_zero_info(f"Phases are judged on the {self.split} split{instead}")
         self._pruning = next((c for c in callbacks if isinstance(c, GradualPruning)), None)
         quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
         self._quantize_at = quantization.start_step if quantization else None
+
+    def _choose_split(self, data: ChatDataModule) -> str:
+        candidates = [self.wanted] if self.wanted else ["test", "val"]
+        chosen = next((split for split in candidates if data.has_split(split)), None)
+        if chosen is None:
+            raise ValueError(
+                f"expected {' or '.join(candidates)} data for PhaseEvaluation, found none; set data.init_args.{candidates[0]}, or "
+                "leave PhaseEvaluation out"
+            )
+        return chosen
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge a phase that a checkpoint was saved too early for; one that was judged before is not judged again."""
@@ -130,13 +141,7 @@ class PhaseEvaluation(Callback):
         datamodule: Any = data_of(trainer)  # its batches are typed dicts, the models' are plain
         datamodule.setup("test" if self.split == "test" else "validate")
         loader = getattr(datamodule, f"{self.split}_dataloader")()
-        batches = tqdm(
-            share_of_rank(trainer, loader, len(loader)),
-            desc=f"Judging: {name}",
-            unit="batch",
-            leave=False,
-            disable=not trainer.is_global_zero,
-        )
+        batches = Bar(share_of_rank(trainer, loader, len(loader)), desc=f"Judging: {name}", unit="batches", leave=False)
         teacher = getattr(module, "teacher", None)
         if self._teacher is None and isinstance(teacher, Teacher):
             self._teacher = RememberingTeacher(teacher)

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -17,17 +18,20 @@ from transformers import PreTrainedModel
 from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from export.pipeline import check_output_free
+from export.compressed import check_compressible_formats
+from export.pipeline import check_cpu_format, check_output_free, is_compressed
+from export.settings import ExportSettings
 from export.slice import layer_kinds, slice_layers
 from export.to_onnx import export_onnx
-from models.architecture import DecoderLayer, count_parameters, decoder_layers
+from models.architecture import DecoderLayer, count_parameters, decoder_layers, head_name
 from models.lora import merge_adapters
 from models.pruning.cut import Targets
-from models.quantization import freeze_scales
+from models.quantization import FORMATS, freeze_scales
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.structure import Edit, apply_edit, quantize_decoder, replay
 from models.student import StudentModule
+from models.teacher import Teacher
 
 GIB = 2**30
 
@@ -57,8 +61,12 @@ class Preflight(Callback):
                 _rehearse_quantization(layers, set(formats.values()), quantization.kv_cache)
             if export is not None and "onnx" in export.settings.formats:
                 _rehearse_export(layers, export)
+            if export is not None:
+                _check_compressed(layers, pl_module.student, quantization, export.settings)
         if export is not None:
             check_output_free(Path(export.output or trainer.default_root_dir))
+            if export.settings.cpu_format is not None:
+                check_cpu_format(pl_module.student, export.settings)
         _check_resources(trainer, pl_module, export)
         rank_zero_info(f"Preflight passed in {time.perf_counter() - started:.1f} s")
 
@@ -112,6 +120,27 @@ def _rehearse_quantization(model: PreTrainedModel, formats: set[str], kv_cache: 
     _forward(model.eval())
 
 
+def _check_compressed(
+    layers: PreTrainedModel,
+    student: PreTrainedModel,
+    quantization: QuantizationAwareTraining | None,
+    settings: ExportSettings,
+) -> None:
+    """What the compressed folder of the trained student cannot hold, or that the package for it is missing."""
+    kv_cache = None
+    if settings.cpu_format is not None:
+        formats = formats_by_pattern(student, settings.cpu_format, {})
+    elif quantization is not None:
+        formats = formats_by_pattern(student, quantization.format, quantization.exceptions)
+        kv_cache = quantization.kv_cache
+    else:
+        return
+    names = [*quantize_decoder(layers)["modules"], head_name(layers)]
+    kinds = {(name.rpartition(".")[2], format) for name, format in formats.items() if format in FORMATS}
+    planned = [(name, format) for name in names for kind, format in kinds if name.endswith(kind)]
+    is_compressed(settings, partial(check_compressible_formats, layers, planned, kv_cache))
+
+
 def _rehearse_export(model: PreTrainedModel, export: ExportOnFitEnd) -> None:
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(
@@ -130,7 +159,7 @@ def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFi
     trained = sum(p.numel() * p.element_size() for p in module.student.parameters() if p.requires_grad)
     # A checkpoint holds weights and two moments, and the new one is complete before the old one goes; an export writes the
     # folder, one or two graphs and an engine, or two with labels.
-    written = (5 if export.settings.labels else 4) * exported if export else 0
+    written = (4 + bool(export.settings.labels) + bool(export.settings.cpu)) * exported if export else 0
     disk = 2 * (weights + 2 * trained) + written
     free_disk = shutil.disk_usage(_existing_parent(Path(trainer.default_root_dir))).free
     if free_disk < disk:
@@ -138,15 +167,34 @@ def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFi
             f"expected {disk / GIB:.1f} GiB of free disk at {trainer.default_root_dir}, found {free_disk / GIB:.1f}; free some, "
             "or choose another --root"
         )
-    # Gradients and two moments are still to come, and the export holds another copy or two after training.
+    # Gradients and two moments are still to come; they are free again when the export begins.
     on_cpu = module.device.type == "cpu"
-    memory = max(3 * trained if on_cpu else weights, 3 * exported if export else 0)
+    memory = max(3 * trained if on_cpu else weights, _export_bytes(module, export) if export else 0)
     free_memory = psutil.virtual_memory().available
     if free_memory < memory:
         raise ValueError(
             f"expected {memory / GIB:.1f} GiB of free memory for training and export, found {free_memory / GIB:.1f}; close "
             "other programs or choose a smaller student"
         )
+
+
+def _export_bytes(module: StudentModule, export: ExportOnFitEnd) -> int:
+    """The most that an export needs beside the student and the teacher as they are.
+
+    For the student: its graph while it is written, a session with its weights, packed for the processor, and what these are made from;
+    another copy in a format for CPUs; logits of the longest prompt, and pieces of them.  For the teacher: float32 weights, a graph.
+    """
+    settings, student = export.settings, 4 * count_parameters(module.student)
+    teacher = getattr(module, "teacher", None)
+    compared = (
+        6 * count_parameters(teacher.model) if export.compare_with_teacher and isinstance(teacher, Teacher) else 0
+    )
+    if not settings.graph:
+        return student
+    positions = getattr(module.student.config, "max_position_embeddings", None) or settings.sequence[2]
+    logits = 4 * min(settings.sequence[2], positions) * len(module.student.get_output_embeddings().weight)
+    copies = 3 + (settings.cpu_format is not None)
+    return max(copies * student + logits + min(logits, GIB), compared)
 
 
 def _existing_parent(path: Path) -> Path:

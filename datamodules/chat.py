@@ -89,12 +89,14 @@ def conversation_from(messages: Sequence[Message], source: str) -> Conversation:
     return Conversation([{"role": m["role"], "content": m["content"]} for m in messages[: last + 1]], source)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
-    """Raise `ValueError` if the tokenizer lacks a chat template or an end token."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: str | None = None) -> None:
+    """Raise `ValueError` if the tokenizer lacks a chat template or an end token; `reference` says whose it is."""
+    reference = reference or tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise ValueError(
-            f"expected a tokenizer with a chat template, found none in {reference!r}; take the instruct variant of the "
-            "model, or add a chat_template.jinja to its folder"
+            f"expected a tokenizer with a chat template, found none in {reference!r}, as base models have it; take the instruct "
+            "variant of the model, or put a chat_template.jinja into its folder (beside a .gguf file): "
+            "docs/howto-own-model-and-data.md shows one"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -119,8 +121,9 @@ def encode(
         supervise_all_turns: Whether earlier assistant turns get labels too.
 
     Raises:
-        ValueError: The template refuses a conversation, or does not render it turn by turn.
+        ValueError: There is no template or no end token, or the template refuses a conversation or does not render it turn by turn.
     """
+    check_tokenizer(tokenizer)
     segments = [
         _segments(tokenizer, with_system_prompt(conversation, system_prompt), supervise_all_turns)
         for conversation in conversations

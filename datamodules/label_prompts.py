@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat import Conversation, encode
+from datamodules.chat import Conversation, check_tokenizer, encode
 
 # Stands for the user's message while the template is rendered; two of them show that the rest stays the same.
 STANDINS = ("a stand-in\nof two lines", "<another> 'stand-in' & more")
@@ -54,8 +54,9 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = Non
     """The chat template around a user's message.
 
     Raises:
-        ValueError: The template refuses the roles, or does not write the message as it is.
+        ValueError: There is no template, or it refuses the roles, or does not write the message as it is.
     """
+    check_tokenizer(tokenizer)
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     frames = []
     for message in STANDINS:

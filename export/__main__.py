@@ -1,5 +1,6 @@
 """`python -m export CHECKPOINT_OR_FOLDER --output DIR --precision fp8`: export, verify and measure a trained model."""
 
+import argparse
 import gc
 import sys
 from collections.abc import Sequence
@@ -9,81 +10,105 @@ from pathlib import Path
 gc.disable()  # as in train.py: two seconds of seven until the first line
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from export.calibration import batches_of, calibrate, has_scales, quantized_anew
+from export.calibration import Calibration, batches_of, calibrate, has_scales, quantized_anew
 from export.checks import VerificationError, raise_on_failure
-from export.huggingface import load_student
+from export.files import only_one
+from export.huggingface import load_student, rounded
 from export.options import calibration_of, parser, settings_of
-from export.pipeline import check_cpu_format, check_formats, check_output_free, export_all
+from export.pipeline import check_cpu_format, check_formats, check_output, export_all, results_folder
 from export.progress import Phases
 from export.prompts import prompts_for_verification
 from export.report import write_report
-from export.settings import check_settings
+from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
+from export.verify import HeldOut
 from models.architecture import decoder_layers
+from quiet import quiet_program
+
+_HELD_OUT = 256  # conversations of --verify-on whose answers are judged
 
 gc.freeze()
 gc.enable()
 
 
+@quiet_program()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    transformers_logging.disable_progress_bar()
     try:
         settings, calibration = settings_of(options), calibration_of(options)
         check_settings(settings)
-        if not options.overwrite:
-            check_output_free(options.output)
-        print(f"Loading {options.model}", flush=True)
-        model, tokenizer = load_any(options.model)
-        prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
-        for_cpu = None
-        if settings.cpu_format is not None:
-            assert calibration is not None
-            check_cpu_format(model, settings)
-            batches = batches_of(tokenizer, calibration)
-            title = f"Quantizing for the CPU after {options.calibration}"
-            with Phases().phase(title, len(decoder_layers(model))) as on_layer:
-                for_cpu = quantized_anew(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)
-            if has_scales(model) or not (calibration.formats or calibration.kv_cache):
-                calibration = None  # it was for the CPU alone
-        if calibration is not None:
-            check = partial(check_formats, model, settings=settings)
-            with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
-                calibrate(model, tokenizer, calibration, check=check, on_layer=on_layer)
-        if options.precision not in UNQUANTIZED:
-            check_exportable(model, precision=options.precision, opset=options.opset)
-        report = export_all(
-            model, tokenizer, options.output, settings, prompts, for_cpu=for_cpu, overwrite=options.overwrite
-        )
-        write_report(options.output, report)
-        for check in report["verification"]:
-            print(f"{check['status']:>8}  {check['name']}" + (f": {check['reason']}" if check["reason"] else ""))
-        for artefact in report["artefacts"]:
-            print(f"{artefact['bytes'] / 1e6:7.1f} MB  {options.output / artefact['path']}")
-        raise_on_failure(report["verification"])
+        check_output(options.output, overwrite=options.overwrite)
+        with only_one(options.output):
+            return _export(options, settings, calibration)
     except (ValueError, FileNotFoundError, ModuleNotFoundError, VerificationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _export(options: argparse.Namespace, settings: ExportSettings, calibration: Calibration | None) -> int:
+    print(f"Loading {options.model}", flush=True)
+    model, tokenizer = load_any(options.model, options.student)
+    prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
+    held_out = None
+    if options.verify_on is not None and tokenizer.chat_template:
+        held_out = HeldOut(batches_of(tokenizer, Calibration(options.verify_on, num_conversations=_HELD_OUT)))
+    for_cpu = None
+    if settings.cpu_format is not None:
+        assert calibration is not None
+        check_cpu_format(model, settings)
+        batches = batches_of(tokenizer, calibration)
+        title = f"Quantizing for the CPU after {options.calibration}"
+        with Phases().phase(title, len(decoder_layers(model))) as on_layer:
+            for_cpu = quantized_anew(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)
+        if has_scales(model) or not (calibration.formats or calibration.kv_cache):
+            calibration = None  # it was for the CPU alone
+    if calibration is not None:
+        with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
+            check = partial(check_formats, settings=settings)
+            calibrate(model, tokenizer, calibration, check=partial(check, model), on_layer=on_layer)
+    if options.precision not in UNQUANTIZED:
+        check_exportable(model, precision=options.precision, opset=options.opset)
+    model = rounded(model, settings.dtype)  # here, so that the numbers it was loaded with need no memory any more
+    report = export_all(
+        model,
+        tokenizer,
+        options.output,
+        settings,
+        prompts,
+        held_out=held_out,
+        for_cpu=for_cpu,
+        overwrite=options.overwrite,
+    )
+    output = results_folder(options.output, report["verification"], overwrite=options.overwrite)
+    write_report(output, report)
+    for check in report["verification"]:
+        print(f"{check['status']:>8}  {check['name']}" + (f": {check['reason']}" if check["reason"] else ""))
+    for artefact in report["artefacts"]:
+        print(f"{artefact['bytes'] / 1e6:7.1f} MB  {output / artefact['path']}")
+    raise_on_failure(report["verification"])
     return 0
 
 
-def load_any(reference: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_any(reference: str, student: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model on the CPU with its tokenizer, from a checkpoint of `train.py`, an exported folder or any model reference.
+
+    Args:
+        reference: What to load.
+        student: For a checkpoint, the model that it was trained from; None: the one that it names, if that is on this machine.
 
     Raises:
         FileNotFoundError: There is nothing that loads.
-        ValueError: The checkpoint is not one of a student.
+        ValueError: The checkpoint is not one of a student, or there is a student without a checkpoint.
     """
     path = Path(reference).expanduser()
     if path.suffix == ".ckpt":
-        if not path.is_file():
-            raise FileNotFoundError(f"expected a checkpoint at {reference!r}, found none; check the path")
         from models.checkpoint import load_student_checkpoint  # heavy: the whole of Lightning
 
-        return load_student_checkpoint(path)
+        return load_student_checkpoint(path, student)
+    if student is not None:
+        raise ValueError(f"expected a .ckpt file beside --student, found {reference!r}; leave --student out")
     return load_student(reference)
 
 

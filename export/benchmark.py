@@ -18,16 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from export.benchmark_artefacts import RUNTIMES, find_artefacts
 from export.benchmark_energy import find_counters
-from export.benchmark_measure import Cell, measure, spread
+from export.benchmark_measure import Cell, Session, SharedCache, measure, spread
 from export.benchmark_report import machine, plot, text, versions
 from export.benchmark_turns import cells, compare
-from export.files import folder_bytes, move_into_place, staging_folder
-from export.options import positive
+from export.files import check_kind, folder_bytes, write_file
+from export.for_cpu import CPU
+from export.options import Parser, positive
 from export.runtime import OnnxSession
+from progress import Bar
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -55,7 +55,13 @@ def benchmark_onnx(
         One row a graph: sizes in bytes, times in milliseconds, speeds in tokens/s.
     """
     cell = Cell(1, prompt_tokens, new_tokens)
-    sessions = {name: OnnxSession(path, threads=threads) for name, path in paths.items()}
+    length = prompt_tokens + new_tokens
+    sessions: dict[str, Session] = {
+        name: SharedCache(path, length=length, threads=threads)
+        if path.name == CPU
+        else OnnxSession(path, threads=threads)
+        for name, path in paths.items()
+    }
     first: dict[str, list[float]] = {name: [] for name in paths}
     speed: dict[str, list[float]] = {name: [] for name in paths}
     for repetition in range(repetitions + 1):
@@ -90,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise FileNotFoundError(
                     f"expected a folder to write {path.name} into, found none at {str(path.parent)!r}; create it"
                 )
+            if path is not None:
+                check_kind(path, folder=False)
         if options.plot is not None and options.plot.suffix not in PICTURES:
             raise ValueError(
                 f"expected a picture's name with {' or '.join(PICTURES)}, found {options.plot.name!r}; rename it"
@@ -100,10 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(text(result))
     if options.json is not None:
-        _write(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+        write_file(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
     measured = any("reason" not in row for row in result["rows"])
     if options.plot is not None and measured:
-        _write(options.plot, lambda path: plot(result, path))
+        write_file(options.plot, lambda path: plot(result, path))
     return 0 if measured else 2
 
 
@@ -112,10 +120,8 @@ def _benchmark(options: argparse.Namespace) -> dict[str, Any]:
     artefacts, skipped = find_artefacts(options.folders, options.runtimes)
     grid = cells(options.prompts, options.batches, options.new_tokens)
     counters, reason = find_counters()
-    layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}, about {remaining} left"
-    interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
     total = len(artefacts) * len(grid) * (options.repetitions + 1)
-    with tqdm(total=total, desc="Benchmark", bar_format=layout, mininterval=interval) as bar:
+    with Bar(total=total, desc="Benchmark", unit="measurements") as bar:
 
         def step() -> None:
             bar.update()
@@ -134,14 +140,8 @@ def _benchmark(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    with staging_folder(path.absolute().parent) as folder:
-        write(folder / path.name)
-        move_into_place(folder / path.name, path)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m export.benchmark",
         description="Measure export folders side by side: torch, ONNX Runtime and TensorRT; speed, memory, size and energy.",
     )

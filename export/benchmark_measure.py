@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from export.runtime import Output, position_ids
+from export.shared_cache import SharedCacheSession
 from models.renamed import CACHE
 
 
@@ -47,6 +49,25 @@ class TorchSession:
             **{CACHE: cache},
         )
         return Output(output.logits.cpu(), output[CACHE], {})
+
+
+class SharedCache:
+    """A graph for CPUs as it is served: one buffer for past and present, the prompt in pieces, the head for the last token only.
+
+    Args:
+        path: Graph of `export/for_cpu.py`.
+        length: Tokens that fit into the cache.
+        threads: Threads of one operator; None: ONNX Runtime's choice.
+    """
+
+    def __init__(self, path: Path, *, length: int, threads: int | None = None) -> None:
+        self._session = SharedCacheSession(path, length=length, threads=threads)
+
+    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: Any = None) -> Output:
+        """Process T new tokens of one conversation; the cache is the session's own, and begins anew where none is given."""
+        if cache is None:
+            self._session.reset()
+        return Output(self._session.run(input_ids_BT, last_only=True), [self._session], {})
 
 
 @dataclass(frozen=True)

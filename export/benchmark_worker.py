@@ -96,7 +96,7 @@ def _answer(session: Any, artefact: Artefact, cell: Cell, meter: Meter, free: in
         "first_seconds": first,
         "decode_seconds": decode,
         "joules": meter.joules(),
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
         "device_bytes": free - _free_device_bytes(artefact) if artefact.device == "cuda" else None,
     }
 
@@ -113,7 +113,7 @@ def _forget_peak(artefact: Artefact) -> None:
         CLEAR.write_text("5")
 
 
-def _peak_bytes() -> int | None:
+def peak_bytes() -> int | None:
     """Largest resident set of this process since `_forget_peak`; None on systems without /proc."""
     if not STATUS.exists():
         return None

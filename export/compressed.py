@@ -24,15 +24,16 @@ Legend: O outputs, I inputs, G groups of inputs.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.files import move_into_place, staging_folder
-from export.huggingface import make_generation_config_valid, without_quantizers
+from export.huggingface import for_saving
 from models.folder import CONFIG_FILE, why_not_plain
 from models.lora import merged
 from models.quantization.cache import CACHE_GRIDS, cache_format, cache_quantizers
@@ -46,13 +47,16 @@ if TYPE_CHECKING:
 _CACHES_IT_FINDS = ("past_key_values",)  # compressed-tensors 0.20: arguments of an attention that it knows as a cache
 
 
-def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+def save_compressed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype | None = None
+) -> Path:
     """Write a folder that transformers, vLLM and SGLang load where compressed-tensors is installed; it replaces an existing one.
 
     Args:
         model: The student with frozen quantizers; it is not changed.
         tokenizer: Saved with its chat template.
         folder: Where to write.
+        dtype: Floating point type of what is not quantized (embedding, norms), and of what programs compute in; None: as it is.
 
     Raises:
         ModuleNotFoundError, ValueError: See `check_compressible`; nothing is written.
@@ -63,7 +67,7 @@ def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     from compressed_tensors.quantization import apply_quantization_config
 
     linears = quantized_linears(model)
-    plain = without_quantizers(model)
+    plain = for_saving(model, dtype)
     apply_quantization_config(plain, _config(plain, linears, cache_format(model)), show_progress=False)
     for name, linear in linears.items():
         _set_scales(plain.get_submodule(name), linear)
@@ -73,7 +77,6 @@ def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     # The package rounds the weights again: they lie on the grid already, so every code comes out as it was.
     compressor = ModelCompressor.from_pretrained_model(plain)
     compressor.compress_model(plain)
-    make_generation_config_valid(plain)
     with staging_folder(folder.parent) as staging:
         target = staging / folder.name
         plain.save_pretrained(target)
@@ -94,7 +97,7 @@ def check_compressible(model: PreTrainedModel) -> None:
             or zero points beside another format.
     """
     linears = quantized_linears(model)
-    check_compressible_formats(model, {name: linear.format for name, linear in linears.items()}, cache_format(model))
+    check_compressible_formats(model, [(name, linear.format) for name, linear in linears.items()], cache_format(model))
     frozen = [name for name, linear in linears.items() if all(quantizer.frozen for quantizer in linear.quantizers())]
     if not (linears or cache_quantizers(model)) or len(frozen) < len(linears):
         raise ValueError(
@@ -103,8 +106,10 @@ def check_compressible(model: PreTrainedModel) -> None:
         )
 
 
-def check_compressible_formats(model: PreTrainedModel, formats: Mapping[str, str], kv_cache: str | None) -> None:
-    """Raise for formats of projections, by name, and of the cache that such a folder cannot hold, whether the model is quantized yet or not.
+def check_compressible_formats(
+    model: PreTrainedModel, formats: Collection[tuple[str, str]], kv_cache: str | None
+) -> None:
+    """Raise for projections with their formats, and a cache, that such a folder cannot hold, whether the model is quantized yet or not.
 
     Raises:
         ModuleNotFoundError, ValueError: As `check_compressible`.
@@ -114,7 +119,7 @@ def check_compressible_formats(model: PreTrainedModel, formats: Mapping[str, str
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "expected the package compressed-tensors, which packs quantized weights for vLLM and SGLang, found no module "
-            f"{error.name!r}; run `pip install -e .[serving]`"
+            f"{error.name!r}; run `pip install -e '.[serving]'`"
         ) from error
     if kv_cache is not None and CACHE not in _CACHES_IT_FINDS:
         raise ValueError(
@@ -127,14 +132,14 @@ def check_compressible_formats(model: PreTrainedModel, formats: Mapping[str, str
             f"expected a student that one Hugging Face config.json describes, found {reason}; leave the compressed folder out, or "
             "prune all layers alike"
         )
-    for name, format in formats.items():
+    for name, format in formats:
         size, inputs = format_of(format).weight.group_size, model.get_parameter(f"{name}.weight").shape[1]
         if size and inputs % size:
             raise ValueError(
                 f"expected rows of whole groups of {size} weights for compressed-tensors, found {inputs} inputs in {name}; "
                 "choose a format with smaller groups or one scale a row, or another number of neurons"
             )
-    different = sorted(set(formats.values()))
+    different = sorted({format for _, format in formats})
     if len(different) > 1 and any(format_of(format).weight.zero_point for format in different):
         raise ValueError(
             f"expected zero points in all quantized layers or in none, as transformers reads them in one format only, found "

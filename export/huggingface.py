@@ -2,25 +2,30 @@
 
 A quantized student is saved with the weight values that it computes with, already rounded to the FP8 grid, under the ordinary
 names.  Its scales lie beside them in files that other programs ignore; with them `load_student` rebuilds the quantized student.
-Rounding again with the same scale changes nothing, so nothing is lost.
+Rounding again with the same scale changes nothing, so nothing is lost.  Nor is it in bfloat16: that moves a value by 2^-9 of itself at most,
+a quarter of a step for the largest code of 8 bits, and the next rounding takes it back to its code.
+
+What is exported holds the same numbers everywhere, because weights are rounded to the type of the folder first (`rounded`).
 
 A student whose layers have different sizes is saved in a form that only Potstill loads, see `models/folder.py`.
 """
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.files import move_into_place, staging_folder
 from models.folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
 from models.lora import merged
-from models.pretrained import load_model, load_tokenizer
+from models.pretrained import load_model, load_tokenizer, tie_equal_head
 from models.quantization.cache import remove_cache_quantizers
-from models.quantization.linear import quantized_linears
+from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from models.quantization.quantizers import FakeQuantizer
 
 # Settings that transformers accepts in a generation config only together with do_sample=True.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -37,12 +42,7 @@ def save_student(
         folder: Where to write.
         dtype: Floating point type of the saved weights; None: as they are.
     """
-    plain = without_quantizers(merged(model))
-    if dtype is not None:
-        plain = copy.deepcopy(plain)
-        for parameter in plain.parameters():  # buffers (rotary frequencies) must keep their digits
-            parameter.data = parameter.data.to(dtype)
-    make_generation_config_valid(plain)
+    plain = for_saving(merged(model), dtype)
     with staging_folder(folder.parent) as staging:
         target = staging / folder.name
         if why_not_plain(plain) is None:
@@ -76,7 +76,58 @@ def check_plain(model: PreTrainedModel) -> None:
         )
 
 
-def without_quantizers(model: PreTrainedModel, *, keep_cache: bool = False) -> PreTrainedModel:
+def for_saving(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model without quantizers, weights in `dtype` (None: as they are), a head that equals the embedding tied to it again.
+
+    It shares what does not change with `model`, which is not changed.
+    """
+    plain = without_quantizers(model, dtype=dtype)
+    if dtype is not None:
+        plain = _with_weights(plain, lambda weight: weight.to(dtype))
+    if not isinstance(model.get_output_embeddings(), FakeQuantizedLinear):  # its codes are not the embedding's
+        tie_equal_head(plain)
+    make_generation_config_valid(plain)
+    return plain
+
+
+def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with weights rounded to numbers of `dtype`, in the type that they have; it shares what does not change with `model`.
+
+    Weights behind frozen quantizers are left alone, as their codes count, and they are the same after rounding in bfloat16.
+    """
+    codes = [linear.weight for linear in quantized_linears(model).values() if linear.weight_quantizer.frozen]
+    kept = {id(weight) for weight in codes}
+
+    def round_one(weight: nn.Parameter) -> Tensor:
+        other = weight.detach().to(dtype).to(weight.dtype)
+        return weight if id(weight) in kept or torch.equal(other, weight) else other
+
+    return _with_weights(model, round_one)
+
+
+def _with_weights(model: PreTrainedModel, change: Callable[[nn.Parameter], Tensor]) -> PreTrainedModel:
+    """A copy with other weights; buffers (rotary frequencies, scales) are shared, what was tied stays tied."""
+    copied, changed = _sharing_tensors(model), {}
+    for module in copied.modules():
+        if isinstance(module, FakeQuantizer):  # its logarithm of a learned scale
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) not in changed:
+                other = change(weight)
+                changed[id(weight)] = weight if other is weight else nn.Parameter(other.detach(), requires_grad=False)
+            setattr(module, name, changed[id(weight)])
+    return copied
+
+
+def _sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules on the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)  # type: ignore[arg-type]
+
+
+def without_quantizers(
+    model: PreTrainedModel, *, keep_cache: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model with ordinary linear layers that hold the rounded weights; it shares all other tensors with `model`.
 
     What it computes differs from the quantized model in the activations only, which are not rounded any more.
@@ -84,15 +135,15 @@ def without_quantizers(model: PreTrainedModel, *, keep_cache: bool = False) -> P
     Args:
         model: The model; it is not changed.
         keep_cache: Leave the quantizers of keys and values in place.
+        dtype: Of the weights that were quantized; None: as they are.
     """
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    plain = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    plain = _sharing_tensors(model)
     for name, quantized in quantized_linears(plain).items():
         linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
         quantizer = quantized.weight_quantizer
         with torch.no_grad():
             weight = quantizer(quantized.weight) if quantizer.frozen else quantized.weight
-        linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        linear.weight = nn.Parameter(weight.detach().to(dtype or weight.dtype), requires_grad=False)
         linear.bias = quantized.bias
         owner, _, child = name.rpartition(".")
         setattr(plain.get_submodule(owner), child, linear.train(quantized.training))

@@ -2,10 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 from export.calibration import Calibration
-from export.settings import ExportSettings
+from export.settings import ExportSettings, StudentType
 from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED as NO_FORMAT
@@ -24,6 +24,7 @@ def settings_of(options: argparse.Namespace) -> ExportSettings:
         prefill=options.prefill,
         labels=tuple(options.labels),
         cpu=options.cpu,
+        student_dtype=options.student_dtype,
         compressed=options.compressed,
         tensorrt="auto" if options.engine == "none" else options.engine,
         compute_capability=tuple(options.compute_capability),
@@ -73,6 +74,14 @@ def calibration_of(options: argparse.Namespace) -> Calibration | None:
     )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake in one line, not below fifty lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it and exit with 2."""
+        self.exit(2, f"error: {' '.join(message.split())} (all options: {self.prog} --help)\n")
+
+
 def _pattern_and_format(text: str) -> tuple[str, str]:
     pattern, _, format = text.rpartition("=")
     if not pattern or format not in (*FORMATS, NO_FORMAT):
@@ -92,7 +101,7 @@ def positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m export",
         description="Write a trained model as Hugging Face folder, ONNX graph and TensorRT engine, and verify each of them.",
     )
@@ -101,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
         "model",
         metavar="CHECKPOINT_OR_FOLDER",
         help="a .ckpt file of train.py, a student's folder, or any model reference",
+    )
+    add(
+        "--student",
+        metavar="REFERENCE",
+        help="model that a .ckpt file was trained from, for configuration and tokenizer (default: the one it names, if that is on "
+        "this machine)",
     )
     add("--output", type=Path, required=True, help="folder to write student/, onnx/, engine/ and report.json into")
     add("--precision", choices=PRECISIONS, default="fp32", help="of graph and engine (default: %(default)s)")
@@ -162,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
         "--verify-on",
         type=Path,
         metavar="FILE.jsonl",
-        help="conversations whose prompts are verified; without them, prompts that come with Potstill",
+        help="conversations whose prompts are verified, and on whose answers free runs are judged; without them, prompts that come with Potstill",
     )
     add("--prompts", type=positive, default=4, metavar="N", help="number of verified prompts (default: %(default)s)")
     add("--decode-steps", type=int, default=64, metavar="N", help="verified tokens after each (default: %(default)s)")
@@ -181,6 +196,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--cpu", nargs="?", const=True, default=False, choices=list(FORMATS), metavar="FORMAT", help=text)
     add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
-    add("--compressed", action="store_true", help="write a quantized student as codes, for vLLM and SGLang, as well")
+    text = "write a quantized student as codes, for vLLM and SGLang, as well (default: where that form can hold it)"
+    add("--compressed", action=argparse.BooleanOptionalAction, default="auto", help=text)
+    text = "floating point type of student/ and compressed/, to which weights are rounded before anything is written (default: %(default)s)"
+    add("--student-dtype", choices=get_args(StudentType), default="bfloat16", help=text)
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")
     return parser

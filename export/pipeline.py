@@ -4,9 +4,10 @@ The files are those of `export/layout.py`.  Everything is checked before anythin
 and is moved into place at the end.
 """
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.engines import Engines, write_engines
-from export.files import folder_bytes, move_into_place, staging_folder
+from export.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graphs
-from export.huggingface import check_plain, save_student, without_quantizers
+from export.huggingface import check_plain, rounded, save_student, without_quantizers
 from export.label_graph import write_labels
 from export.layout import (
     COMPRESSED,
@@ -30,6 +31,8 @@ from export.layout import (
     CPU_PREFILL_GRAPH,
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
+    FAILED,
+    FILES,
     GRAPH,
     LABEL_GRAPH,
     PREFILL_GRAPH,
@@ -43,6 +46,7 @@ from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
 from export.verify import HeldOut, Verification, verify_artefacts
 from models.folder import why_not_plain
+from models.loading import check_finite
 from models.lora import merged
 from models.quantization.cache import cache_format
 from models.quantization.choice import formats_by_pattern
@@ -58,6 +62,22 @@ def check_output_free(output: Path) -> None:
             f"expected an output folder without an export, found {found[0].relative_to(output).as_posix()} in {str(output)!r}; "
             "choose another folder, or replace the export with --overwrite"
         )
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise `ValueError` for an output that is a file, has files where folders belong, or holds an export that shall stay."""
+    for folder in (output, *(output / name for name in FILES)):
+        check_kind(folder, folder=True)
+    for file in ("report.json", "report.md"):
+        check_kind(output / file, folder=False)
+    if not overwrite:
+        check_output_free(output)
+
+
+def results_folder(output: Path, verification: Sequence[Mapping[str, Any]], *, overwrite: bool) -> Path:
+    """Where the results are: what failed its verification never takes the place of an earlier export."""
+    failed = any(check["status"] == "failed" for check in verification)
+    return output / FAILED if failed and overwrite else output
 
 
 def export_all(
@@ -84,7 +104,7 @@ def export_all(
         held_out: Conversations on which graphs are judged as they are served; None: answers that the student samples.
         for_cpu: The student in the format that `settings.cpu` names, see `quantized_anew`; None where it names none.
         compare: Further graphs (of the teacher) to measure in turns with the new ones, by name.
-        overwrite: Replace what an earlier export wrote.
+        overwrite: Replace what an earlier export wrote, unless the verification fails: then the results go into `failed/`.
         phases: Show the progress; by default new ones.
 
     Returns:
@@ -95,17 +115,21 @@ def export_all(
         ValueError, ModuleNotFoundError: Settings, model and output do not fit; found before anything is written.
     """
     check_settings(settings)
-    if not overwrite:
-        check_output_free(output)
+    check_output(output, overwrite=overwrite)
+    check_finite(model, "the model to export")
     labels = label_tokens(tokenizer, settings.labels)
     model = merged(model)
     if "hf" in settings.formats and settings.plain:
         check_plain(model)
-    compressed = model if for_cpu is None else for_cpu
-    if settings.compressed:
-        check_compressible(compressed)
     assert (settings.cpu_format is not None) == (for_cpu is not None)
-    computed = _plain(model) if settings.precision in UNQUANTIZED else model
+    model = rounded(model, settings.dtype)
+    for_cpu = None if for_cpu is None else rounded(for_cpu, settings.dtype)
+    in_codes = model if for_cpu is None else for_cpu
+    is_quantized = bool(quantized_linears(in_codes) or cache_format(in_codes))
+    compressed = (is_quantized or settings.compressed is True) and is_compressed(
+        settings, partial(check_compressible, in_codes)
+    )
+    computed = _plain(model, settings) if settings.precision in UNQUANTIZED else model
     if settings.graph:
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
@@ -115,16 +139,17 @@ def export_all(
 
     reason = why_not_plain(model)
     phases = phases or Phases()
-    with staging_folder(output) as staging:
+    with only_one(output), staging_folder(output) as staging:
+        check_output(output, overwrite=overwrite)  # another export may have ended meanwhile
         if "hf" in settings.formats:
             with phases.phase("Student folder"):
-                save_student(model, tokenizer, staging / STUDENT)
+                save_student(model, tokenizer, staging / STUDENT, dtype=settings.dtype)
             if reason is not None:
                 rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
-        if settings.compressed:
+        if compressed:
             with phases.phase("Compressed folder"):
-                save_compressed(compressed, tokenizer, staging / COMPRESSED)
-            if isinstance(compressed.get_output_embeddings(), FakeQuantizedLinear):
+                save_compressed(in_codes, tokenizer, staging / COMPRESSED, dtype=settings.dtype)
+            if isinstance(in_codes.get_output_embeddings(), FakeQuantizedLinear):
                 rank_zero_info(
                     f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
                 )
@@ -141,11 +166,18 @@ def export_all(
                 checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
             if settings.repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
+        verification = [check.as_dict() for check in checks]
+        output = results_folder(output, verification, overwrite=overwrite)
+        if output.name == FAILED:
+            rank_zero_info(
+                f"An earlier export in {output.parent} stays as it is; what failed its verification is in {output}"
+            )
+        output.mkdir(exist_ok=True)
         _move(staging, output)
     engines = engines.moved(output / "engine") if engines else None
     return {
         "artefacts": _artefacts(output, settings, engines, plain=reason is None),
-        "verification": [check.as_dict() for check in checks],
+        "verification": verification,
         "served": [{"name": name, **found.figures()} for name, found in served.items()],
         "benchmark": benchmark,
         "engine": engines.model.as_dict() if engines else None,
@@ -172,8 +204,8 @@ def check_formats(
     if settings.cpu is True:
         check_cpu(settings.precision, settings.opset, kv_cache)
     quantized = {name: format for name, format in formats.items() if format in FORMATS}
-    if settings.compressed and settings.cpu_format is None:
-        check_compressible_formats(model, quantized, kv_cache)
+    if settings.compressed is True and settings.cpu_format is None:
+        check_compressible_formats(model, quantized.items(), kv_cache)
     if "engine" in settings.formats:
         check_engine_formats(quantized.values())
 
@@ -181,9 +213,9 @@ def check_formats(
 def check_cpu_format(model: PreTrainedModel, settings: ExportSettings) -> None:
     """Raise for a format of `settings.cpu` that this model cannot be given; see `check_formats`."""
     assert settings.cpu_format is not None
-    if settings.compressed:
+    if settings.compressed is True:
         formats = formats_by_pattern(model, settings.cpu_format, {})
-        check_compressible_formats(model, formats, None)
+        check_compressible_formats(model, formats.items(), None)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, int]:
@@ -191,8 +223,33 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> d
     return dict(zip(labels, label_token_ids(tokenizer, labels), strict=True)) if labels else {}
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    return without_quantizers(model, keep_cache=True) if quantized_linears(model) else model
+def is_compressed(settings: ExportSettings, check: Callable[[], None]) -> bool:
+    """Whether a quantized student gets a compressed folder, too.
+
+    Args:
+        settings: With `auto`, it gets one if the check passes; if not, one line says why.
+        check: It raises if there can be none; not called if none is wanted.
+
+    Raises:
+        ModuleNotFoundError, ValueError: The check's, where the settings ask for the folder.
+    """
+    if settings.compressed is False or (settings.compressed == "auto" and "hf" not in settings.formats):
+        return False
+    try:
+        check()
+    except (ModuleNotFoundError, ValueError) as error:
+        if settings.compressed == "auto":
+            rank_zero_info(f"{COMPRESSED}/ is left out: {error}")
+            return False
+        raise
+    return True
+
+
+def _plain(model: PreTrainedModel, settings: ExportSettings) -> PreTrainedModel:
+    """What `student/` holds for programs that know no quantizers."""
+    if not quantized_linears(model):
+        return model
+    return rounded(without_quantizers(model, keep_cache=True), settings.dtype)
 
 
 def _write_graphs(
@@ -251,20 +308,20 @@ def _benchmark(
 
 
 def _move(staging: Path, output: Path) -> None:
-    """Put what was written in place of what an earlier export wrote; other files stay."""
-    old = [path for pattern in WRITTEN for path in output.glob(pattern)]
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for source in [
-        staging / STUDENT,
-        staging / COMPRESSED,
-        *(staging / "onnx").glob("*"),
-        *(staging / "engine").glob("*"),
-    ]:
-        if source.exists():
-            target = output / source.relative_to(staging)
-            target.parent.mkdir(exist_ok=True)
-            move_into_place(source, target)
+    """Put each folder that was written in place of what an earlier export wrote; other files in it stay."""
+    written = [name for name in FILES if (staging / name).exists()]
+    for name in FILES:
+        others = foreign_files(output / name, FILES[name])
+        if others:
+            rank_zero_info(f"Kept in {output / name}: {', '.join(map(str, others))}")
+    for name in written:
+        move_into_place(staging / name, output / name, ours=FILES[name])
+    for name in FILES.keys() - written:  # last: what the earlier export wrote beyond this one
+        if (output / name).exists():
+            (staging / name).mkdir()
+            move_into_place(staging / name, output / name, ours=FILES[name])
+            with suppress(OSError):  # somebody else's files are in it
+                (output / name).rmdir()
 
 
 def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, *, plain: bool) -> list[dict[str, Any]]:
@@ -274,7 +331,7 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
 
     folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
     rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
-    if settings.compressed:
+    if (output / COMPRESSED).exists():
         rows.append(artefact(COMPRESSED, f"compressed-tensors folder {settings.cpu_format or settings.precision}"))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))

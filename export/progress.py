@@ -1,11 +1,10 @@
 """Named phases with a progress bar and their times."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from progress import Bar
 
 
 class Phases:
@@ -25,9 +24,7 @@ class Phases:
         `part` is shown behind the name: which part of the work this is.
         """
         start = time.perf_counter()
-        layout = "{desc}: |{bar:20}| {n_fmt}/{total_fmt} {elapsed}"
-        interval = 0.2 if sys.stderr.isatty() else 30  # in seconds; a log file needs no animation
-        with tqdm(total=steps, desc=f"{name}{part}", bar_format=layout, mininterval=interval) as bar:
+        with Bar(total=steps, desc=f"{name}{part}", unit="steps") as bar:
 
             def step() -> None:
                 bar.update()

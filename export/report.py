@@ -2,11 +2,12 @@
 
 import csv
 import json
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.files import write_file
 from export.plots import plot_artefacts, plot_training
 
 Report = dict[str, Any]
@@ -18,7 +19,7 @@ def write_report(output: Path, report: Report) -> None:
     Args:
         output: Folder of the export; a `metrics.csv` in it (a run's folder) adds the plots of the training.
         report: `artefacts`, `verification`, `benchmark`, `versions`, and of a training run `teacher`, `phases`,
-            `constant_answer_score` and `pruning` (the figures of every event).
+            `constant_answer_score`, `pruning` (the figures of every event) and, where graphs were judged, `served`.
     """
     plots = output / "plots"
     plots.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def markdown(report: Report, pictures: Sequence[str]) -> str:
 
 def summary(report: Report) -> str:
     """What the end of a run shows on the screen: quality, sizes and speed."""
-    sections = [phase_table(report), _artefact_table(report), _benchmark_table(report)]
+    sections = [phase_table(report), _served_table(report), _artefact_table(report), _benchmark_table(report)]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -83,6 +84,92 @@ def phase_table(report: Report) -> str:
     if constant is not None:
         lines.append(f"Always giving each task's most common answer scores {constant:.3f}.")
     return "\n\n".join(lines)
+
+
+def closing(report: Report, output: Path) -> str:
+    """The last lines of a run: what was made, how good it is, how fast, where it is, and what comes next."""
+    paths = {row["path"]: row for row in report["artefacts"]}
+    served = {row["name"]: row for row in report.get("served", [])}
+    speed = {row["name"]: row for row in report.get("benchmark", [])}
+    best = "student_cpu" if "student_cpu" in speed else "student"
+    made = [f"{row['path']} ({row['kind']}, {row['bytes'] / 1e6:.0f} MB)" for row in paths.values()]
+    lines = [f"Made:   {made[0]}" if made else "Made:   nothing", *(f"        {text}" for text in made[1:])]
+    if best in served:
+        rows = [name for name in ("teacher", "student", "student_cpu") if name in served]
+        lines += [f"{'Good:' if not at else '':7} {name}: {_quality(served[name])}" for at, name in enumerate(rows)]
+        if report.get("constant_answer_score") is not None:
+            lines.append(f"        always the most common answer: task score {report['constant_answer_score']:.3f}")
+    if best in speed:
+        lines.append(f"Fast:   {_speed(speed[best])}")
+    if best in speed and "teacher" in speed:
+        lines.append(f"        teacher: {_speed(speed['teacher'])}")
+        lines.append(f"        {_ratios(speed[best], speed['teacher'])}")
+    lines.append(f"Where:  {output}/, and all figures in {output / 'report.md'}")
+    python = _interpreter()
+    if "onnx/model.onnx" in paths:
+        lines.append(f"Next:   ask it something:   {python} -m export.chat {output}")
+    if "compressed" in paths:
+        lines.append(f"        serve it:           vllm serve {output / 'compressed'}")
+    return "\n".join(lines)
+
+
+def ratios(student: Report, teacher: Report) -> dict[str, float]:
+    """How a row of the benchmark compares with the teacher's: how many times as fast, and which share of the size."""
+    return {
+        "decode": student["tokens_per_second"] / teacher["tokens_per_second"],
+        "first_token": teacher["time_to_first_token_ms"] / student["time_to_first_token_ms"],
+        "bytes": student["bytes"] / teacher["bytes"],
+    }
+
+
+def _quality(row: Report) -> str:
+    return f"{_score(row)}KL to the teacher {row['kl']:.3f} ({row['kl_low']:.3f} to {row['kl_high']:.3f}) nats a token"
+
+
+def _score(row: Report) -> str:
+    if "task_score" not in row:
+        return ""
+    return f"task score {row['task_score']:.3f} ({row['task_score_low']:.3f} to {row['task_score_high']:.3f}), "
+
+
+def _speed(row: Report) -> str:
+    return (
+        f"{row['time_to_first_token_ms']:.0f} ms to the first token behind {row['prompt_tokens']}, then "
+        f"{row['tokens_per_second']:.0f} tokens/s, {row['bytes'] / 1e6:.0f} MB"
+    )
+
+
+def _ratios(student: Report, teacher: Report) -> str:
+    found = ratios(student, teacher)
+    return (
+        f"{found['first_token']:.1f} times as fast to the first token, {found['decode']:.1f} times as fast after it, "
+        f"{found['bytes']:.2f} of the size"
+    )
+
+
+def _interpreter() -> str:
+    """The running Python as one would type it here."""
+    path = Path(sys.executable)
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else "python"
+
+
+def _served_table(report: Report) -> str:
+    rows = report.get("served", [])
+    if not rows:
+        return ""
+    header = ["graph", "KL to teacher (nats/token)", "95 %", "task score", "95 %"]
+    cells = [[row["name"], *_with_interval(row, "kl"), *_with_interval(row, "task_score")] for row in rows]
+    note = (
+        f"In ONNX Runtime, as they are served: {rows[0]['tokens']:,} answer tokens and the greedy answers of {rows[0]['questions']} "
+        f"held-out conversations; intervals of KL are clustered by conversation, those of scores are Wilson's."
+    )
+    return "\n\n".join(["## Graphs as they are served", _table(header, cells), note])
+
+
+def _with_interval(row: Report, name: str) -> list[str]:
+    if name not in row:
+        return ["-", "-"]
+    return [f"{row[name]:.4f}", f"{row[f'{name}_low']:.4f} to {row[f'{name}_high']:.4f}"]
 
 
 def _pruning_table(report: Report) -> str:
@@ -147,22 +234,22 @@ def _verification_table(report: Report) -> str:
         [
             check["name"],
             check["status"],
-            _number(check.get("max_relative_difference")),
-            _number(check.get("bound")) + (" (KL)" if check.get("bounded") == "kl" else ""),
+            _number(check.get("rounding_ratio")),
+            _number(check.get("difference")),
+            _number(check.get("bound")),
             _number(check.get("greedy_agreement")),
-            _number(check.get("identical_texts")),
             _number(check.get("kl")),
-            check.get("reason") or "",
+            check.get("reason") or check.get("verdict") or "",
         ]
         for check in checks
     ]
     header = [
         "check",
         "status",
-        "largest relative difference",
+        "times rounding",
+        "difference (nats)",
         "bound",
         "greedy agreement",
-        "identical texts",
         "KL (nats)",
         "remarks",
     ]
@@ -184,6 +271,4 @@ def _number(value: Any) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, lambda path: path.write_text(text, encoding="utf-8"))

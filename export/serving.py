@@ -28,7 +28,7 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
-from export.files import move_into_place, staging_folder
+from export.files import move_into_place, only_one, staging_folder
 from export.layout import (
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
@@ -36,7 +36,9 @@ from export.layout import (
     LABEL_ENGINE_NAME,
     LABEL_GRAPH,
     MODEL_ENGINE_NAME,
+    TRITON_FILES,
 )
+from export.options import Parser
 from export.serving_config import ServedModel, model_config
 from models.pretrained import load_tokenizer
 
@@ -88,7 +90,7 @@ def write_triton(
     configs = [model_config(model, name, max_batch_size=max_batch_size, threads=threads) for model in models]
     student = export_dir / "student"
     tokenizer = load_tokenizer(str(student)) if (student / "config.json").is_file() else None
-    with staging_folder(output) as staging:
+    with only_one(output), staging_folder(output) as staging:
         for model, config in zip(models, configs, strict=True):
             folder = staging / config.name
             (folder / "1").mkdir(parents=True)
@@ -98,7 +100,7 @@ def write_triton(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         for config in configs:
-            move_into_place(staging / config.name, output / config.name)
+            move_into_place(staging / config.name, output / config.name, ours=TRITON_FILES)
     return output
 
 
@@ -178,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m export.serving",
         description="Make a model repository for Triton Inference Server from an export folder.",
     )

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from export.for_cpu import check_cpu
 from export.to_onnx import Precision, check_engine_formats, format_for
 from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
 from models.quantization.formats import FormatName
 
 Format = Literal["hf", "onnx", "engine"]
+StudentType = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class ExportSettings:
         precision: Of graph and engine.
         formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
         plain: Refuse to write a folder that plain transformers would not load.
-        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang.
+        student_dtype: Floating point type of the folders; weights are rounded to it before anything is written, graphs included.
+        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang: yes or an error, no, or `auto`, beside
+            the `hf` folder where that form can hold it.
         prefill: Write a second graph on the same weights that returns the logits of the last position only.
         labels: Write a graph on the same weights, and an engine, that return the log-probabilities of these labels, one token each.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs; with a format, of the student quantized anew in that
@@ -39,7 +44,8 @@ class ExportSettings:
     precision: Precision = "fp32"
     formats: tuple[Format, ...] = ("hf", "onnx", "engine")
     plain: bool = False
-    compressed: bool = False
+    student_dtype: StudentType = "bfloat16"
+    compressed: bool | Literal["auto"] = "auto"
     prefill: bool = False
     labels: tuple[str, ...] = ()
     cpu: bool | FormatName = False
@@ -53,6 +59,12 @@ class ExportSettings:
     prompt_tokens: int = 128
     repetitions: int = 5
     threads: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the folders."""
+        dtype: torch.dtype = getattr(torch, self.student_dtype)
+        return dtype
 
     @property
     def graph(self) -> bool:

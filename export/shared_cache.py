@@ -22,7 +22,7 @@ class SharedCacheSession:
     """A conversation (or B of them) in a cache of fixed length, on the CPU.
 
     The prompt of a single conversation goes in pieces: the scores of a piece cover what it may see, those of a whole prompt also what
-    is masked, and smaller tensors stay in the processor's cache.  The results are the same.  Several prompts go at once, and into an
+    is masked, and smaller tensors stay in the processor's cache.  Only the last piece goes through the head.  The results are the same.  Several prompts go at once, and into an
     empty cache only: the operator appends several tokens to one conversation, or one token to several.
 
     Args:
@@ -61,6 +61,9 @@ class SharedCacheSession:
                 f"expected a cache of at most {positions} tokens, the positions that the model knows, found {length}; choose a smaller length"
             )
         self._binding = self._session.io_binding()
+        self._silent_binding = self._session.io_binding()  # without logits: pieces that only fill the cache
+        self._silently = onnxruntime.RunOptions()
+        self._silently.only_execute_path_to_fetches = True
         self._length, self._piece = length, piece
         self._mask_BL = np.zeros((batch, length), np.int64)
         self._num_past = 0
@@ -70,8 +73,9 @@ class SharedCacheSession:
             if item.name.startswith(_CACHE):
                 empty = np.zeros((batch, item.shape[1], length, head_dim or item.shape[3]), _NUMPY[item.type])
                 buffer = OrtValue.ortvalue_from_numpy(empty)
-                self._binding.bind_ortvalue_input(item.name, buffer)
-                self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
+                for binding in (self._binding, self._silent_binding):
+                    binding.bind_ortvalue_input(item.name, buffer)
+                    binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
         logits = next(item for item in self._session.get_outputs() if item.name == "logits")
         # What one token reads and writes lies in buffers that the runtime sees: to make and bind new ones takes as long as a layer.
         self._bound_for_one_token = False
@@ -88,15 +92,16 @@ class SharedCacheSession:
         """Forget all tokens but the first ones."""
         self._num_past = min(self._num_past, num_past)
 
-    def run(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+    def run(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, *, last_only: bool = False) -> Tensor:
         """Append T tokens.
 
         Args:
             input_ids_BT: New tokens, int64; prompts of different lengths are padded on the left.
             attention_mask_BT: 1 for tokens, 0 for padding, int64; None: no padding.
+            last_only: Only the logits behind the last token are wanted; of a single conversation, the head then sees no other.
 
         Returns:
-            Logits of the last piece's tokens, (B, T, V) if there is only one; (B, 1, V) after `keep_last_logits`.
+            Logits of the last piece's tokens, (B, T, V) if there is only one; (B, 1, V) after `keep_last_logits` and with `last_only`.
 
         Raises:
             ValueError: The tokens do not fit into the cache, or are several for each of several conversations under way.
@@ -117,17 +122,26 @@ class SharedCacheSession:
         )
         piece = self._piece if batch == 1 else num_new
         ids_BT = input_ids_BT.numpy()
-        return [self._run(ids_BT[:, start : start + piece]) for start in range(0, num_new, piece)][-1]
+        without_head = num_new - 1 if last_only and batch == 1 else piece * ((num_new - 1) // piece)
+        for start in range(0, without_head, piece):
+            self._run(ids_BT[:, start : min(start + piece, without_head)], silently=True)
+        logits = self._run(ids_BT[:, without_head:])
+        return logits[:, -1:] if last_only else logits
 
-    def _run(self, ids_BT: np.ndarray) -> Tensor:
-        """The next tokens; the mask has them already."""
+    def _run(self, ids_BT: np.ndarray, *, silently: bool = False) -> Tensor:
+        """The next tokens; the mask has them already.  Silently: into the cache only, without logits."""
         num_new, start = ids_BT.shape[1], self._num_past
+        binding = self._silent_binding if silently else self._binding
         self._num_past += num_new
         mask_BS = np.ascontiguousarray(self._mask_BL[:, : self._num_past])
-        self._bind("attention_mask", mask_BS)
+        self._bind("attention_mask", mask_BS, binding)
         if "position_ids" in self._inputs:  # graphs may count positions themselves
             before_B1 = mask_BS[:, :start].sum(axis=1, keepdims=True)
-            self._bind("position_ids", np.maximum(before_B1 + mask_BS[:, start:].cumsum(axis=1) - 1, 0))
+            self._bind("position_ids", np.maximum(before_B1 + mask_BS[:, start:].cumsum(axis=1) - 1, 0), binding)
+        if silently:
+            self._bind("input_ids", np.ascontiguousarray(ids_BT), binding)
+            self._session.run_with_iobinding(binding, self._silently)
+            return torch.empty(0)
         if num_new == 1:
             self._token_B1[:] = ids_BT
             if not self._bound_for_one_token:
@@ -139,12 +153,12 @@ class SharedCacheSession:
             return torch.from_numpy(
                 self._next_B1V.copy()
             )  # torch's own copy would wake its threads, which then get in the way
-        self._bind("input_ids", np.ascontiguousarray(ids_BT))
+        self._bind("input_ids", np.ascontiguousarray(ids_BT), binding)
         self._bound_for_one_token = False
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         return torch.from_numpy(self._binding.get_outputs()[-1].numpy())
 
-    def _bind(self, name: str, array: np.ndarray) -> None:
+    def _bind(self, name: str, array: np.ndarray, binding: onnxruntime.IOBinding) -> None:
         self._bound[name] = OrtValue.ortvalue_from_numpy(array)  # it keeps the array, the binding does not
-        self._binding.bind_ortvalue_input(name, self._bound[name])
+        binding.bind_ortvalue_input(name, self._bound[name])

@@ -89,6 +89,7 @@ class Distillation(StudentModule):
         check_hidden_states(hidden_state_weight, self.hidden_state_layers)
         check_policy_gradient(self.objectives, self.own_answers.settings)
         check_offline(self)
+        self._source: Source = "dataset"  # of this optimizer step's answers
         self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()
 
@@ -186,8 +187,10 @@ class Distillation(StudentModule):
 
     def _answered(self, batch: Batch) -> tuple[Source, Batch]:
         """The micro-batch with the answers to learn from; those of the whole optimizer step are sampled with its first."""
-        source = self.own_answers.source(self.global_step, self.trainer.max_steps)
         step = step_of(batch, self.trainer.accumulate_grad_batches)
+        if step["batches"]:  # drawn once: a validation in the middle of the step may change the share
+            self._source = self.own_answers.source(self.global_step, self.trainer.max_steps)
+        source = self._source
         if source == "dataset":
             if step["batches"]:
                 self.step_mean.start(step["answer_tokens"])

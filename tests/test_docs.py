@@ -181,8 +181,11 @@ def test_every_make_target_of_the_readme_exists() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    assert "make test" in (ROOT / ".ci/run").read_text() and "make test" in README
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    for target in ("quickstart", "test"):
+        assert f"make {target}" in lines and f"make {target}\n" in README
+    assert ".venv/bin/python -m benchmarks.quickstart runs/quickstart/report.json --check" in lines
 
 
 @pytest.mark.parametrize("page", ["README.md", *[f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")]])

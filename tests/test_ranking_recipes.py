@@ -11,6 +11,7 @@ import yaml
 from same import assert_same
 from test_recovery import DieBetween, DieInValidation
 from tiny import tiny_folder, tiny_jsonl
+from tiny_movielens import SETTINGS as DATA
 from tiny_movielens import tiny_movielens
 from transformers import AutoModelForCausalLM
 
@@ -19,19 +20,6 @@ from export.report import read_metrics
 from models import StudentModule
 
 ROOT = Path(__file__).parent.parent
-# Limits that fit the byte-level tokenizer, which has letters as whole tokens.
-DATA = {
-    "folder": "films",
-    "labels": ["n", "y"],
-    "history": 2,
-    "max_length": 600,
-    "val_fraction": 0.2,
-    "test_fraction": 0.2,
-    "train_size": 40,  # an epoch of five optimizer steps
-    "val_size": None,
-    "batch_size": 4,
-    "eval_batch_size": 8,
-}
 STEPS, PRUNE, QUANTIZE, VALIDATE = 12, (2, 4), 6, 4
 CHAIN = {
     "name": "chain",

@@ -126,7 +126,7 @@ def damaged_checkpoint() -> str:
         (lambda: ["--ckpt_path", "gone.ckpt"], "gone.ckpt"),
         (lambda: ["--ckpt_path", "my.jsonl"], "my.jsonl"),
         (lambda: ["--ckpt_path", damaged_checkpoint()], "damaged.ckpt"),
-        (lambda: ["--ckpt_path", foreign_checkpoint()], "another program's"),
+        (lambda: ["--ckpt_path", foreign_checkpoint()], "without a student's structure"),
         (lambda: ["--ckpt_path", LAST, "--model.init_args.student", "wider"], "(32, 64)"),
     ],
     ids=["missing", "no checkpoint", "damaged", "foreign", "another student"],

@@ -15,7 +15,9 @@ from lightning import Callback, LightningModule, Trainer
 from tiny import tiny_folder, tiny_jsonl
 
 import train
+from benchmarks import quickstart
 from callbacks import Checkpoint
+from export import chat
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -71,7 +73,7 @@ def test_every_recipe_is_accepted_and_complete(recipe: Path, capsys: pytest.Capt
 
 
 @pytest.mark.recipe
-def test_the_quickstart_runs_on_a_tiny_model(place: Path, models: dict[str, str]) -> None:
+def test_the_quickstart_runs_on_a_tiny_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both parts, their own callbacks and data, with fewer steps."""
     data = {"train_size": 48, "val_size": 6, "test_size": 12, "batch_size": 4, "eval_batch_size": 6}
     Path("teacher.yaml").write_text(
@@ -79,17 +81,22 @@ def test_the_quickstart_runs_on_a_tiny_model(place: Path, models: dict[str, str]
             {"trainer": {"max_steps": 3}, "data": {"init_args": data}, "model": {"init_args": {"warmup_steps": 1}}}
         )
     )
-    student = ["--model.init_args.student", models["student"]]
+    # Attention of graphs for CPUs wants heads of 16, 32, ... numbers.
+    student = [
+        "--model.init_args.student",
+        tiny_folder(place / "model", seed=1, head_dim=16, max_position_embeddings=1024),
+    ]
     recipe = ["fit", "--config", "configs/quickstart_teacher.yaml", "--config", "teacher.yaml"]
     assert train.entry_point([*recipe, *student, "--run_dir", "runs/quickstart/teacher"]) == 0
     callbacks = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["trainer"]["callbacks"]
     settings = {callback["class_path"]: callback.setdefault("init_args", {}) for callback in callbacks}
     settings["GradualPruning"] |= {"start_step": 1, "end_step": 3, "multiple": 8, "calibration_batches": 1}
     settings["QuantizationAwareTraining"] |= {"start_step": 5, "observe_steps": 1}
+    settings["ExportOnFitEnd"] |= {"benchmark_prompt": 64, "served_questions": 8, "cpu_batches": 2}
     Path("student.yaml").write_text(
         yaml.safe_dump(
             {
-                "trainer": {"max_steps": 8, "val_check_interval": 4, "callbacks": callbacks},
+                "trainer": {"max_steps": 8, "callbacks": callbacks},
                 "model": {"init_args": {"on_policy": {"start": 2, "ramp": 0}, "warmup_steps": 1}},
                 "data": {"init_args": data},
             }
@@ -102,8 +109,24 @@ def test_the_quickstart_runs_on_a_tiny_model(place: Path, models: dict[str, str]
     assert [phase["name"] for phase in report["phases"]] == ["pruned", "recovered", "quantized"]
     assert report["phases"][-1]["parameters"] < report["teacher"]["parameters"]
     assert {check["status"] for check in report["verification"]} == {"passed", "not_run"}
-    assert {"student", "onnx", "engine", "baseline", "plots", "checkpoints", "samples.jsonl"} <= set(os.listdir(run))
+    assert {"student", "compressed", "onnx", "engine", "baseline", "plots", "checkpoints"} <= set(os.listdir(run))
     assert len(list((run / "engine").glob("*.engine"))) == 1
+    graphs = ["teacher", "student", "student_cpu"]
+    assert [row["name"] for row in report["benchmark"]] == [row["name"] for row in report["served"]] == graphs
+    teacher, student, for_cpu = report["served"]
+    assert teacher["kl"] < 0.1 * min(student["kl"], for_cpu["kl"])  # in bfloat16 it was asked, in float32 it is served
+    assert all(row["questions"] == 8 and row["kl_low"] <= row["kl"] <= row["kl_high"] for row in report["served"])
+    last = capsys.readouterr().out.strip().splitlines()
+    commands = [
+        line.split(":", 2)[-1].split(maxsplit=1)[-1] for line in last if "export.chat" in line or "vllm serve" in line
+    ]
+    assert commands[0].endswith("-m export.chat runs/quickstart") and commands[1].endswith(
+        "serve runs/quickstart/compressed"
+    )
+    assert chat.main(["runs/quickstart", "--prompt", "Hm?", "--max-new-tokens", "3"]) == 0
+    about = {"commit": "0" * 40, "machine": {"cores": 2, "processor": "one"}, "minutes": {"install": None, "all": 1.0}}
+    figures = quickstart.figures_of(report, about)
+    assert "student, INT8 graph for CPUs" in quickstart.table(figures)
 
 
 def test_runs_are_numbered_and_their_config_starts_another(place: Path, models: dict[str, str]) -> None:
@@ -234,8 +257,7 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(
 ) -> None:
     extra = ["--checkpoint.every_n_steps", "100"]
     arguments = sft(models, *extra, "--trainer.callbacks+=test_train._Terminate")
-    with pytest.raises(SystemExit):
-        train.entry_point(arguments)
+    assert train.entry_point(arguments) == 143
     last = "runs/sft-001/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
     assert train.main(sft(models, "--ckpt_path", last)).trainer.global_step == 4

@@ -97,6 +97,7 @@ def tiny_gguf(path: Path, model: PreTrainedModel) -> str:
     names = {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
+        "lm_head": "output",
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
         **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},

@@ -11,6 +11,19 @@ FILMS = [
     "5\tunknown\tunknown\tunknown",
     *[f"{number}\tFilm {number}\t19{60 + number}\tDrama Thriller" for number in range(6, 13)],
 ]
+#: Settings of the data module that fit it, and the byte-level tokenizer, which has letters as whole tokens.
+SETTINGS: dict[str, object] = {
+    "folder": "films",
+    "labels": ["n", "y"],
+    "history": 2,
+    "max_length": 600,
+    "val_fraction": 0.2,
+    "test_fraction": 0.2,
+    "train_size": 40,  # with a batch of 4, an epoch of ten batches
+    "val_size": None,
+    "batch_size": 4,
+    "eval_batch_size": 8,
+}
 JOBS = ["artist", "doctor", "lawyer", "none"]
 
 

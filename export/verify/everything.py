@@ -39,12 +39,13 @@ from export.to_onnx import UNQUANTIZED
 from export.verify.exactness import Run, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import (
     HeldOut,
+    answer_tokens,
     compare_labels,
     compare_served,
+    judged_by,
     num_tokens_for,
     sampled,
     torch_served,
-    without_rounded_inputs,
 )
 from models.forward import with_rounded_weights
 from models.pretrained import end_token_ids
@@ -83,7 +84,7 @@ def verify_artefacts(
         settings: What was exported.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P).
         phases: Show the progress.
-        held_out: For the free runs; None: answers that the model samples to the prompts, judged by the model without rounded inputs.
+        held_out: For the free runs; None, or too few answers without a judge: answers that the model samples to the prompts.
     """
     model = with_rounded_weights(model)
     checks = _exactness(model, folder, settings, prompts, phases)
@@ -155,9 +156,11 @@ def _free_runs(
     precision, ends = settings.precision, end_token_ids(model)
     why_not = None if engines is None else why_not_runnable(settings.tensorrt)
     checks = _not_run(engines, precision, why_not)
-    if held_out is None:
+    wanted = num_tokens_for(model)
+    if held_out is None or (held_out.judge is None and answer_tokens(held_out) < wanted):
         with phases.phase("Sampling held-out answers"):
-            held_out = sampled(model, without_rounded_inputs(model), prompts, num_tokens_for(model))
+            held_out = sampled(model, prompts, wanted)
+    held_out = judged_by(model, held_out)
     with phases.phase("Torch, judged", len(held_out.batches)) as on_batch:
         reference = torch_served(model, held_out, on_batch)
     served: dict[str, Served] = {}

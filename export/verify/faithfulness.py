@@ -18,7 +18,7 @@ Letters: N answer tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from export.served import Served, TeacherLogits, clustered_mean, measure_served
 from export.torch_session import TorchSession
 from models.decoder import decoder_for
 from models.evaluation import Scorer
-from models.forward import Batch, answer_hidden, shared_copy
+from models.forward import IGNORE, Batch, answer_hidden, shared_copy
 from models.losses import forward_kl, head_of
 from models.pretrained import end_token_ids
 from models.pruning.observe import hooked
@@ -55,20 +55,21 @@ class HeldOut:
 
     Attributes:
         batches: With gold answers, none of them from training.
-        judge: What is thought of the answers.
+        judge: What is thought of the answers; None: what the model without rounded inputs thinks of them.
         tokenizer: Turns generated tokens into text.
         scorer: Scores generated answers; None: there is no task score.
         max_new_tokens: Length of generated answers, tokens.
     """
 
     batches: Sequence[Batch]
-    judge: TeacherLogits
+    judge: TeacherLogits | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     scorer: Scorer | None = None
     max_new_tokens: int = 0
 
     def measure(self, session: object, end_tokens: Sequence[int], on_batch: Callable[[], None]) -> Served:
         """Judge what runs in a session."""
+        assert self.judge is not None
         return measure_served(
             session,
             self.batches,
@@ -97,12 +98,11 @@ class ModelJudge:
 
 
 @torch.no_grad()
-def sampled(model: PreTrainedModel, judge: PreTrainedModel, prompts: Mapping[str, Tensor], num_tokens: int) -> HeldOut:
-    """Answers that a model samples, for an export without held-out data.
+def sampled(model: PreTrainedModel, prompts: Mapping[str, Tensor], num_tokens: int) -> HeldOut:
+    """Answers that a model samples, for an export without held-out data, or with too few.
 
     Args:
         model: Samples answers at temperature 1, the same ones every time.
-        judge: Judges them.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P).
         num_tokens: About so many answer tokens; answers that end early give fewer.
     """
@@ -120,7 +120,19 @@ def sampled(model: PreTrainedModel, judge: PreTrainedModel, prompts: Mapping[str
             seeds=seeds,
         )
         batches.append(rollout_batch({**prompts, "index": seeds}, answers))
-    return HeldOut(batches, ModelJudge(judge))
+    return HeldOut(batches)
+
+
+def judged_by(model: PreTrainedModel, held_out: HeldOut) -> HeldOut:
+    """The same conversations with a judge: the model without rounded inputs, where there is no teacher."""
+    return (
+        held_out if held_out.judge is not None else replace(held_out, judge=ModelJudge(without_rounded_inputs(model)))
+    )
+
+
+def answer_tokens(held_out: HeldOut) -> int:
+    """How many answer tokens there are."""
+    return sum(int((batch["labels"] != IGNORE).sum()) for batch in held_out.batches)
 
 
 def without_rounded_inputs(model: PreTrainedModel) -> PreTrainedModel:

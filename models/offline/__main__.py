@@ -3,10 +3,8 @@
 It takes the files and settings that `python train.py fit` takes, reads teacher, tokenizer and data from them, and nothing else.
 """
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +15,23 @@ import torch
 from jsonargparse import SUPPRESS, Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from transformers.utils import logging as transformers_logging
 
 import callbacks  # noqa: F401  # registers short class names, as does the next line
 import models  # noqa: F401
 from datamodules import ChatDataModule
 from models.offline.capture import CaptureReport, CaptureSettings, capture
 from models.offline.teacher import PREFIX, is_offline, open_offline_teacher
+from quiet import quiet_program
 
 # Recipes have them and a capture does not need them; of the trainer, only its precision.
 UNUSED = ("seed_everything", "name", "root", "run_dir", "ckpt_path", "weights_only", "verbose", "checkpoint")
 
 
+@quiet_program()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(None if arguments is None else list(arguments))
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     try:
         reference, dtype = _teacher_of(options), _dtype_of(options)
         settings = CaptureSettings(options.form, options.top_k, options.batch_size, options.shard_tokens)

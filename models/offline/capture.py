@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import ChatDataModule
@@ -26,6 +25,7 @@ from models.offline import fingerprints, store
 from models.offline.forms import Columns, bytes_per_token, encode_exact, encode_top_k
 from models.pretrained import check_same_tokenizer, load_tokenizer
 from models.teacher import Teacher
+from progress import Bar
 
 BYTES_PER_SAMPLE = 4 * 8  # its position, identity, offset and checksum
 
@@ -203,7 +203,7 @@ class _Run:
         tokens, answer_tokens = sum(map(len, rest)), sum(map(fingerprints.num_answer_tokens, rest))
         started = time.perf_counter()
         if todo:
-            with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc="Capturing", mininterval=0.5) as bar:
+            with Bar(total=tokens, unit="tokens", unit_scale=True, desc="Capturing") as bar:
                 for path, samples in todo:
                     self._write(path, samples, bar)
         return CaptureReport(
@@ -233,7 +233,7 @@ class _Run:
         assert shard.positions == [example.index for example in samples]
         return True
 
-    def _write(self, path: Path, samples: list[Example], bar: tqdm) -> None:
+    def _write(self, path: Path, samples: list[Example], bar: Bar) -> None:
         counts = [fingerprints.num_answer_tokens(example) for example in samples]
         columns = {
             name: torch.empty((sum(counts), width), dtype=dtype)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
@@ -26,6 +25,7 @@ from models.pruning.importance import Total, identity
 from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, on_device
 from models.sampling import seed_of
+from progress import Bar
 
 # Batches from one backward pass to the next: a matrix of the hidden size needs fewer tokens than one of all neurons.
 FISHER_EVERY = 4
@@ -94,7 +94,7 @@ def collect_curvature(
     counts = torch.zeros(2, dtype=torch.float64, device=model.device)  # answer tokens; valid tokens with gradients
     with evaluating(model), _inputs_of(linears) as inputs:
         for number, batch in enumerate(
-            tqdm(on_device(batches, model.device), desc="Curvature", unit="batch", leave=False, disable=None)
+            Bar(on_device(batches, model.device), desc="Pruning: statistics", unit="batches", leave=False)
         ):
             mask_BT = batch["attention_mask"].bool()
             learns = fisher and number % FISHER_EVERY == 0

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
@@ -32,6 +31,7 @@ from models.pruning.importance import Total, identity
 from models.pruning.least_squares import damped, moment, refit
 from models.pruning.observe import evaluating, hooked, input_of, on_device
 from models.structure import Edit
+from progress import Bar
 
 Prefix = Literal["layerwise", "sequential"]
 
@@ -90,7 +90,7 @@ def repair(
             for index in range(stays[0]):
                 reading.dense_BTD = old[index].block(reading.dense_BTD, **reading.arguments[index])
         steps = zip(stays, [*stays[1:], len(old)], new, strict=True)
-        for start, end, layer in tqdm(list(steps), desc="Repairing", unit="layer", leave=False, disable=None):
+        for start, end, layer in Bar(list(steps), desc="Pruning: repairing", unit="layers", leave=False):
             if prefix == "layerwise":
                 for reading in readings:
                     reading.cut_BTD = reading.scale * reading.dense_BTD[..., channels]

@@ -105,7 +105,9 @@ def test_impossible_requests_are_refused(words: list[str]) -> None:
 
 
 def test_without_a_teacher_it_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="found none; make it with `make quickstart`"):
+    with pytest.raises(
+        FileNotFoundError, match="found none; make it with `python train.py fit --config benchmarks/study_teacher.yaml"
+    ):
         study_distillation.main(["--teacher", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 

@@ -292,9 +292,22 @@ def test_phases_are_judged_where_they_end(folders: dict[str, str], tmp_path: Pat
     assert restored.phases == phases.phases
 
 
-def test_phases_need_their_split(folders: dict[str, str], tmp_path: Path) -> None:
+def test_phases_are_judged_on_test_data_where_there_are_some(
+    folders: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged = PhaseEvaluation(generate_tokens=0)
+    data = SimpleNamespace(has_split=lambda split: True)
+    assert judged._choose_split(data) == "test"
+    fit(folders, tmp_path, judged)  # its data has train and val
+    assert judged.split == "val"
+    assert "Phases are judged on the val split: there is no test data" in caplog.messages
+
+
+def test_phases_need_the_split_that_is_asked_for(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected test data for PhaseEvaluation"):
-        fit(folders, tmp_path, PhaseEvaluation())
+        fit(folders, tmp_path, PhaseEvaluation(split="test"))
+    with pytest.raises(ValueError, match="expected test or val data for PhaseEvaluation"):
+        PhaseEvaluation()._choose_split(SimpleNamespace(has_split=lambda split: False))
 
 
 def test_samples_and_throughput_are_logged(folders: dict[str, str], tmp_path: Path) -> None:

@@ -82,6 +82,29 @@ def test_a_prompt_in_pieces_gives_the_same_logits(paths):
     close(logits, expected[:, -3:])
 
 
+@pytest.mark.parametrize("piece", [3, 4, 5, 10, 16])
+def test_the_last_logits_of_a_prompt_may_be_had_alone(piece, paths):
+    prompt, more = torch.arange(3, 14)[None], torch.tensor([[5, 6]])
+    plain = OnnxSession(paths[0], threads=1)
+    output = plain.run(prompt, torch.ones_like(prompt))
+    shared = SharedCacheSession(paths[1], length=14, threads=1, piece=piece)
+    logits = shared.run(prompt, last_only=True)
+    assert logits.shape[1] == 1 and shared.num_past == 11
+    close(logits, output.logits[:, -1:])
+    output = plain.run(more, torch.ones(1, 13, dtype=torch.long), output.cache)
+    close(shared.run(more, last_only=True), output.logits[:, -1:])
+    output = plain.run(more[:, :1], torch.ones(1, 14, dtype=torch.long), output.cache)
+    close(shared.run(more[:, :1], last_only=True), output.logits)
+
+
+def test_the_last_logits_of_several_prompts_are_those_of_the_whole(paths):
+    prompts = left_padded_prompts()
+    shared = SharedCacheSession(paths[1], length=12, batch=3, threads=1)
+    whole = shared.run(prompts["prompt_ids"], prompts["prompt_mask"])[:, -1:].clone()
+    shared.reset()
+    close(shared.run(prompts["prompt_ids"], prompts["prompt_mask"], last_only=True), whole)
+
+
 def test_forgotten_tokens_leave_no_trace(paths):
     shared = SharedCacheSession(paths[1], length=8, threads=1)
     first = shared.run(torch.tensor([[3, 4, 5]])).clone()

@@ -183,30 +183,69 @@ def test_what_the_form_does_not_hold_is_refused_before_anything_is_written(make,
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    with pytest.raises(ModuleNotFoundError, match=r"compressed-tensors.*pip install -e .\[serving\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"compressed-tensors.*pip install -e '.\[serving\]'"):
         save_compressed(quantized(tiny_model()), tiny_tokenizer(), tmp_path / "out" / "compressed")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_it_beside_the_student(tmp_path, capsys):
-    model = quantized(tiny_model(layers=1), format="int8_g32")
-    save_student(model, tiny_tokenizer(), tmp_path / "quantized")
-    save_student(tiny_model(layers=1), tiny_tokenizer(), tmp_path / "plain")
-    output = tmp_path / "out"
-    options = ["--output", str(output), "--engine", "none", "--decode-steps", "1", "--prompts", "1"]
-    options += ["--benchmark-repetitions", "0", "--compressed"]
-    assert main([str(tmp_path / "plain"), *options, "--precision", "int8_g32"]) == 2
-    assert "expected a model with frozen int8_g32 quantizers, found none" in capsys.readouterr().err
-    assert not output.exists()
+def run(model, folder, *options):
+    """The command on a saved model; returns the exit status and the artefacts of the report."""
+    save_student(model, tiny_tokenizer(), folder / "model")
+    quick = ["--engine", "none", "--decode-steps", "1", "--prompts", "1", "--benchmark-repetitions", "0"]
+    status = main([str(folder / "model"), "--output", str(folder / "out"), "--overwrite", *quick, *options])
+    rows = json.loads((folder / "out/report.json").read_text())["artefacts"] if status == 0 else []
+    return status, {row["path"]: row for row in rows}
 
-    assert main([str(tmp_path / "quantized"), *options]) == 0
-    rows = {row["path"]: row for row in json.loads((output / "report.json").read_text())["artefacts"]}
+
+def test_the_command_writes_it_beside_the_student_unless_told_otherwise(tmp_path):
+    model = quantized(tiny_model(layers=1), format="int8_g32")
+    status, rows = run(model, tmp_path, "--student-dtype", "float32")
+    assert status == 0
     assert rows["compressed"]["kind"] == "compressed-tensors folder"
     assert 0 < rows["compressed"]["bytes"] < rows["student"]["bytes"]
-    assert_transformers_computes_the_same(model, output / "compressed")
+    assert_transformers_computes_the_same(model, tmp_path / "out/compressed")
+    assert run(model, tmp_path, "--no-compressed")[1].keys() == {"student", "onnx/model.onnx"}
+    assert not (tmp_path / "out/compressed").exists()
 
-    assert main([str(tmp_path / "quantized"), *options[:-1], "--overwrite"]) == 0
-    assert not (output / "compressed").exists()
+
+def test_a_student_without_quantizers_has_none_and_hears_nothing(tmp_path, caplog, capsys):
+    assert run(tiny_model(layers=1), tmp_path)[1].keys() == {"student", "onnx/model.onnx"}
+    assert "compressed" not in caplog.text
+    assert run(tiny_model(layers=1), tmp_path / "asked", "--compressed")[0] == 2
+    assert "expected a student whose quantizers all have scales, found 0 of 0" in capsys.readouterr().err
+    assert not (tmp_path / "asked/out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(unequal, "layers of 2 sizes"), (mixed_zero_points, "in one format only")]
+)
+def test_where_the_form_does_not_hold_the_student_one_line_says_so(make, reason, tmp_path, caplog, capsys):
+    with caplog.at_level("INFO"):
+        assert "compressed" not in run(make(), tmp_path)[1]
+    assert (
+        len(
+            [
+                line
+                for line in caplog.messages
+                if line.startswith("compressed/ is left out: expected") and reason in line
+            ]
+        )
+        == 1
+    )
+    assert run(make(), tmp_path / "asked", "--compressed")[0] == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "asked/out").exists()
+
+
+def test_a_missing_package_leaves_it_out_and_says_how_to_install_it(tmp_path, caplog, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    model = quantized(tiny_model(layers=1))
+    with caplog.at_level("INFO"):
+        assert "compressed" not in run(model, tmp_path)[1]
+    assert "compressed/ is left out: expected the package compressed-tensors" in caplog.text
+    assert "pip install -e '.[serving]'" in caplog.text
+    assert run(model, tmp_path, "--compressed")[0] == 2
+    assert "expected the package compressed-tensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("format", "head"), [("int4_g32", "int4_g32"), ("fp8_e4m3", "int8_g32")])

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from export.plots import plot_training
-from export.report import markdown, read_metrics, write_report
+from export.report import closing, markdown, read_metrics, write_report
 
 PHASES = [
     {"name": "pruned", "step": 4, "parameters": 900, "kl": 0.5, "top1_agreement": 0.8, "task_score": 0.25},
@@ -22,6 +22,10 @@ PRUNING = [
         "event": 2, "step": 4, "kl_before": 0.25, "kl_after_cut": 1.5, "kl_after_repair": 3.5, "repair_undone": 1.0,
         "kl_recovered": -0.125, "parameters": 900, "layers": 3, "hidden_size": 32, "neurons_per_layer": 32,
     },
+]  # fmt: skip
+SERVED = [
+    {"name": name, "kl": kl, "kl_low": kl / 2, "kl_high": 2 * kl, "task_score": 0.75, "task_score_low": 0.5, "task_score_high": 1.0,
+     "tokens": 99, "questions": 12} for name, kl in (("teacher", 0.0), ("student", 0.125), ("student_cpu", 0.25))
 ]  # fmt: skip
 REPORT = {
     "teacher": {"name": "teacher", "parameters": 1000, "kl": 0.0, "top1_agreement": 1.0, "task_score": 0.75},
@@ -47,7 +51,7 @@ REPORT = {
     ],
     "verification": [
         {"name": "engine", "status": "not_run", "reason": "no GPU"},
-        {"name": "onnx", "status": "passed", "max_relative_difference": 2e-5, "bound": 1e-4, "greedy_agreement": 1.0},
+        {"name": "onnx", "status": "passed", "rounding_ratio": 0.5, "bound": 4.0, "greedy_agreement": 1.0},
     ],
     "versions": {"torch": "2.13"},
 }
@@ -66,7 +70,7 @@ def test_report_holds_the_figures_and_the_pictures(tmp_path: Path) -> None:
         "| 2 | 1,950 | 0.0625 | 2.5 | 0.75 | 0.5 |",
         "0.100",
         "no GPU",
-        "2e-05",
+        "| 0.5 |",
         "50.0 (40.0 to 60.0)",
     ):
         assert figure in text, figure
@@ -128,3 +132,28 @@ def test_metrics_are_columns_of_step_and_value(tmp_path: Path) -> None:
 def test_markdown_aligns_numbers() -> None:
     header = markdown(REPORT, []).splitlines()
     assert header[header.index("| teacher | 1,000 | 0 | 1 | 0.75 |") - 1] == "| --- | ---: | ---: | ---: | ---: |"
+
+
+def test_the_last_lines_say_what_was_made_how_good_how_fast_where_and_what_comes_next() -> None:
+    row = REPORT["benchmark"][0]
+    rows = [
+        row | {"name": "teacher", "bytes": 8_000_000},
+        row,
+        row | {"name": "student_cpu", "tokens_per_second": 200.0},
+    ]
+    made = [*REPORT["artefacts"], {"path": "compressed", "bytes": 3_000_000, "kind": "compressed-tensors folder int8"}]
+    lines = closing(REPORT | {"served": SERVED, "benchmark": rows, "artefacts": made}, Path("runs/one")).splitlines()
+    assert lines[0] == "Made:   onnx/model.onnx (ONNX fp8, 2 MB)"
+    assert "teacher: task score 0.750 (0.500 to 1.000), KL to the teacher 0.000" in lines[2]
+    assert "student_cpu" in lines[4] and "0.250 (0.125 to 0.500) nats a token" in lines[4]
+    assert "task score 0.100" in lines[5]
+    assert "1.0 times as fast to the first token, 4.0 times as fast after it, 0.25 of the size" in lines[8]
+    assert lines[9].startswith("Where:  runs/one/")
+    assert lines[10].endswith("-m export.chat runs/one") and lines[11].endswith("vllm serve runs/one/compressed")
+
+
+def test_the_last_lines_of_a_run_that_made_a_folder_only() -> None:
+    made = [{"path": "student", "bytes": 3_000_000, "kind": "Hugging Face folder"}]
+    text = closing({"artefacts": made}, Path("runs/one"))
+    assert text.splitlines()[0] == "Made:   student (Hugging Face folder, 3 MB)"
+    assert "Good" not in text and "Fast" not in text and "Next" not in text

@@ -129,14 +129,16 @@ def test_models_of_others_stay_and_ours_are_replaced_only_when_asked(exported, t
     (repository / "theirs/1").mkdir(parents=True)
     arguments = [str(exported), "--output", str(repository)]
     assert main(arguments) == 0
-    (repository / "student_onnx/stale").touch()
+    for file in ("1/model.plan", "notes.txt"):
+        (repository / "student_onnx" / file).touch()
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert "expected no model 'student_onnx'" in message
     assert "--overwrite" in message
-    assert (repository / "student_onnx/stale").exists()
+    assert (repository / "student_onnx/1/model.plan").exists()
     assert main([*arguments, "--overwrite"]) == 0
-    assert not (repository / "student_onnx/stale").exists()
+    assert not (repository / "student_onnx/1/model.plan").exists()
+    assert (repository / "student_onnx/notes.txt").exists()
     assert sorted(path.name for path in repository.iterdir()) == ["student_onnx", "theirs"]
 
 

@@ -6,9 +6,10 @@ import torch
 from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.audit import audit
+from export.engine_runtime import EngineSession
 from export.to_onnx import check_engine_formats, export_onnx
 from export.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
-from export.verify import verify_engine
+from export.verify.faithfulness import compare_served, judged_by, sampled, torch_served
 from models.structure import apply_edit
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -110,7 +111,9 @@ def test_tensorrt_that_is_not_installed(monkeypatch):
 def test_engines_follow_torch(name, graphs, plain_model, quantized_model, tmp_path):
     model = quantized_model if name.startswith("fp8") else plain_model
     prompts = left_padded_prompts()
-    reference = record(model, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=32)
     build_engine(graphs[name], tmp_path / "model.engine", profiles=PROFILES)
-    checks = verify_engine(reference, tmp_path / "model.engine", name.split("-")[0])
-    assert {check.status for check in checks} == {"passed"}, [check.reason for check in checks]
+    held_out = judged_by(model, sampled(model, prompts, 1024))
+    reference = torch_served(model, held_out, lambda: None)
+    found = held_out.measure(EngineSession(tmp_path / "model.engine"), [2], lambda: None)
+    check = compare_served(name, model, found, reference)
+    assert check.status == "passed", check.reason

@@ -112,8 +112,8 @@ def test_equal_layers_leave_an_ordinary_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda layers: layers[:1], "expected the sizes of 2 layers in potstill.json, found 1"),
-        (lambda layers: [], "expected the sizes of 2 layers in potstill.json, found 0"),
+        (lambda layers: layers[:1], "expected the sizes of 2 layers in potstill/structure.json, found 1"),
+        (lambda layers: [], "expected the sizes of 2 layers in potstill/structure.json, found 0"),
         (lambda layers: [layers[0], layers[1] | {"neurons": 40}], r"found others \(.*layers.1.mlp.*\)"),
     ],
 )

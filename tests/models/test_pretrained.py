@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -11,15 +12,24 @@ from typing import Any
 import pytest
 import torch
 from chat_doubles import byte_tokenizer
+from safetensors import safe_open
 from tiny import tiny_batch, tiny_folder, tiny_gguf, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models import packaged, pretrained
+from models import converted, packaged, pretrained
 from models.packaged import PackagedFile, cache_folder
 from models.pretrained import check_same_tokenizer, end_token_ids, load_model, load_tokenizer
 
 MEMBER = "tiny_package/tiny.gguf"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of one's own, empty."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("POTSTILL_CACHE", str(folder))
+    return folder
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -142,6 +152,86 @@ def test_gguf_file(tmp_path: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def converted_files(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "gguf").rglob("*") if path.is_file())
+
+
+def test_gguf_files_are_converted_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_gguf(tmp_path / "tiny.gguf", tiny_model())
+    first = load_model(file)
+    assert converted_files(cache) == ["config.json", "generation_config.json", "model.safetensors"]
+    monkeypatch.setattr(converted, "AutoModelForCausalLM", None)
+    second = load_model(file)
+    assert torch.equal(logits(second), logits(first))
+    assert second.config.to_dict() == first.config.to_dict()
+    half = load_model(file, dtype=torch.bfloat16)
+    assert torch.equal(half.lm_head.weight, first.lm_head.weight.bfloat16())
+
+
+def test_a_conversion_belongs_to_a_file_and_to_versions(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    load_model(tiny_gguf(file, tiny_model()))
+    load_model(tiny_gguf(file, tiny_model(seed=1)))
+    os.utime(file, ns=(0, 0))
+    assert torch.allclose(logits(load_model(str(file))), logits(tiny_model(seed=1)), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(converted, "version", lambda package: "99")
+    load_model(str(file))
+    assert len(converted_files(cache)) == 3  # the outdated are gone
+    (tmp_path / "other").mkdir()
+    load_model(tiny_gguf(tmp_path / "other/tiny.gguf", tiny_model()))
+    assert len(converted_files(cache)) == 6
+
+
+def test_a_conversion_that_is_cut_short_leaves_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_gguf(tmp_path / "tiny.gguf", tiny_model())
+    whole = PreTrainedModel.save_pretrained
+
+    def full_disk(self: PreTrainedModel, folder: Path) -> None:
+        whole(self, folder)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full_disk)
+    with pytest.raises(FileNotFoundError, match="No space left") as error:
+        load_model(file)
+    assert_one_sentence(error)
+    assert list((cache / "gguf").iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("POTSTILL_CACHE", str(cache))
+    assert load_model(file).num_parameters() == tiny_model().num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("exact_in", "kept_in"),
+    [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")],
+    ids=["bfloat16", "float16", "float32"],
+)
+def test_weights_are_kept_in_the_smallest_exact_type(
+    exact_in: torch.dtype, kept_in: str, cache: Path, tmp_path: Path
+) -> None:
+    original = tiny_model().to(exact_in).float()
+    model = load_model(tiny_gguf(tmp_path / "tiny.gguf", original))
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, original.model.layers[1].mlp.up_proj.weight)
+    (weights,) = cache.rglob("model.safetensors")
+    with safe_open(weights, "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {kept_in}  # noqa: SIM118
+
+
+def test_a_head_that_repeats_the_embedding_is_tied_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    untied = tiny_model(tie_word_embeddings=False)
+    model = load_model(tiny_gguf(tmp_path / "other.gguf", untied))
+    assert model.num_parameters() == untied.num_parameters()
+    assert "9,600 weights of 34,720 are the head's own" in caplog.text
+    untied.lm_head.weight.data.copy_(untied.model.embed_tokens.weight)
+    model = load_model(tiny_gguf(tmp_path / "equal.gguf", untied))
+    assert model.config.tie_word_embeddings
+    assert model.num_parameters() == untied.num_parameters() - 9600
+    torch.testing.assert_close(logits(model), logits(untied), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_missing_gguf_file(load: Any, tmp_path: Path) -> None:
     with pytest.raises(
@@ -178,17 +268,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "tiny.whl").read_bytes()
 
 
-@pytest.fixture
-def cache(tmp_path: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a package `tiny` that is known by the hash of the true wheel."""
-    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(autouse=True)
+def known(wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package `tiny` that is known by the hash of the true wheel."""
     packaged = PackagedFile("tiny==1.0", hashlib.sha256(wheel).hexdigest(), MEMBER, "Apache-2.0")
     monkeypatch.setitem(pretrained.PACKAGED_MODELS, "tiny", packaged)
-    return tmp_path / "cache"
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    """What is in the cache of packages, conversions aside."""
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and "gguf" not in path.parts)
 
 
 def test_package_is_downloaded_once(cache: Path, wheel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +327,7 @@ def test_unknown_package(cache: Path) -> None:
     with pytest.raises(ValueError, match="among smollm2-135m-instruct, tiny, found 'smollm3'; choose") as error:
         load_model("package:smollm3")
     assert_one_sentence(error)
-    assert not cache.exists()
+    assert not list(cache.iterdir())
 
 
 def test_cache_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,266 @@
+"""Every command and every program of README and how-tos is run, in the order of its page, with tiny models in the place of real ones.
+
+Recipes are cut to a few steps where a command asks for no small number itself.  What cannot run here is listed with where it runs.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import wandb
+import yaml
+from chat_doubles import byte_tokenizer
+from short_runs import ROOT, short
+from tiny import tiny_folder
+from tiny_movielens import SETTINGS, tiny_movielens
+from transformers import AutoModelForCausalLM
+
+import export.__main__ as export_main
+import export.benchmark as benchmark_main
+import export.serving as serving_main
+import models.offline.__main__ as offline_main
+import train
+from datamodules.chat import Conversation, encode
+
+OWN = "docs/howto-own-model-and-data.md"
+PAGES = ["README.md", "docs/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("howto-*.md"))]
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {
+    "python train.py": train.entry_point,
+    "python -m export": export_main.main,
+    "python -m export.serving": serving_main.main,
+    "python -m export.benchmark": benchmark_main.main,
+    "python -m models.offline": offline_main.main,
+}
+#: Beginnings of commands that do not run here, and where they do.
+ELSEWHERE = {
+    "make ": "CI runs both targets",
+    "pip install": "CI installs",
+    "vllm serve": "make test-servers",
+    "docker run": "make test-servers",
+    "python train.py fit --config configs/distill.yaml --config configs/fsdp.yaml": "several GPUs; test_configs.py has two processes",
+    "python -m export.benchmark exported": "tests/export/test_benchmark.py",
+    "python -m benchmarks.chats": "tests/benchmarks/test_chats.py",
+    "python -m benchmarks.memory": "tests/benchmarks/test_memory_benchmark.py",
+    "python -m benchmarks.ranking": "tests/benchmarks/test_ranking_benchmark.py",
+    "python -m benchmarks.study_ranking": "tests/benchmarks/test_study_ranking.py",
+}
+#: Programs in Python that do not run here.
+CLIENTS = {
+    "tritonclient": "tests/export/test_serving.py",
+    "export.scorer": "test_ranking_howto.py looks at what it prints",
+}
+#: Words of commands: the tiny tokenizer has no labels of one token but letters.
+REPLACED = {"package:smollm2-135m-instruct": "my-model", "no": "n", "yes": "y"}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of all fenced blocks."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a block, continued lines joined."""
+    lines = [re.sub(r"\s+", " ", line).strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def elsewhere(command: str) -> bool:
+    return any(command.startswith(beginning) for beginning in ELSEWHERE)
+
+
+def cut(arguments: list[str], folder: Path) -> list[str]:
+    """A training in few steps: an overlay behind the recipe, unless the command has a small number of steps itself."""
+    text = " ".join(arguments)
+    recipe = re.search(r"configs/(\w+)\.yaml", text)
+    if arguments[0] not in ("fit", "test") or recipe is None:
+        return arguments
+    overlay = {} if "max_steps" in text or "short.yaml" in text else short(recipe[1])
+    if recipe[1] in ("sft", "ranking_teacher", "distill", "ranking"):
+        for callback in overlay.get("trainer", {}).get("callbacks", ()):
+            if callback["class_path"] == "ExportOnFitEnd":
+                callback["init_args"]["formats"] = ["hf"]
+    if "ranking" in recipe[1]:
+        overlay["data"] = {"init_args": SETTINGS}
+        overlay.setdefault("model", {"init_args": {}})["init_args"]["resamples"] = 20
+    files = [position for position, word in enumerate(arguments) if word == "--config"]
+    if "ckpt_path" in text and arguments[0] == "fit" and "short.yaml" not in text:
+        overlay["trainer"]["max_steps"] += 2  # a resumed run goes on
+    (folder / "cut.yaml").write_text(yaml.safe_dump(overlay))
+    behind = files[-1] + 2 if "ranking.yaml" not in text or "ranking" in recipe[1] else files[0] + 2
+    return [*arguments[:behind], "--config", "cut.yaml", *arguments[behind:]]
+
+
+def run(command: str, folder: Path) -> None:
+    words = [REPLACED.get(word, word) for word in shlex.split(command)]
+    settings = [words.pop(0).split("=", 1) for word in list(words) if re.match(r"[A-Z_]+=", word)]
+    if words[0] == "awk":
+        subprocess.run(words, check=True)
+        return
+    begin = 2 if words[1] == "train.py" else 3
+    program, arguments = " ".join(words[:begin]), words[begin:]
+    assert program in PROGRAMS, f"{command}: run it here, or list where it runs"
+    if any("help" in argument for argument in arguments):
+        with pytest.raises(SystemExit) as stop:
+            PROGRAMS[program](arguments)
+        assert stop.value.code == 0, command
+        return
+    if program == "python train.py":
+        arguments = cut(arguments, folder)
+        if "model.init_args.student" not in command and "ranking" not in command and "configs/" in command:
+            arguments += ["--model.init_args.student", "my-model"]
+    if program == "python -m export":
+        arguments += ["--benchmark-repetitions", "0", "--decode-steps", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings:
+            patch.setenv(name, value)
+        assert PROGRAMS[program](arguments) == 0, f"{command}\nwith {arguments}"
+    wandb.finish()  # a run that is still open would take in the next one's
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages take for granted: models, data, a checkpoint of an FP8 run, and what was exported from it."""
+    folder = tmp_path_factory.mktemp("shelf")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for seed, name in enumerate(("my-model", "my-teacher"), start=1):
+        tiny_folder(folder / name, seed=seed, head_dim=16, max_position_embeddings=2048)
+    rows = [{"prompt": f"What is {n} plus {n + 1}?", "response": str(2 * n + 1)} for n in range(80)]
+    for name in ("my.jsonl", "my-train.jsonl", "calibration.jsonl", "questions.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    films = [{"prefix": f"{n}", "prompt": f"Film {n % 7}", "label": "ny"[n % 2], "user": n % 5} for n in range(40)]
+    for split in ("train", "val", "test"):
+        held = films[::2] if split == "train" else [{**row, "prefix": split + row["prefix"]} for row in films[:6]]
+        (folder / f"my-candidates-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    tiny_movielens(folder / "films")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        trained = (
+            "--data.init_args.train my.jsonl --model.init_args.teacher my-teacher --model.init_args.student my-teacher"
+        )
+        run(f"python train.py fit --config configs/compress.yaml {trained}", folder)
+        run(
+            "python -m export runs/compress-001/checkpoints/last.ckpt --output exported --precision fp8 --engine none",
+            folder,
+        )
+    (folder / "my-quantized-model").symlink_to(folder / "exported/student")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs a page in a folder of its own, once."""
+
+    @cache
+    def page_in_its_folder(page: str) -> Path:
+        folder = tmp_path_factory.mktemp("page")
+        for path in shelf.iterdir():
+            if path.name == "exported" and page != "docs/howto-triton.md":
+                continue  # the page writes it
+            if path.name == "runs":
+                (folder / "runs").mkdir()
+                (folder / "runs/compress-001").symlink_to(path / "compress-001")
+            elif page != OWN or path.name != "my-train.jsonl":
+                (folder / path.name).symlink_to(path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for language, text in blocks(page):
+                if language == "yaml" and (named := re.match(r"# (\S+\.yaml)\n", text)):
+                    (folder / named[1]).write_text(text.replace('"no", "yes"', '"n", "y"'))
+                if language == "bash":
+                    for command in commands(text):
+                        if not elsewhere(command):
+                            import time
+
+                            t = time.process_time()
+                            run(command, folder)
+                            print(
+                                "CPU",
+                                round(time.process_time() - t, 1),
+                                command[:150],
+                                file=open("/tmp/t2/cpu.txt", "a"),
+                            )
+                if language == "python" and not any(client in text for client in CLIENTS):
+                    exec(compile(text, page, "exec"), {})
+        return folder
+
+    return page_in_its_folder
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_runs(page: str, ran: Callable[[str], Path]) -> None:
+    ran(page)
+
+
+def test_what_runs_elsewhere_is_in_the_pages() -> None:
+    """And nothing is listed that is not there any more."""
+    found = [
+        command for page in PAGES for language, text in blocks(page) if language == "bash" for command in commands(text)
+    ]
+    for beginning, where in ELSEWHERE.items():
+        assert any(command.startswith(beginning) for command in found), beginning
+        if where.startswith("tests/"):
+            assert (ROOT / where).is_file()
+
+
+@pytest.mark.recipe
+def test_the_howto_leads_from_data_to_a_resumed_student_that_was_judged_on_the_test_file(
+    ran: Callable[[str], Path],
+) -> None:
+    folder = ran(OWN)
+    parts = [(folder / name).read_text().splitlines() for name in ("my-train.jsonl", "my-test.jsonl")]
+    assert sorted(parts[0] + parts[1]) == sorted((folder / "my.jsonl").read_text().splitlines())
+    assert len(parts[1]) == 8
+    run = folder / "runs/compress-short-001"
+    report = json.loads((run / "report.json").read_text())
+    assert [phase["name"] for phase in report["phases"]] == ["pruned", "recovered", "quantized"]
+    assert {check["status"] for check in report["verification"]} == {"passed"}
+    listed = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"]
+    (phases,) = [callback["init_args"] for callback in listed if callback["class_path"].endswith("PhaseEvaluation")]
+    assert phases["split"] is None  # so it is the test file's, see tests/callbacks/test_callbacks.py
+    student = AutoModelForCausalLM.from_pretrained(run / "student", trust_remote_code=False)
+    assert sum(p.numel() for p in student.parameters()) == report["phases"][-1]["parameters"]
+    resumed = json.loads((folder / "runs/compress-short-002/report.json").read_text())
+    assert resumed["phases"] == report["phases"]
+    assert resumed["teacher"] == report["teacher"]
+    assert list((folder / "runs/sft-wandb-001/wandb").glob("offline-run-*"))
+
+
+@pytest.mark.recipe
+def test_the_capture_of_the_howto_is_trained_on(ran: Callable[[str], Path]) -> None:
+    folder = ran("docs/howto-offline-teacher.md")
+    assert (folder / "teacher-cache/index.json").is_file()
+    assert "offline:teacher-cache" in next(folder.glob("runs/distill-*/config.yaml")).read_text()
+
+
+def test_the_chat_template_of_the_howto_makes_a_base_model_chat() -> None:
+    (template,) = [text for language, text in blocks(OWN) if language == "jinja"]
+    tokenizer = byte_tokenizer(chat_template=template)
+    turns = [("user", "hi"), ("assistant", "ho"), ("user", "2+2?"), ("assistant", "4")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (example,) = encode(tokenizer, [Conversation(messages, "here")])
+    assert (
+        tokenizer.decode(example.input_ids) == "User: hi\nAssistant: ho<|im_end|>\nUser: 2+2?\nAssistant: 4<|im_end|>"
+    )
+    answers = [tokenizer.decode(example.input_ids[start:end]) for start, end in example.answer_spans]
+    assert answers == [" ho<|im_end|>", " 4<|im_end|>"]
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    targets = [
+        command.split()[1]
+        for _, text in blocks("README.md")
+        for command in commands(text)
+        if command.startswith("make ")
+    ]
+    assert targets == ["quickstart", "test"]
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+        assert done.returncode == 0, done.stderr
+    assert "make test" in (ROOT / ".ci/run").read_text()
