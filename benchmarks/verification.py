@@ -19,13 +19,12 @@ free runs the largest difference in nats per token, half of the interval's width
 difference that this width belongs to.  A row of `fault` names the check that found it, or the largest ratio where none did.
 """
 
-import copy
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ from export.slice import slice_layers
 from export.to_onnx import Precision, export_onnx, precision_of
 from export.verify.exactness import Run, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import compare_served, judged_by, num_tokens_for, sampled, torch_served
-from export.verify.rounding import FLOAT16, FLOAT32
+from export.verify.rounding import FLOAT16, FLOAT32, Arithmetic
 from models.forward import Batch, shared_copy, with_rounded_weights
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.quantization.linear import freeze_scales
@@ -84,30 +83,27 @@ class Right:
 
     Attributes:
         name: Of the format, or of the family.
-        model: The torch model, its weights rounded.
+        model: The torch model that the graph computes, its weights rounded.
         path: The graph.
         of: Which model this is.
+        judged: The torch model that a free run is judged against; None: `model`.
     """
 
     name: str
     model: PreTrainedModel
     path: Path
     of: str
+    judged: PreTrainedModel | None = None
 
     @property
     def for_cpu(self) -> bool:
         """Whether it is a graph of `export.for_cpu`."""
-        return self.path.with_name(CPU).is_file() and self.name.endswith("cpu")
+        return self.path.name == CPU
 
     @property
-    def half(self) -> bool:
-        """Whether values between the products are float16."""
-        return any(name in self.name for name in ("fp16", "half"))
-
-    def stored(self) -> PreTrainedModel:
-        """The model with the head and the embedding of the graph."""
-        graph = onnx.load(self.path, load_external_data=False).graph
-        return with_stored_head(self.model, graph) if self.for_cpu else self.model
+    def arithmetic(self) -> Arithmetic:
+        """Of the numbers between the products."""
+        return FLOAT16 if "fp16" in self.name or "half" in self.name else FLOAT32
 
 
 def main() -> None:
@@ -132,7 +128,7 @@ def main() -> None:
             graphs = right_graphs(slice_layers(model, LAYERS), batches, folder, FORMATS, "four layers of SmolLM2")
         alarms = false_alarms(graphs, prompts, count, threads, free=not arguments.quick)
         planted = [*graphs, *further_graphs(graphs, folder, () if arguments.quick else FAMILIES)]
-        faults = planted_faults(planted, _drawn(prompts, random.Random(0), 3, padded=True), threads)
+        faults = planted_faults(planted, _drawn(prompts, random.Random(0), 3, padded=True), threads, PLANTED)
         if whole:
             entire = _whole_graphs(model, batches, folder, arguments.student)
             alarms += false_alarms(entire, prompts, whole, threads, free=True)
@@ -168,7 +164,9 @@ def _written(model: PreTrainedModel, folder: Path, precision: Precision, of: str
         half = export_onnx(model, folder / "half.onnx", precision=precision, activations="float16").path
         graphs.append(Right("fp8 half", rounded, half, of))
     if precision == "int8":
-        graphs.append(Right("int8 cpu", rounded, write_cpu_graphs(path), of))
+        cpu = write_cpu_graphs(path)
+        stored = with_stored_head(rounded, onnx.load(cpu, load_external_data=False).graph)
+        graphs.append(Right("int8 cpu", stored, cpu, of, rounded))
     return graphs
 
 
@@ -179,10 +177,8 @@ def further_graphs(graphs: Sequence[Right], folder: Path, families: Sequence[str
     yield Right("int8, prefill", int8.model, write_prefill(int8.path), int8.of)
     yield Right("fp16, labels", fp16.model, write_labels(fp16.path, {"yes": 10, "no": 20}), fp16.of)
     for family in families:
-        yield from (
-            Right(family, graph.model, graph.path, graph.of)
-            for graph in _written(tiny(family), folder / family, "fp32", f"tiny {family}")
-        )
+        for graph in _written(tiny(family), folder / family, "fp32", f"tiny {family}"):
+            yield replace(graph, name=family)
     cached = tiny("llama")
     apply_edit(cached, {"op": "quantize_cache", "format": "int8"})
     with torch.no_grad():
@@ -221,32 +217,30 @@ def verified(graph: Right, prompts: Sequence[Tensor], number: int, threads: int,
     """One verification; `number` decides everything about its texts."""
     draw = random.Random(number)
     prompt_ids, prompt_mask = _drawn(prompts, draw, draw.randint(1, 6), padded=draw.random() < 0.5)
-    nudged = number % 2 == 1
-    served = _nudged(graph.model, graph, number) if nudged else graph.model
-    model = _nudged(graph.stored(), graph, number) if nudged else graph.stored()
+    model, judged = graph.model, graph.judged or graph.model
+    if number % 2:
+        model, judged = (_nudged(each, graph.arithmetic.unit, seed=number) for each in (model, judged))
     run = Run(model, prompt_ids, prompt_mask, draw.randint(8, 16))
     checks = compare_graph(graph.name, [run], graph.path, threads=threads, for_cpu=graph.for_cpu)
     checks.append(compare_alone(graph.name, [run], graph.path, threads=threads, for_cpu=graph.for_cpu))
     if free:
-        rows = num_tokens_for(served) // ANSWER
-        ids_BT, mask_BT = _drawn(prompts, draw, rows, padded=True)
-        texts = {"prompt_ids": ids_BT, "prompt_mask": mask_BT}
-        held_out = judged_by(served, sampled(served, texts, rows * ANSWER))
-        reference = torch_served(served, held_out, lambda: None)
-        artefact = held_out.measure(OnnxSession(graph.path, threads=threads), end_token_ids(graph.model), lambda: None)
-        checks.append(compare_served(graph.name, served, artefact, reference))
+        rows = num_tokens_for(judged) // ANSWER
+        asked = dict(zip(("prompt_ids", "prompt_mask"), _drawn(prompts, draw, rows, padded=True), strict=True))
+        held_out = judged_by(judged, sampled(judged, asked, rows * ANSWER))
+        reference = torch_served(judged, held_out, lambda: None)
+        session = OnnxSession(graph.path, threads=threads)
+        found = held_out.measure(session, end_token_ids(judged), lambda: None)
+        checks.append(compare_served(graph.name, judged, found, reference))
     return checks
 
 
-def _nudged(model: PreTrainedModel, graph: Right, seed: int) -> PreTrainedModel:
-    """The model with other last digits of its embeddings; head, and graph, stay."""
-    unit, generator = (FLOAT16 if graph.half else FLOAT32).unit, torch.Generator().manual_seed(seed)
+def _nudged(model: PreTrainedModel, unit: float, seed: int) -> PreTrainedModel:
+    """The model with other last digits of its embeddings; the head stays."""
     changed = shared_copy(model)
-    old: Any = changed.get_input_embeddings()
-    changed.set_input_embeddings(embedding := copy.copy(old))
-    embedding._parameters = dict(old._parameters)
-    noise = torch.randn(old.weight.shape, generator=generator)
-    embedding.weight = nn.Parameter(torch.addcmul(old.weight, old.weight, noise, value=unit), requires_grad=False)
+    embedding: Any = changed.get_input_embeddings()
+    noise = torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(seed))
+    nudged = torch.addcmul(embedding.weight, embedding.weight, noise, value=unit)
+    embedding.weight = nn.Parameter(nudged, requires_grad=False)
     return changed
 
 
@@ -277,7 +271,7 @@ def _row(graph: Right, found: Sequence[tuple[list[Check], float]]) -> dict[str, 
 
 
 def planted_faults(
-    graphs: Sequence[Right], texts: Texts, threads: int, planted: dict[str, tuple[Fault, tuple[str, ...]]] = PLANTED
+    graphs: Sequence[Right], texts: Texts, threads: int, planted: dict[str, tuple[Fault, tuple[str, ...]]]
 ) -> list[dict[str, Any]]:
     """Plant every fault in every graph in which it is one; a row for each."""
     rows = []
@@ -296,7 +290,7 @@ class Examined:
     """One right graph, and the same texts for each fault that is planted in it."""
 
     def __init__(self, graph: Right, texts: Texts, threads: int, decode_steps: int = 8) -> None:
-        self.graph, self._threads, self._model = graph, threads, graph.stored()
+        self.graph, self._threads, self._model = graph, threads, graph.model
         ids_BT, mask_BT = texts
         vocabulary = self._model.config.vocab_size
         tokens = (ids_BT % vocabulary)[mask_BT.bool()]
