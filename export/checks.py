@@ -78,6 +78,11 @@ class Comparison:
             self.worst_ratio = ratio
             self.worst = f"{place} (relative distance {largest:.3g}, {explained:.3g} explained)"
 
+    def reject(self, what: str) -> None:
+        """Fail, whatever the distances are."""
+        self.places += 1
+        self.worst_ratio, self.worst = float("inf"), what
+
     def add_distributions(self, ours_NV: Tensor, theirs_NV: Tensor) -> None:
         """Compare the greedy tokens and the distributions of logits."""
         self._kl.append(forward_kl(ours_NV, theirs_NV))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.files import move_into_place, staging_folder
-from models.architecture import tie_equal_head
 from models.folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
+from models.loading import tie_equal_head
 from models.lora import merged
 from models.pretrained import load_model, load_tokenizer
 from models.quantization.cache import remove_cache_quantizers

@@ -16,7 +16,6 @@ OUTPUT/failed/                     the same once more: what failed its verificat
 from export.for_cpu import CPU, CPU_PREFILL
 from export.label_graph import LABELS
 from export.prefill import PREFILL
-from models.folder import SCALES_FILE, STRUCTURE_FILE
 
 STUDENT, COMPRESSED, FAILED = "student", "compressed", "failed"
 GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
@@ -42,9 +41,8 @@ STUDENT_FILES = (
     "*.safetensors.index.json",
     "config.json",
     "generation_config.json",
-    STRUCTURE_FILE,
-    SCALES_FILE,
-    "potstill.json",  # where these two lay before
+    "potstill.json",
+    "potstill/*",
     *_TOKENIZER,
 )
 FILES = {

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -229,17 +228,6 @@ def head_name(model: PreTrainedModel) -> str:
     """The qualified name of the output head, such as `lm_head`."""
     head: Any = model.get_output_embeddings()
     return next(name for name, module in model.named_modules() if module is head)
-
-
-def tie_equal_head(model: PreTrainedModel) -> bool:
-    """Tie a head that has a weight of its own, equal to the embedding's, to the embedding, in place; whether there was one."""
-    head: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
-    if head.weight is embedding.weight or not torch.equal(head.weight, embedding.weight):
-        return False
-    head.weight = embedding.weight
-    model.config.tie_word_embeddings = True
-    return True
 
 
 def count_parameters(model: nn.Module) -> int:

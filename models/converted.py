@@ -18,8 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.utils.quantization_config import GgufConfig
 
-from models.architecture import tie_equal_head
-from models.loading import check_loaded, check_only_data
+from models.loading import check_loaded, check_only_data, tie_equal_head
 from models.packaged import cache_folder
 from progress import Bar
 
@@ -49,7 +48,7 @@ def converted_model(file: Path) -> Path:
         )
         model, report = loaded
         check_loaded(str(file), report)
-        _tie_or_explain_head(model)
+        _tie_equal_head(model)
         model.to(_smallest_exact_type(model)).save_pretrained(folder)
 
     return _kept(file, "model", write)
@@ -112,11 +111,11 @@ def _smallest_exact_type(model: PreTrainedModel) -> torch.dtype:
     return torch.float32
 
 
-def _tie_or_explain_head(model: PreTrainedModel) -> None:
+def _tie_equal_head(model: PreTrainedModel) -> None:
     """Some files repeat the embedding as the output head: one of them is enough. If the two differ, say what that costs."""
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if not tie_equal_head(model) and head is not embedding:
+    head: Any = model.get_output_embeddings()
+    if not tie_equal_head(model) and not model.config.tie_word_embeddings:
         rank_zero_info(
-            f"The file holds an output head beside the embedding, and their numbers differ: {head.numel():,} weights of "
+            f"The file holds an output head beside the embedding, and their numbers differ: {head.weight.numel():,} weights of "
             f"{model.num_parameters():,} are the head's own"
         )

@@ -30,7 +30,7 @@ from export.runtime import OnnxSession, Output, new_entries, position_ids
 from export.slice import layer_kinds
 from export.trace import cache_names, cache_tensors
 from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding, operands
-from export.verify.taps import FED, Entrance, FedGraph, Product, fed_graph, layer_of
+from export.verify.taps import FED, Entrance, FedGraph, Product, coarser_types, fed_graph, layer_of
 from models.architecture import decoder_layers, head_name
 from models.forward import with_rounded_weights
 from models.losses.head import logits_of
@@ -228,6 +228,7 @@ class _Graph:
     ) -> None:
         self.fed: FedGraph = fed_graph(path, layers)
         self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True)
+        self._coarser = coarser_types(self.fed)
         self._layers, self._padded_keys = layers, not for_cpu
 
     @torch.no_grad()
@@ -251,6 +252,8 @@ class _Graph:
                 ours_ND, theirs_ND = _at_tokens(ours.reshape(theirs.shape), valid_BT), _at_tokens(theirs, valid_BT)
                 comparison.add(f"{place} at step {number}", ours_ND, theirs_ND, explained[place])
 
+        if self._coarser:
+            comparison.reject(f"values in {' and '.join(self._coarser)}, a coarser type than the graph's own")
         rounds_unseen = self._rounds_unseen(run.model)
         for entrance in self.fed.entrances:
             if entrance.value in self.fed.compared and not (rounds_unseen and entrance.module.endswith("o_proj")):
@@ -281,9 +284,9 @@ class _Graph:
         """What a product or quantizer of the graph is fed."""
         module: Any = modules[entrance.module]
         value, _ = self._read(entrance.module, step)
-        if self.fed.half:  # values on the grid: float16 must not decide their rounding once more
+        if self.fed.half:  # half way to the grid: float16 can't decide the rounding, and a missing quantizer shows
             quantizer = module if isinstance(module, InputQuantizer) else getattr(module, "input_quantizer", None)
-            value = (value if quantizer is None else quantizer.quantize(value)).half()
+            value = (value if quantizer is None else (value + quantizer.quantize(value)) / 2).half()
         return value.flatten(0, -2) if entrance.rows else value
 
     def _read(self, module: str, step: Step) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,18 @@ def fed_graph(path: Path, layers: Iterable[int] | None = None) -> FedGraph:
     return FedGraph(model, entrances, set(compared), products, half, "labels" in metadata or "logits" in metadata)
 
 
+def coarser_types(fed: FedGraph) -> list[str]:
+    """Types below the one that a graph says it has between its products, to which it casts.
+
+    One rounding to bfloat16 is eight times one to float16: too close for a bound on distances.
+    """
+    types = onnx.TensorProto
+    casts = [node for node in fed.model.graph.node if node.op_type == "Cast"]
+    found = {attribute.i for node in casts for attribute in node.attribute if attribute.name == "to"}
+    coarser = {types.BFLOAT16} if fed.half else {types.BFLOAT16, types.FLOAT16}
+    return sorted(types.DataType.Name(each) for each in found & coarser)
+
+
 def layer_of(module: str) -> int | None:
     """The decoder layer that a module is part of; None: none."""
     found = _LAYER.search(module)
