@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.utils.quantization_config import GgufConfig
 
 from models.packaged import cache_folder
 from progress import Bar
 
-modeling_gguf_pytorch_utils.tqdm = Bar  # type: ignore[attr-defined]  # its own would write a line into a log at every redraw
+modeling_gguf_pytorch_utils.tqdm = Bar  # type: ignore[attr-defined, assignment]  # its own would write a line into a log at every redraw
 
 
 def converted_model(file: Path) -> Path:
@@ -40,7 +41,7 @@ def converted_model(file: Path) -> Path:
             str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         _tie_equal_head(model)
-        model.to(_smallest_exact_type(model)).save_pretrained(folder)
+        model.to(dtype=_smallest_exact_type(model)).save_pretrained(folder)
 
     return _kept(file, "model", write)
 
@@ -107,6 +108,8 @@ def _tie_equal_head(model: PreTrainedModel) -> None:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if head is embedding:
         return
+    assert isinstance(head, Tensor)
+    assert isinstance(embedding, Tensor)
     if torch.equal(head, embedding):
         model.config.tie_word_embeddings = True
         model.tie_weights()
