@@ -22,7 +22,7 @@ from models.loading import check_loaded, check_only_data, tie_equal_head
 from models.packaged import cache_folder
 from progress import Bar
 
-modeling_gguf_pytorch_utils.tqdm = Bar  # type: ignore[attr-defined]  # its own would write a line into a log at every redraw
+modeling_gguf_pytorch_utils.tqdm = Bar  # type: ignore[attr-defined, assignment]  # its own would write a line into a log at every redraw
 
 
 def converted_model(file: Path) -> Path:
@@ -49,7 +49,7 @@ def converted_model(file: Path) -> Path:
         model, report = loaded
         check_loaded(str(file), report)
         _tie_equal_head(model)
-        model.to(_smallest_exact_type(model)).save_pretrained(folder)
+        model.to(dtype=_smallest_exact_type(model)).save_pretrained(folder)
 
     return _kept(file, "model", write)
 

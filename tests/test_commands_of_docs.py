@@ -27,6 +27,8 @@ import export.serving as serving_main
 import models.offline.__main__ as offline_main
 import train
 from datamodules.chat import Conversation, encode
+from export.options import calibration_of, parser, settings_of
+from export.settings import check_settings
 
 OWN = "docs/howto-own-model-and-data.md"
 PAGES = ["README.md", "docs/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("howto-*.md"))]
@@ -199,6 +201,11 @@ def test_what_runs_elsewhere_is_in_the_pages() -> None:
         assert any(command.startswith(beginning) for command in found), beginning
         if where.startswith("tests/"):
             assert (ROOT / where).is_file()
+    for command in found:
+        if elsewhere(command) and command.startswith("python -m export "):  # engines take a minute each
+            options = parser().parse_args(shlex.split(command)[3:])
+            check_settings(settings_of(options))
+            calibration_of(options)
 
 
 @pytest.mark.recipe
