@@ -136,7 +136,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"What is {n} plus {n + 1}?", "response": str(2 * n + 1)} for n in range(80)]
     for name in ("my.jsonl", "my-train.jsonl", "calibration.jsonl", "questions.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    films = [{"prefix": f"{n}", "prompt": f"Film {n % 7}", "label": "ny"[n % 2], "user": n % 5} for n in range(40)]
+    films = [{"prefix": f"{n}", "prompt": f"Film {n % 7}", "label": "ny"[n // 2 % 2], "user": n % 5} for n in range(40)]
     for split in ("train", "val", "test"):
         held = films[::2] if split == "train" else [{**row, "prefix": split + row["prefix"]} for row in films[:6]]
         (folder / f"my-candidates-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
@@ -163,7 +163,7 @@ def ran(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     def page_in_its_folder(page: str) -> Path:
         folder = tmp_path_factory.mktemp("page")
         for path in shelf.iterdir():
-            if path.name == "exported" and page != "docs/howto-triton.md":
+            if path.name == "cut.yaml" or (path.name == "exported" and page != "docs/howto-triton.md"):
                 continue  # the page writes it
             if path.name == "runs":
                 (folder / "runs").mkdir()
