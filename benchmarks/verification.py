@@ -5,7 +5,7 @@
 
 Most of it runs on the first four decoder layers of SmolLM2 with its own head, `--whole` of the verifications on whole models: on the
 quickstart's student if it is there, else on all of SmolLM2 quantized on the spot; `model` says which.  Every verification draws other
-prompts, another number of them (1 to 6), padded or not, and other decode steps; every second one changes the last digits of torch's
+prompts, another number of them (1 to 6), padded or not, and other decode steps; every second one (on average) changes the last digits of torch's
 embeddings (by one unit roundoff of the graph's type) and leaves the graph alone; every third one judges a free run as well.
 
 | ratio          | what it is                                                                          | wanted |
@@ -70,7 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 4, "sliding_window_pattern": 2},
 }
 METHOD = PostTrainingQuantization(method="nearest", sensitive=False)
-CALIBRATED_ON, LONGEST_PROMPT, LONG = 8, 200, 256  # conversations, characters, tokens of one long prompt
+CALIBRATED_ON, LONGEST_PROMPT, LONG = 8, 200, 512  # conversations, characters, tokens of one long prompt
 ANSWER = 64  # tokens of a sampled answer
 PACKAGES = ["torch", "transformers", "onnx", "onnxruntime"]
 Texts = tuple[Tensor, Tensor]
@@ -130,7 +130,7 @@ def main() -> None:
         planted = [*graphs, *further_graphs(graphs, folder, () if arguments.quick else FAMILIES)]
         faults = planted_faults(planted, _drawn(prompts, random.Random(0), 3, padded=True), threads, PLANTED)
         if whole:
-            entire = _whole_graphs(model, batches, folder, arguments.student)
+            entire = _whole_graphs(model, batches, folder / "whole", arguments.student)
             alarms += false_alarms(entire, prompts, whole, threads, free=True)
     ratios = {
         "false_alarms": sum(row["false_alarms"] for row in alarms) / sum(row["verifications"] for row in alarms),
@@ -148,7 +148,7 @@ def right_graphs(
     for precision in tqdm(formats, desc=f"Graphs of {of}", leave=False):
         plain = precision == "fp16"
         made = model if plain else quantized_anew(model, batches, _format(precision), METHOD)
-        graphs += _written(made, folder / of / precision, precision, of)
+        graphs += _written(made, folder / precision, precision, of)
     return graphs
 
 
@@ -218,7 +218,7 @@ def verified(graph: Right, prompts: Sequence[Tensor], number: int, threads: int,
     draw = random.Random(number)
     prompt_ids, prompt_mask = _drawn(prompts, draw, draw.randint(1, 6), padded=draw.random() < 0.5)
     model, judged = graph.model, graph.judged or graph.model
-    if number % 2:
+    if draw.random() < 0.5:
         model, judged = (_nudged(each, graph.arithmetic.unit, seed=number) for each in (model, judged))
     run = Run(model, prompt_ids, prompt_mask, draw.randint(8, 16))
     checks = compare_graph(graph.name, [run], graph.path, threads=threads, for_cpu=graph.for_cpu)
@@ -295,8 +295,8 @@ class Examined:
         vocabulary = self._model.config.vocab_size
         tokens = (ids_BT % vocabulary)[mask_BT.bool()]
         self._long_1T = tokens.repeat(-(-LONG // len(tokens)))[None, :LONG]
-        short = 0 if "," in graph.name and "cache" not in graph.name else decode_steps  # no logits to go on with
-        self._run = Run(self._model, ids_BT % vocabulary, mask_BT, short)
+        steps = 0 if graph.name.endswith(("prefill", "labels")) else decode_steps
+        self._run = Run(self._model, ids_BT % vocabulary, mask_BT, steps)
 
     def first_failure(self, path: Path) -> Check:
         """The first check that fails, as a verification would go through them; the closest to it if none does."""
@@ -347,7 +347,7 @@ def _whole_graphs(model: PreTrainedModel, batches: Sequence[Batch], folder: Path
 def _texts() -> tuple[list[Batch], list[Tensor]]:
     """Calibration batches, and other prompts (T,) to verify on."""
     tokenizer = load_tokenizer(MODEL)
-    asked = [prompt for prompt in calibration_prompts(400) if len(prompt) <= LONGEST_PROMPT]
+    asked = [prompt for prompt in calibration_prompts(290) if len(prompt) <= LONGEST_PROMPT]
     conversations = [
         Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": "Yes."}], "prompt")
         for prompt in asked

@@ -19,6 +19,7 @@ from export.graph_edits import Inserter
 Fault = Callable[[ir.Model], None]
 LAYER = 1  # that a fault is planted in
 _CODES = r"\.weight(?!.*scale|.*zero_point).*"  # what follows a linear layer's name in its weight's
+_QUERY, _DOWN = (rf"model\.layers\.{LAYER}\.{name}_proj" for name in (r"self_attn\.q", r"mlp\.down"))
 _FLOAT16, _BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 
 
@@ -27,19 +28,30 @@ def _scale(pattern: str, factor: float, model: ir.Model) -> None:
 
 
 def _sign_of_a_code(model: ir.Model) -> None:
-    def flipped(x: np.ndarray) -> np.ndarray:
-        x.flat[np.abs(x).argmax()] *= -1
-        return x
+    """The largest weight of the input that the norm before it lets through the most."""
+    row = _strongest_input(model)
 
-    _change(_initializer(model, _down() + _CODES), flipped)
+    def flipped(x_IO: np.ndarray) -> np.ndarray:
+        x_IO[row, np.abs(x_IO[row]).argmax()] *= -1
+        return x_IO
+
+    _change(_initializer(model, _QUERY + _CODES), flipped)
 
 
 def _code_by_one_step(model: ir.Model) -> None:
-    def moved(x: np.ndarray) -> np.ndarray:
-        x.flat[0] += 1 if x.flat[0] < 0 else -1
-        return x
+    row = _strongest_input(model)
 
-    _change(_initializer(model, _down() + _CODES), moved)
+    def moved(x_IO: np.ndarray) -> np.ndarray:
+        x_IO[row, 0] += 1 if x_IO[row, 0] < 0 else -1
+        return x_IO
+
+    _change(_initializer(model, _QUERY + _CODES), moved)
+
+
+def _strongest_input(model: ir.Model) -> int:
+    gains = _initializer(model, rf"model\.layers\.{LAYER}\.input_layernorm\.weight").const_value
+    assert gains is not None
+    return int(np.abs(gains.numpy()).argmax())
 
 
 def _zero_point(model: ir.Model) -> None:
@@ -47,11 +59,11 @@ def _zero_point(model: ir.Model) -> None:
         x.flat[0] += 1 if x.flat[0] < 0 else -1
         return x
 
-    _change(_initializer(model, _down() + r"\.weight\.zero_point.*"), moved)
+    _change(_initializer(model, _QUERY + r"\.weight\.zero_point.*"), moved)
 
 
 def _channels_scales(model: ir.Model) -> None:
-    _change(_initializer(model, _down() + r"\.weight.*scale.*"), lambda x: np.roll(x, 1, axis=-1))
+    _change(_initializer(model, _DOWN + r"\.weight.*scale.*"), lambda x: np.roll(x, 1, axis=-1))
 
 
 def _nan(model: ir.Model) -> None:
@@ -59,7 +71,7 @@ def _nan(model: ir.Model) -> None:
         x.flat[0] = np.nan
         return x
 
-    _change(_initializer(model, _down() + _CODES), broken)
+    _change(_initializer(model, _DOWN + _CODES), broken)
 
 
 def _layers_swapped(model: ir.Model) -> None:
@@ -263,7 +275,7 @@ def _positions_ignored(model: ir.Model) -> None:
 
 
 def _input_quantizer_left_out(model: ir.Model) -> None:
-    scale = _initializer(model, _down() + r"\.input_quantizer\.scale")
+    scale = _initializer(model, _DOWN + r"\.input_quantizer\.scale")
     quantize = next(node for node in scale.consumers() if node.op_type == "QuantizeLinear")
     (dequantize,) = quantize.outputs[0].consumers()
     _insert(model, dequantize.outputs[0], lambda make, x: quantize.inputs[0])
@@ -311,12 +323,8 @@ def _final_norm_without_weight(model: ir.Model) -> None:
     _change(_initializer(model, r"model\.norm\.weight"), np.ones_like)
 
 
-def _down() -> str:
-    return rf"model\.layers\.{LAYER}\.mlp\.down_proj"
-
-
-WEIGHT_SCALE = partial(_scale, _down() + r"\.weight.*scale.*", 1.05)
-INPUT_SCALE = partial(_scale, _down() + r"\.input_quantizer\.scale", 1.05)
+WEIGHT_SCALE = partial(_scale, _DOWN + r"\.weight.*scale.*", 1.05)
+INPUT_SCALE = partial(_scale, _DOWN + r"\.input_quantizer\.scale", 1.05)
 CACHE_SCALE = partial(_scale, rf"model\.layers\.{LAYER}\..*cache_quantizer\.key\.scale", 1.05)
 SEEN_LATER = partial(_bound_of_mask, "LessOrEqual")
 _LATE, _NEWEST_FIRST = (0, 1), (-1, 2**31 - 1)

@@ -62,7 +62,7 @@ class Comparison:
         self._kl: list[Tensor] = []
         self._agreement: list[Tensor] = []
 
-    def add(self, place: str, ours_ND: Tensor, theirs_ND: Tensor, explained: float) -> None:
+    def add(self, place: str, ours_ND: Tensor, theirs_ND: Tensor, explained: float, order: float = 2.0) -> None:
         """Compare the features of N tokens with torch's.
 
         Args:
@@ -70,9 +70,10 @@ class Comparison:
             ours_ND: The artefact's.
             theirs_ND: Torch's.
             explained: Relative distance of a token that rounding explains.
+            order: Of the norm, see `distances`.
         """
         self.places += 1
-        largest = float(distances(ours_ND, theirs_ND).amax())
+        largest = float(distances(ours_ND, theirs_ND, order).amax())
         ratio = largest / max(explained, torch.finfo(torch.float32).eps)
         if not ratio <= self.worst_ratio:
             self.worst_ratio = ratio
@@ -107,11 +108,13 @@ class Comparison:
         )
 
 
-def distances(ours_ND: Tensor, theirs_ND: Tensor) -> Tensor:
-    """The euclidean distance of each of N tokens, relative to the second one's length; NaN and infinity are infinitely far away."""
+def distances(ours_ND: Tensor, theirs_ND: Tensor, order: float = 2.0) -> Tensor:
+    """The distance of each of N tokens, euclidean or of the worst feature (order infinity), relative to the second one's euclidean length;
+    NaN and infinity are infinitely far away.
+    """
     ours_ND, theirs_ND = ours_ND.detach().float(), theirs_ND.detach().float()
     smallest = torch.finfo(torch.float32).tiny
-    found_N = (ours_ND - theirs_ND).norm(dim=-1) / theirs_ND.norm(dim=-1).clamp(min=smallest)
+    found_N = (ours_ND - theirs_ND).norm(order, dim=-1) / theirs_ND.norm(dim=-1).clamp(min=smallest)
     return found_N.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 

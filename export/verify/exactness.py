@@ -277,7 +277,7 @@ class _Graph:
                     step.valid if padded else step.valid & step.attention_mask.all(dim=1, keepdim=True),
                 )
         if step.logits is not None:
-            self._compare_logits(comparison, number, step.logits, output, explained[f"{head_name(run.model)} gives"])
+            self._compare_logits(comparison, number, step.logits, output, explained, head_name(run.model))
         return output.cache
 
     def _fed(self, entrance: Entrance, modules: dict[str, nn.Module], step: Step) -> Tensor:
@@ -310,16 +310,24 @@ class _Graph:
         return {names[index]: (mine, step.cache[index]) for index, mine in zip(at, ours, strict=True)}
 
     def _compare_logits(
-        self, comparison: Comparison, number: int, theirs_BV: Tensor, output: Output, explained: float
+        self,
+        comparison: Comparison,
+        number: int,
+        theirs_BV: Tensor,
+        output: Output,
+        explained: dict[str, float],
+        head: str,
     ) -> None:
-        """Compare the last position's logits, or the log-probabilities of labels that a graph returns in their place."""
+        """Compare the last position's logits, all and each, or the log-probabilities of labels that a graph returns in their place."""
+        whole, worst = 2 * explained[f"{head} gives"], 2 * explained[f"{head} gives at most"]
         if not self._session.labels:
             ours_BV = output.logits[:, -1].float()
-            comparison.add(f"logits at step {number}", ours_BV, theirs_BV, 2 * explained)
+            comparison.add(f"logits at step {number}", ours_BV, theirs_BV, whole)
+            comparison.add(f"worst logit at step {number}", ours_BV, theirs_BV, worst, order=torch.inf)
             comparison.add_distributions(ours_BV, theirs_BV)
             return
         # A label's log-probability is the difference of a logit and a mean of logits: each may be off by the error of one.
-        error = 2 * explained * theirs_BV.square().mean(-1).sqrt()
+        error = whole * theirs_BV.square().mean(-1).sqrt()
         theirs_BC = theirs_BV.log_softmax(-1)[:, list(self._session.labels.values())]
         allowed = float((error / theirs_BC.square().mean(-1).sqrt()).amax())
         comparison.add("log-probabilities of labels", output.others[LOG_PROBS], theirs_BC, allowed)

@@ -112,7 +112,8 @@ def explained_by_rounding(
 
     Returns:
         `{module} reads` and `{module} gives` (its product, without a bias) of linear layers, `present.{layer}.key|value` of new entries
-        in the cache; distances are euclidean over a token's features, relative to torch's own length.
+        in the cache; distances are euclidean over a token's features, relative to torch's own length.  `{head} gives at most` is that of the
+        worst logit, relative to the same length.
     """
     run = _NoisyRun(model, attention_mask_BS.bool(), arithmetic, layers, seed)
     with _eager_attention(model), run.watching():
@@ -198,7 +199,9 @@ class _NoisyRun:
         self._again = False
         head, some_ND = self._model.get_output_embeddings(), output[self._valid_BS][-_HEAD_TOKENS:]
         for _ in range(DRAWS):
-            self._note(f"{name} gives", *self._errors.product(head, some_ND))
+            noisy_NV, exact_NV = self._errors.product(head, some_ND)
+            self._note(f"{name} gives", noisy_NV, exact_NV)
+            self._note(f"{name} gives at most", noisy_NV, exact_NV, order=torch.inf)
 
     @contextmanager
     def _fed(self, prefix: str, block: nn.Module) -> Iterator[None]:
@@ -228,8 +231,8 @@ class _NoisyRun:
             noisy, exact = (tensor.transpose(1, 2).flatten(2) for tensor in (noisy, exact))
         self._note(name, noisy[self._valid_BS], exact[self._valid_BS])
 
-    def _note(self, name: str, noisy_ND: Tensor, exact_ND: Tensor) -> None:
-        self.found[name] = max(self.found.get(name, 0.0), float(distances(noisy_ND, exact_ND).amax()))
+    def _note(self, name: str, noisy_ND: Tensor, exact_ND: Tensor, order: float = 2.0) -> None:
+        self.found[name] = max(self.found.get(name, 0.0), float(distances(noisy_ND, exact_ND, order).amax()))
 
 
 class _Entries:
