@@ -39,9 +39,9 @@ quickstart: $(VENV)/.installed-quickstart clean-quickstart
 	@echo "        use your own data:  $(PY) train.py fit --config configs/compress.yaml --data.init_args.train my.jsonl \\"
 	@echo "                              --model.init_args.teacher MODEL --model.init_args.student MODEL"
 
-# Exactly what a quickstart writes, so that nothing else is lost; .writing-* are leftovers of one that was killed.
+# Exactly what a quickstart writes, so that nothing else is lost; names with a dot are leftovers of one that was killed.
 clean-quickstart:
-	@cd $(OUT) 2>/dev/null && rm -rf teacher baseline student compressed onnx engine plots checkpoints .writing-* .report.*.tmp \
+	@cd $(OUT) 2>/dev/null && rm -rf teacher baseline student compressed onnx engine plots checkpoints .writing-* .replaced-* .report.*.tmp \
 		report.json report.md config.yaml metrics.csv hparams.yaml || true
 
 # Types are checked beside the tests, which leave a tenth of two cores idle; what was found is printed last.

@@ -36,6 +36,7 @@ import datamodules
 import models
 from export.checks import VerificationError
 from models.checkpoint import REFERENCES, plain_settings, read_checkpoint
+from models.ranges import check_ranges
 
 gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
@@ -88,9 +89,9 @@ class Parser(LightningArgumentParser):
     """A parser that answers a mistake in one line, not below seventy lines of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say it and exit with 2."""
-        if os.environ.get("POTSTILL_DEBUG") and ex is not None:
-            raise ex
+        """Say it and exit with 2; where the parser tries one type after another, it goes on."""
+        if not self.exit_on_error or os.environ.get("POTSTILL_DEBUG"):
+            super().error(message, ex)
         program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
         self.exit(2, f"error: {_one_sentence(message)} (all options: {program} --help)\n")
 
@@ -144,6 +145,9 @@ class PotstillCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and hand it to trainer and loggers; choose how often to log, and the progress bar."""
         config = self.config[self.subcommand]
+        # Lightning would hang on the first, and end a run of no step as if all was well on the second.
+        numbers = {"accumulate_grad_batches": (1, 1e9), "limit_train_batches": (1e-9, 1e9)}
+        check_ranges("trainer.", config.trainer.as_dict(), **numbers)
         self.run_dir = _run_folder(config)
         config.trainer.default_root_dir = str(self.run_dir)
         if config.trainer.logger in (None, True):
@@ -247,6 +251,10 @@ def _run_folder(config: Namespace) -> Path:
         return folder
     if "POTSTILL_RUN_DIR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(os.environ["POTSTILL_RUN_DIR"])
+    if Path(config.name).name != config.name:
+        raise ValueError(
+            f"expected a --name without folders, found {config.name!r}; put the folder into --root, the name into --name"
+        )
     root = Path(config.root)
     root.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(re.escape(config.name) + r"-(\d+)")

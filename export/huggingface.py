@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.files import move_into_place, staging_folder
 from models.folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
+from models.loading import tie_equal_head
 from models.lora import merged
-from models.pretrained import load_model, load_tokenizer, tie_equal_head
+from models.pretrained import load_model, load_tokenizer
 from models.quantization.cache import remove_cache_quantizers
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import FakeQuantizer

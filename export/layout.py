@@ -1,7 +1,7 @@
 """Where an export puts its files.
 
 OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
-OUTPUT/compressed/                 only if asked for: the same student as codes and scales, see `export/compressed.py`
+OUTPUT/compressed/                 of quantized students: the same as codes and scales, see `export/compressed.py`
 OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
 OUTPUT/onnx/prefill.onnx           only if asked for: the same weights, logits of the last position
 OUTPUT/onnx/labels.onnx            only if asked for: the same weights, log-probabilities of labels
@@ -42,6 +42,7 @@ STUDENT_FILES = (
     "config.json",
     "generation_config.json",
     "potstill.json",
+    "potstill/*",
     *_TOKENIZER,
 )
 FILES = {

@@ -9,6 +9,7 @@ from export.for_cpu import check_cpu
 from export.to_onnx import Precision, check_engine_formats, format_for
 from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
 from models.quantization.formats import FormatName
+from models.ranges import check_ranges
 
 Format = Literal["hf", "onnx", "engine"]
 StudentType = Literal["bfloat16", "float32"]
@@ -85,6 +86,10 @@ def check_settings(settings: ExportSettings) -> None:
             raise ValueError(
                 f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
             )
+    if not settings.formats:
+        raise ValueError("expected formats among hf, onnx and engine, found none; name what to write")
+    ranges = {"decode_steps": (0, 1e6), "prompt_tokens": (1, 1e6), "repetitions": (0, 1e4), "threads": (1, 1024)}
+    check_ranges("", vars(settings), **ranges)
     further = [name for name in ("prefill", "labels", "cpu") if getattr(settings, name)]
     if further and not settings.graph:
         raise ValueError(

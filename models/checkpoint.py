@@ -51,9 +51,9 @@ def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint at {str(path)!r}, found no file; check the path")
-    admit_optimizer_states(path)
     try:
         _check_records(path, skip_tensors=settings_only)
+        admit_optimizer_states(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=settings_only or None)
     except (
         RuntimeError,

@@ -18,11 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.utils.quantization_config import GgufConfig
 
-from models.loading import check_loaded, check_only_data
+from models.loading import check_loaded, check_only_data, tie_equal_head
 from models.packaged import cache_folder
 from progress import Bar
 
-modeling_gguf_pytorch_utils.tqdm = Bar  # type: ignore[attr-defined]  # its own would write a line into a log at every redraw
+modeling_gguf_pytorch_utils.tqdm = Bar  # type: ignore[attr-defined, assignment]  # its own would write a line into a log at every redraw
 
 
 def converted_model(file: Path) -> Path:
@@ -49,7 +49,7 @@ def converted_model(file: Path) -> Path:
         model, report = loaded
         check_loaded(str(file), report)
         _tie_equal_head(model)
-        model.to(_smallest_exact_type(model)).save_pretrained(folder)
+        model.to(dtype=_smallest_exact_type(model)).save_pretrained(folder)
 
     return _kept(file, "model", write)
 
@@ -113,14 +113,9 @@ def _smallest_exact_type(model: PreTrainedModel) -> torch.dtype:
 
 def _tie_equal_head(model: PreTrainedModel) -> None:
     """Some files repeat the embedding as the output head: one of them is enough. If the two differ, say what that costs."""
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if head is embedding:
-        return
-    if torch.equal(head, embedding):
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
-    else:
+    head: Any = model.get_output_embeddings()
+    if not tie_equal_head(model) and not model.config.tie_word_embeddings:
         rank_zero_info(
-            f"The file holds an output head beside the embedding, and their numbers differ: {head.numel():,} weights of "
+            f"The file holds an output head beside the embedding, and their numbers differ: {head.weight.numel():,} weights of "
             f"{model.num_parameters():,} are the head's own"
         )

@@ -212,7 +212,7 @@ def _narrowing(model: PreTrainedModel, sizes: Sequence[LayerSizes]) -> list[Edit
 
 
 def _structure(folder: Path) -> dict[str, Any]:
-    """What `potstill.json` says, if there is one.
+    """What the file of the structure says, if there is one.
 
     Raises:
         ValueError: It says it in another form than we write.

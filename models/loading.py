@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
@@ -162,3 +163,14 @@ def _some(names: set[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - _SHOWN
     return ", ".join(ordered[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def tie_equal_head(model: PreTrainedModel) -> bool:
+    """Tie a head that has a weight of its own, equal to the embedding's, to the embedding, in place; whether there was one."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head.weight is embedding.weight or not torch.equal(head.weight, embedding.weight):
+        return False
+    head.weight = embedding.weight
+    model.config.tie_word_embeddings = True
+    return True

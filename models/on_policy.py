@@ -6,6 +6,7 @@ resumed run decides as the uninterrupted one did.
 Legend: B samples, G generated tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class OnPolicy:
             ("share", 0, 1),
             ("adaptive", 0, 1),
             ("ramp", 0, 1e9),
+            ("tolerance", -math.inf, math.inf),  # but a number
             ("tokens", 1, 1e6),
             ("batch_size", 0, 1e9),
             ("replay_size", 0, 1e9),

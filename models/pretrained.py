@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,36 +75,10 @@ def load_model(
         raise _not_loadable("model", reference, error) from error
     check_loaded(reference, report)
     check_finite(model, repr(reference))
-    if "gguf_file" in options:
-        _explain_head(model, reference)
     # Without a pad token transformers warns at every generation; padding is masked, so any token will do.
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = end_token_ids(model)[0] if end_token_ids(model) else 0
     return model.eval()
-
-
-def tie_equal_head(model: PreTrainedModel) -> bool:
-    """Tie a head that has a weight of its own, equal to the embedding's, to the embedding, in place; whether there was one."""
-    head: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
-    if head.weight is embedding.weight or not torch.equal(head.weight, embedding.weight):
-        return False
-    head.weight = embedding.weight
-    model.config.tie_word_embeddings = True
-    return True
-
-
-def _explain_head(model: PreTrainedModel, reference: str) -> None:
-    """GGUF files may hold the embedding a second time, as the head's weight: tie it again, or say what it adds."""
-    if tie_equal_head(model):
-        rank_zero_info(f"{reference}: the output head equals the embedding, and is tied to it again")
-    elif not model.config.tie_word_embeddings:
-        head: Any = model.get_output_embeddings()
-        size, all = head.weight.numel(), sum(parameter.numel() for parameter in model.parameters())
-        rank_zero_info(
-            f"{reference}: the output head differs from the embedding, so it stays a weight of its own: {size / 1e6:.0f} of "
-            f"{all / 1e6:.0f} million parameters"
-        )
 
 
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -19,7 +19,9 @@ from models.forward import Batch, checkpoint_activations
 from models.losses import check_head, head_of
 from models.low_precision import check_rounding
 from models.pretrained import load_model, load_tokenizer
+from models.quantization.head import untie_head
 from models.quantization.learning import add_scale_group, cover_new_groups, learned_scales, round_learned_scales
+from models.ranges import check_ranges
 from models.sampling import seed_of
 from models.sharding import check_shardable, shard
 from models.step_mean import StepMean, step_of
@@ -48,7 +50,7 @@ class StudentModule(EvaluatedModule):
 
     Raises:
         FileNotFoundError: (when the model is built) there is no model at the reference.
-        ValueError: chunk_tokens is negative; (when the model is built) its family is unknown.
+        ValueError: A number is out of its range; (when the model is built) its family is unknown.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class StudentModule(EvaluatedModule):
         self.generate_tokens = generate_tokens
         self.gradient_checkpointing = gradient_checkpointing
         self.student_dtype = student_dtype
+        check_ranges("model.", locals(), warmup_steps=(0, 1e9), generate_tokens=(0, 1e6))
         if chunk_tokens < 0:
             raise ValueError(f"expected model.chunk_tokens of 0 or more, found {chunk_tokens}; 0 lets the loss choose")
         self.chunk_tokens = chunk_tokens
@@ -118,6 +121,8 @@ class StudentModule(EvaluatedModule):
                 f"expected trainer.max_steps for the {self.lr_schedule} learning rate schedule, found {steps}; "
                 "set trainer.max_steps, or model.lr_schedule to constant"
             )
+        if steps > 0:
+            check_ranges("model.", {"warmup_steps": self.warmup_steps}, warmup_steps=(0, steps))
         name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -171,6 +176,7 @@ class StudentModule(EvaluatedModule):
         self.edits = list(edits)
         if "state_dict" in checkpoint:  # a sharding strategy has loaded the weights before, and removed them here
             _check_weights(self, checkpoint)
+            _follow_head(self, checkpoint["state_dict"])
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
@@ -229,3 +235,11 @@ def _check_weights(module: "StudentModule", checkpoint: dict[str, Any]) -> None:
                 f"{theirs.get(name)} instead of {ours.get(name)}; it was trained from "
                 f"{checkpoint.get('hyper_parameters', {}).get('student')!r}: set model.init_args.student to that"
             )
+
+
+def _follow_head(module: "StudentModule", weights: dict[str, Tensor]) -> None:
+    """Give the head a weight of its own where a checkpoint has one: models from GGUF files are tied at load, and were not before."""
+    head, embedding = module.student.get_output_embeddings(), module.student.get_input_embeddings()
+    names = {id(owner): f"student.{name}.weight" for name, owner in module.student.named_modules()}
+    if not torch.equal(weights[names[id(head)]], weights[names[id(embedding)]]):
+        untie_head(module.student)

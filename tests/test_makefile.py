@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 def test_a_new_quickstart_removes_what_the_old_one_wrote_and_nothing_else(tmp_path: Path) -> None:
     killed = (
         ".writing-ab12/onnx/model.onnx.data",
+        ".replaced-ab12/config.json",
         "teacher/.writing-ab12/student/config.json",
         "onnx/.writing-ab12/cpu.onnx",
     )

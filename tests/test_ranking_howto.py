@@ -1,4 +1,4 @@
-"""The how-to of ranking is run: its commands are accepted, and its code ranks with a tiny model."""
+"""The how-to of ranking: own data in its recipes, and its benchmarks. Its commands run in test_commands_of_docs.py."""
 
 import re
 import shlex
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_folder
 
-import export.__main__ as export_main
 import train
 from benchmarks import ranking
 
@@ -32,44 +30,18 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("own_data", [False, True], ids=["MovieLens", "own data"])
-def test_the_train_commands_are_accepted(own_data: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_data_take_the_place_of_movielens(capsys: pytest.CaptureFixture[str]) -> None:
     (overlay,) = blocks("yaml")
     Path("my-ranking.yaml").write_text(overlay)
-    found = commands("python", "train.py")
-    assert len(found) == 3
+    found = [arguments for arguments in commands("python", "train.py") if "--ckpt_path" not in arguments]
+    assert len(found) == 2
     for arguments in found:
-        if "--ckpt_path" in arguments:  # there is a checkpoint only after a run; tests/test_ranking_recipes.py has one
-            position = arguments.index("--ckpt_path")
-            arguments = arguments[:position] + arguments[position + 2 :]
         with pytest.raises(SystemExit) as stop:
-            train.main([*arguments, *(["--config", "my-ranking.yaml"] if own_data else []), "--print_config"])
+            train.main([*arguments, "--config", "my-ranking.yaml", "--print_config"])
         assert stop.value.code == 0
         data = yaml.safe_load(capsys.readouterr().out)["data"]
-        if own_data:
-            assert data["class_path"].endswith("Ranking")
-            assert data["init_args"].items() >= yaml.safe_load(overlay)["data"]["init_args"].items()
-        else:
-            assert data["class_path"].endswith("MovieLens")
-
-
-def test_the_export_command_and_the_code_rank_films(capsys: pytest.CaptureFixture[str]) -> None:
-    commands_of_export = commands("python", "-m", "export")
-    tiny_folder(Path(commands_of_export[0][0]), max_position_embeddings=1024)
-    for arguments in commands_of_export:
-        letters = [{"no": "n", "yes": "y"}.get(word, word) for word in arguments]  # all that the tiny tokenizer has
-        assert export_main.main([*letters, "--benchmark-repetitions", "0", "--decode-steps", "1"]) == 0
-    assert list(Path("exported-engine/engine").glob("labels-*.engine"))
-    (code,) = blocks("python")
-    assert '("no", "yes")' in code
-    capsys.readouterr()
-    names: dict[str, object] = {}
-    exec(code.replace('("no", "yes")', '("n", "y")'), names)
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split(" ", 1)[1] for line in lines) == sorted(names["films"])
-    probabilities = [float(line.split(" ", 1)[0]) for line in lines]
-    assert probabilities == sorted(probabilities, reverse=True)
-    assert all(0 <= probability <= 1 for probability in probabilities)
+        assert data["class_path"].endswith("Ranking")
+        assert data["init_args"].items() >= yaml.safe_load(overlay)["data"]["init_args"].items()
 
 
 def test_the_benchmark_commands_are_accepted() -> None:

@@ -142,6 +142,39 @@ def test_a_wrong_checkpoint_is_one_sentence_and_leaves_nothing(
     assert sorted(os.listdir("runs")) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model.init_args.warmup_steps", "-1"], "model.warmup_steps between 0 and 1e+09, found -1"),
+        (["--model.init_args.warmup_steps", "99"], "model.warmup_steps between 0 and 2, found 99"),
+        (["--model.init_args.generate_tokens", "-1"], "model.generate_tokens between 0 and"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches between 1 and"),
+        (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches between"),
+        (["--name", "../outside"], "a --name without folders, found '../outside'"),
+    ],
+)
+def test_a_number_out_of_its_range_is_one_sentence_and_leaves_nothing(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(os.listdir("runs"))
+    try:
+        status = train.entry_point(["fit", "--config", SAVED, "--trainer.max_steps", "2", *arguments])
+    except SystemExit as stop:  # the parser builds the model to look at its settings
+        status = int(stop.code or 0)
+    assert status == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "expected" in line and named in line
+    assert sorted(os.listdir("runs")) == before
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--no.such.setting", "1"], ["--trainer.max_steps", "many"]):
+        with pytest.raises(SystemExit):
+            train.main(["fit", "--config", SAVED, *arguments])
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "usage" in line or "error" in line]
+        assert line.startswith("error: ") and line.endswith("fit --help)")
+
+
 def test_a_saved_config_names_no_folder_of_the_old_run() -> None:
     text = Path(SAVED).read_text()
     assert "runs/sft-001" not in text

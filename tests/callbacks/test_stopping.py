@@ -19,7 +19,7 @@ from tiny import tiny_folder
 import callbacks.checkpoint as checkpoints
 from callbacks import Checkpoint, PhaseEvaluation
 from datamodules import Conversations
-from models import SFT, Distillation
+from models import SFT, Distillation, StudentModule
 from models.on_policy import OnPolicy
 
 ACCUMULATE, STEPS = 4, 5
@@ -78,7 +78,7 @@ def fit(
 ) -> Trainer:
     """A run of five steps of four micro-batches; distils if it may answer for itself."""
     optimizer = partial(torch.optim.AdamW, lr=3e-3)
-    module = SFT(student=places["student"], optimizer=optimizer, generate_tokens=0)
+    module: StudentModule = SFT(student=places["student"], optimizer=optimizer, generate_tokens=0)
     if on_policy is not None:
         module = Distillation(
             student=places["student"],

@@ -6,6 +6,7 @@ from chat_doubles import CHATML, byte_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.chat import Conversation, Example, check_tokenizer, conversation_from, encode, readable, truncate
+from datamodules.label_prompts import frame_of
 
 QUESTION = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Four."}]
 TWO_TURNS = [
@@ -113,6 +114,11 @@ def test_tokenizers_that_cannot_chat(tokenizer: PreTrainedTokenizerBase) -> None
     check_tokenizer(tokenizer, "good")
     with pytest.raises(ValueError, match="chat template, found none in 'base-model'"):
         check_tokenizer(byte_tokenizer(chat_template=None), "base-model")
+    base = byte_tokenizer(chat_template=None)
+    base.name_or_path = "base-model"
+    for use in (lambda: encode(base, [Conversation(QUESTION, "here")]), lambda: frame_of(base)):
+        with pytest.raises(ValueError, match=r"in 'base-model', as base models .* put a chat_template.jinja into"):
+            use()
     endless = byte_tokenizer()
     endless.eos_token = None
     with pytest.raises(ValueError, match="end token, found none in 'endless'"):

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from export.checks import Check
 from export.files import move_into_place, only_one, staging_folder, write_file
 from export.layout import FILES
 from export.settings import ExportSettings
+from export.verify import Verification
 
 
 def child(work: Callable[[], None]) -> int:
@@ -131,14 +133,14 @@ def test_a_kill_at_any_line_of_writing_a_file_leaves_the_old_or_the_new(tmp_path
 
 def test_a_checkpoint_that_was_being_written_is_swept_when_the_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    content = {"edits": [], "hyper_parameters": {}, "state_dict": {}}
+    content: dict[str, Any] = {"edits": [], "hyper_parameters": {}, "state_dict": {}}
     AtomicCheckpointIO().save_checkpoint(content, path)
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def save_and_die() -> None:
-        torch.save = die
+        torch.save = die  # type: ignore[assignment]
         AtomicCheckpointIO().save_checkpoint(content, path)
 
     assert child(save_and_die) == -signal.SIGKILL
@@ -238,36 +240,57 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(tmp_path: Path) -> None:
 SHORT = ["--engine", "none", "--benchmark-repetitions", "0", "--decode-steps", "1", "--prompts", "1"]
 
 
-def test_overwriting_keeps_what_is_not_ours(tmp_path: Path) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
+    """Exports whose graph is a name only, and what their verification finds."""
+    found: list[Check] = []
+
+    def write_graphs(model, staging, settings, labels, phases):
+        (staging / "onnx").mkdir()
+        (staging / "onnx/model.onnx").write_text(str(float(model.model.norm.weight[0])))
+
+    monkeypatch.setattr(pipeline, "_write_graphs", write_graphs)
+    monkeypatch.setattr(pipeline, "verify_artefacts", lambda *_: Verification(list(found), {}))
+    return found
+
+
+def test_overwriting_keeps_what_is_not_ours(quick: list[Check], tmp_path: Path) -> None:
     student, out = tiny_folder(tmp_path / "model"), tmp_path / "out"
-    assert main([student, "--output", str(out), *SHORT, "--prefill"]) == 0
-    for name in ("student/notes.txt", "student/backup/model.safetensors", "onnx/mine.bin"):
+    assert main([student, "--output", str(out), *SHORT]) == 0
+    mine = ("student/notes.txt", "student/backup/model.safetensors", "onnx/mine.bin", "engine/mine.txt")
+    for name in mine:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
-    (out / "student/vocab.json").write_text("of an earlier tokenizer")
+    earlier = ("student/vocab.json", "onnx/prefill.onnx", "engine/model-8.9.engine", "compressed/config.json")
+    for name in earlier:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("of an earlier export")
     assert main([student, "--output", str(out), *SHORT]) == 2  # refused without being asked to
+    assert all((out / name).exists() for name in (*mine, *earlier))
     assert main([student, "--output", str(out), *SHORT, "--overwrite"]) == 0
-    for name in ("student/notes.txt", "student/backup/model.safetensors", "onnx/mine.bin"):
-        assert (out / name).read_text() == "mine"
-    assert not (out / "student/vocab.json").exists()
-    assert not (out / "onnx/prefill.onnx").exists()
-    assert (out / "onnx/model.onnx").exists()
+    assert [(out / name).read_text() for name in mine] == ["mine"] * 4
+    assert not any((out / name).exists() for name in earlier)
+    assert not (out / "compressed").exists()
+    assert (out / "onnx/model.onnx").exists() and (out / "student/config.json").exists()
 
 
 def test_an_export_that_fails_its_verification_replaces_no_good_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    quick: list[Check], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student, out = tiny_folder(tmp_path / "model"), tmp_path / "out"
     assert main([student, "--output", str(out), *SHORT]) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     other = tiny_folder(tmp_path / "other", seed=5)
-    monkeypatch.setattr(pipeline, "verify_artefacts", lambda *_: [Check("onnx", "failed", reason="it differs")])
+    quick.append(Check("onnx", "failed", reason="it differs"))
     assert main([other, "--output", str(out), *SHORT, "--overwrite"]) == 2
     assert "it differs" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
     failed = json.loads((out / "failed/report.json").read_text())
     assert failed["verification"][0]["status"] == "failed"
-    assert (out / "failed/onnx/model.onnx").exists()
+    assert (out / "failed/onnx/model.onnx").read_text() != (out / "onnx/model.onnx").read_text()
+    quick.clear()
+    assert main([other, "--output", str(out), *SHORT, "--overwrite"]) == 0
+    assert (out / "failed/onnx/model.onnx").read_text() == (out / "onnx/model.onnx").read_text()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

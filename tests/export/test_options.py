@@ -61,3 +61,37 @@ def test_what_the_options_ask_for() -> None:
     assert mixed is not None
     assert (mixed.formats, mixed.average_bits) == ({"*": "int4_g64", "*.0.*": "none"}, None)
     assert (mixed.settings.method, mixed.num_conversations) == ("gptq", 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threads", "-1"], "expected threads between 1 and 1024, found -1; change it"),
+        (["--threads", "100000"], "expected threads between 1 and 1024, found 100000"),
+        (["--decode-steps", "-1"], "expected decode_steps between 0 and 1e+06, found -1"),
+        (["--decode-steps", "1000000000"], "expected decode_steps between 0 and 1e+06, found 1e+09"),
+        (["--benchmark-prompt", "0"], "expected prompt_tokens between 1 and"),
+        (["--benchmark-repetitions", "-1"], "expected repetitions between 0 and"),
+    ],
+)
+def test_numbers_out_of_their_range(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*HERE, *options]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_line_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not fifty lines of usage above it."""
+    for arguments in (["--opset", "7", *HERE], [*HERE, "--nonsense"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and line.endswith("(all options: python -m export --help)")

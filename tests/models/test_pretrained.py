@@ -232,6 +232,19 @@ def test_a_head_that_repeats_the_embedding_is_tied_again(tmp_path: Path, caplog:
     torch.testing.assert_close(logits(model), logits(untied), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("own", [None, "{{ 'own' }}"], ids=["without a template", "with its own"])
+def test_a_template_beside_a_gguf_file_helps_out(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_gguf(tmp_path / "tiny.gguf", tiny_model())  # its tokenizer is what was converted
+    byte_tokenizer(chat_template=own).save_pretrained(tmp_path / "converted")
+    monkeypatch.setattr(pretrained, "converted_tokenizer", lambda file: tmp_path / "converted")
+    assert load_tokenizer(file).chat_template == own
+    assert load_tokenizer(file).name_or_path == file
+    (tmp_path / "chat_template.jinja").write_text("{{ 'beside' }}")
+    assert load_tokenizer(file).chat_template == (own or "{{ 'beside' }}")
+
+
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_missing_gguf_file(load: Any, tmp_path: Path) -> None:
     with pytest.raises(

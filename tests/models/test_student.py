@@ -291,6 +291,17 @@ def test_loading_into_a_module_with_another_history(run: tuple[SFT, Path], stude
         other.on_load_checkpoint(checkpoint)
 
 
+def test_a_head_that_a_checkpoint_has_apart_from_the_embedding_stays_so(student_folder: str) -> None:
+    """GGUF files were loaded with a head of its own before."""
+    module = StudentModule(student_folder)
+    module.configure_model()
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    weights["student.lm_head.weight"] += 1
+    module.on_load_checkpoint({"edits": [], "state_dict": weights})
+    module.load_state_dict(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+
+
 @pytest.mark.parametrize("content", [{}, {"edits": []}, {"hyper_parameters": {"student": "x"}}])
 def test_a_file_that_is_no_student_checkpoint(tmp_path: Path, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / "other.ckpt")

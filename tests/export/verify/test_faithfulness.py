@@ -96,7 +96,7 @@ def test_torch_rounds_inputs_as_kernels_do_where_weights_alone_are_quantized(mon
     found = torch_served(model, held_out, lambda: None)
     monkeypatch.setattr(faithfulness, "rounded_in_blocks", lambda x, block: x)
     exact = torch_served(model, held_out, lambda: None)
-    assert float(exact.kl_N.abs().max()) < 1e-4 < float(found.kl_N.mean())
+    assert float(exact.kl_N.abs().max()) < 3e-6 < float(found.kl_N.mean()) / 3
     # Against the definition, on the first answer token behind each prompt.
     for linear in quantized_linears(model).values():
         linear.register_forward_pre_hook(lambda _, inputs: rounded_in_blocks(inputs[0], 32))
@@ -106,7 +106,7 @@ def test_torch_rounds_inputs_as_kernels_do_where_weights_alone_are_quantized(mon
         for linear in quantized_linears(model).values():
             linear._forward_pre_hooks.clear()
         plain = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
-    torch.testing.assert_close(found.kl_N[:3], forward_kl(logits, plain), rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(found.kl_N[:3], forward_kl(logits, plain), rtol=3e-2, atol=1e-6)
 
 
 def test_the_judge_rounds_no_inputs_and_shares_the_weights():
