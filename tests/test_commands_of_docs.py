@@ -18,7 +18,6 @@ import yaml
 from chat_doubles import byte_tokenizer
 from short_runs import ROOT, short
 from tiny import tiny_folder
-from tiny_movielens import SETTINGS, tiny_movielens
 from transformers import AutoModelForCausalLM
 
 import export.__main__ as export_main
@@ -46,6 +45,8 @@ ELSEWHERE = {
     "vllm serve": "make test-servers",
     "docker run": "make test-servers",
     "python train.py fit --config configs/distill.yaml --config configs/fsdp.yaml": "several GPUs; test_configs.py has two processes",
+    "python train.py fit --config configs/ranking": "tests/test_ranking_recipes.py",
+    "python train.py test --config configs/ranking": "tests/test_ranking_recipes.py",
     "python -m export runs/compress-001/checkpoints/last.ckpt --output exported-sm89": "tests/export/test_to_tensorrt.py",
     "python -m export package:smollm2-135m-instruct": "tests/export/test_to_tensorrt.py",
     "python -m export.benchmark exported": "tests/export/test_benchmark.py",
@@ -88,14 +89,11 @@ def cut(arguments: list[str], folder: Path) -> list[str]:
     for callback in overlay.get("trainer", {}).get("callbacks", ()):
         if callback["class_path"] == "ExportOnFitEnd":  # short.yaml and test_configs.py write graphs
             callback["init_args"]["formats"] = ["hf"]
-    if "ranking" in recipe[1]:
-        overlay["data"] = {"init_args": SETTINGS}
-        overlay.setdefault("model", {"init_args": {}})["init_args"]["resamples"] = 20
     files = [position for position, word in enumerate(arguments) if word == "--config"]
     if "ckpt_path" in text and arguments[0] == "fit" and "short.yaml" not in text:
         overlay["trainer"]["max_steps"] += 2  # a resumed run goes on
     (folder / "cut.yaml").write_text(yaml.safe_dump(overlay))
-    behind = files[-1] + 2 if "ranking.yaml" not in text or "ranking" in recipe[1] else files[0] + 2
+    behind = files[0 if "ranking.yaml" in text else -1] + 2  # ranking.yaml replaces the data
     return [*arguments[:behind], "--config", "cut.yaml", *arguments[behind:]]
 
 
@@ -115,7 +113,7 @@ def run(command: str, folder: Path) -> None:
         return
     if program == "python train.py":
         arguments = cut(arguments, folder)
-        if "model.init_args.student" not in command and "ranking" not in command and "configs/" in command:
+        if "model.init_args.student" not in command and "configs/" in command:
             arguments += ["--model.init_args.student", "my-model"]
     if program == "python -m export":
         arguments += ["--benchmark-repetitions", "0", "--decode-steps", "1", "--prompts", "2"]
@@ -140,7 +138,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val", "test"):
         held = films[::2] if split == "train" else [{**row, "prefix": split + row["prefix"]} for row in films[:6]]
         (folder / f"my-candidates-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
-    tiny_movielens(folder / "films")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         trained = (
@@ -168,6 +165,8 @@ def ran(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
             if path.name == "runs":
                 (folder / "runs").mkdir()
                 (folder / "runs/compress-001").symlink_to(path / "compress-001")
+                (folder / "runs/ranking-001").mkdir()
+                (folder / "runs/ranking-001/student").symlink_to(shelf / "my-model")
             elif page != OWN or path.name != "my-train.jsonl":
                 (folder / path.name).symlink_to(path)
         with pytest.MonkeyPatch.context() as patch:
@@ -192,8 +191,9 @@ def test_every_command_of_a_page_runs(page: str, ran: Callable[[str], Path]) -> 
     ran(page)
 
 
-def test_what_runs_elsewhere_is_in_the_pages() -> None:
+def test_what_runs_elsewhere_is_in_the_pages_and_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing is listed that is not there any more."""
+    monkeypatch.chdir(ROOT)
     found = [
         command for page in PAGES for language, text in blocks(page) if language == "bash" for command in commands(text)
     ]
@@ -202,6 +202,10 @@ def test_what_runs_elsewhere_is_in_the_pages() -> None:
         if where.startswith("tests/"):
             assert (ROOT / where).is_file()
     for command in found:
+        if "configs/ranking" in command and "--ckpt_path" not in command:
+            with pytest.raises(SystemExit) as stop:
+                train.main([*shlex.split(command)[2:], "--print_config"])
+            assert stop.value.code == 0
         if elsewhere(command) and command.startswith("python -m export "):  # engines take a minute each
             options = parser().parse_args(shlex.split(command)[3:])
             check_settings(settings_of(options))
