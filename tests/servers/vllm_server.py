@@ -12,13 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-START_SECONDS, REQUEST_SECONDS, END_SECONDS, LONGEST_SECONDS = 400, 600, 20, 1800
+START_SECONDS, REQUEST_SECONDS, END_SECONDS, LONGEST_SECONDS = 600, 600, 20, 1800
 _OPTIONS = ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager", "--host", "127.0.0.1"]
 _SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_INT4_W4A8": "0",  # its default rounds inputs to 8 bits, which the format does not ask for
 }
 
 
