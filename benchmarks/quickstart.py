@@ -3,16 +3,16 @@
     python -m benchmarks.quickstart runs/quickstart/report.json            # into docs/results/quickstart.json and README.md
     python -m benchmarks.quickstart runs/quickstart/report.json --check    # exit 1 if the report and that file do not go together
 
-A check compares what another machine and other rounding may change within the tolerances below, and holds the report to what the
-quickstart promises.
+A check compares what another machine and other rounding may change within the tolerances below.  Both say which of the quickstart's aims
+a report misses.
 
-| figure                                                   | may differ from the file by                       | promised                   |
-|----------------------------------------------------------|---------------------------------------------------|----------------------------|
-| `task_score` of each graph                                | 0.12, which two runs differ by once in a hundred | -                          |
-| share of the teacher's gain over the constant answer      | -                                                 | at least 0.85              |
-| `kl` of each graph                                        | 0.05 nats                                         | `student_cpu` at most 0.12 |
-| decoding, first token: times as fast as the teacher's     | a factor of 2                                     | at least 2.5 and 2         |
-| share of the teacher's size                               | 0.02                                              | at most 0.334              |
+| figure                                                   | may differ from the file by | aim                        |
+|----------------------------------------------------------|-----------------------------|----------------------------|
+| `task_score` of each graph                                | 0.12                        | -                          |
+| share of the teacher's gain over the constant answer      | -                           | at least 0.85              |
+| `kl` of each graph                                        | 0.05 nats                   | `student_cpu` at most 0.12 |
+| decoding, first token: times as fast as the teacher's     | a factor of 2               | at least 2.5 and 2         |
+| share of the teacher's size                               | 0.02                        | at most 0.334              |
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 FIGURES, README = Path("docs/results/quickstart.json"), Path("README.md")
 BEGIN, END = "<!-- quickstart-results -->", "<!-- /quickstart-results -->"
 SCORE, KL, SPEED, SIZE = 0.12, 0.05, 2.0, 0.02  # tolerances
-GAIN, LARGEST_KL, LEAST_SPEED, LARGEST_SIZE = 0.85, 0.12, {"decode": 2.5, "first_token": 2.0}, 0.334  # promises
+GAIN, LARGEST_KL, LEAST_SPEED, LARGEST_SIZE = 0.85, 0.12, {"decode": 2.5, "first_token": 2.0}, 0.334  # aims
 Figures = dict[str, Any]
 
 _GRAPHS = {
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     try:
         report = _read(options.report)
         if options.check:
-            found = list(differences(figures_of(report, {}), _read(root / FIGURES)))
+            figures = figures_of(report, {})
+            _say_what_is_missed(figures)
+            found = list(differences(figures, _read(root / FIGURES)))
             for sentence in found:
                 print(f"error: {sentence}", file=sys.stderr)
             return 1 if found else 0
@@ -63,7 +65,13 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     _write(root / FIGURES, json.dumps(figures, indent=2) + "\n")
     _write(root / README, readme)
     print(f"Wrote {FIGURES} and the table in {README}")
+    _say_what_is_missed(figures)
     return 0
+
+
+def _say_what_is_missed(figures: Figures) -> None:
+    for sentence in missed_aims(figures):
+        print(f"missed aim: {sentence}", file=sys.stderr)
 
 
 def figures_of(report: Figures, about: Figures) -> Figures:
@@ -84,21 +92,30 @@ def differences(found: Figures, stated: Figures) -> Iterator[str]:
             now = served[row["name"]][name]
             if not abs(now - row[name]) <= tolerance:
                 yield _sentence(f"{name} of {row['name']}", f"{row[name]:.3f} within {tolerance}", now)
+    now, then = found["ratios"]["student_cpu"], stated["ratios"]["student_cpu"]
+    for name in LEAST_SPEED:
+        if not now[name] >= then[name] / SPEED:
+            what = f"{name} of student_cpu, times as fast as the teacher's"
+            yield _sentence(what, f"at least {then[name] / SPEED:.2f}", now[name])
+    if not abs(now["bytes"] - then["bytes"]) <= SIZE:
+        yield _sentence(
+            "size of student_cpu, share of the teacher's", f"{then['bytes']:.3f} within {SIZE}", now["bytes"]
+        )
+
+
+def missed_aims(found: Figures) -> Iterator[str]:
+    """Which aims of the quickstart a report misses, one sentence each."""
+    now, kl = found["ratios"]["student_cpu"], {row["name"]: row for row in found["served"]}["student_cpu"]["kl"]
     for graph, gain in found["gain"].items():
         if not gain >= GAIN:
             yield _sentence(f"share of the teacher's gain that {graph} keeps", f"at least {GAIN}", gain)
-    if not served["student_cpu"]["kl"] <= LARGEST_KL:
-        yield _sentence("kl of student_cpu", f"at most {LARGEST_KL}", served["student_cpu"]["kl"])
-    now, then = found["ratios"]["student_cpu"], stated["ratios"]["student_cpu"]
+    if not kl <= LARGEST_KL:
+        yield _sentence("kl of student_cpu", f"at most {LARGEST_KL}", kl)
     for name, least in LEAST_SPEED.items():
-        least = max(least, then[name] / SPEED)
         if not now[name] >= least:
-            yield _sentence(
-                f"{name} of student_cpu, times as fast as the teacher's", f"at least {least:.2f}", now[name]
-            )
-    if not now["bytes"] <= LARGEST_SIZE or not abs(now["bytes"] - then["bytes"]) <= SIZE:
-        wanted = f"{then['bytes']:.3f} within {SIZE}, and at most {LARGEST_SIZE}"
-        yield _sentence("size of student_cpu, share of the teacher's", wanted, now["bytes"])
+            yield _sentence(f"{name} of student_cpu, times as fast as the teacher's", f"at least {least}", now[name])
+    if not now["bytes"] <= LARGEST_SIZE:
+        yield _sentence("size of student_cpu, share of the teacher's", f"at most {LARGEST_SIZE}", now["bytes"])
 
 
 def with_table(readme: str, figures: Figures) -> str:
