@@ -1,5 +1,7 @@
 """Held-out conversations of a run's data, and what its teacher says about them, for graphs to be judged after the teacher was let go."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
@@ -30,6 +32,8 @@ def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, ma
     hidden = [teacher.answer_hidden(move_data_to_device(batch, device)).cpu() for batch in batches]
     head = head_of(teacher.to(torch.device("cpu")).model).cut(None, torch.float32)
 
+    scores: Any = datamodule.score  # its batches are typed dicts, the models' are plain
+
     def judge(number: int, batch: Batch, positions_n: Tensor) -> Tensor:
         return head.logits(hidden[number][positions_n].float())
 
@@ -37,6 +41,6 @@ def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, ma
         batches,
         judge,
         tokenizer=datamodule.tokenizer,
-        scorer=(lambda texts, batch: datamodule.score(texts, batch, split) or []) if datamodule.has_score else None,
+        scorer=(lambda texts, batch: scores(texts, batch, split) or []) if datamodule.has_score else None,
         max_new_tokens=max_new_tokens,
     )

@@ -182,7 +182,8 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) 
 
 def _stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> str:
     """Print tokens as they come, then how fast they came; returns the text."""
-    streamer, said = TextStreamer(tokenizer, skip_special_tokens=True), []
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    said: list[int] = []
     started = first = time.perf_counter()
     for token in tokens:
         first = time.perf_counter() if not said else first

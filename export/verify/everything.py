@@ -86,12 +86,13 @@ def verify_artefacts(
         phases: Show the progress.
         held_out: For the free runs; None, or too few answers without a judge: answers that the model samples to the prompts.
     """
+    audits: list[Check] = []
+    if engines is not None and settings.precision not in UNQUANTIZED:
+        audits = [audit(model, engine.products, settings.precision + title) for title, engine in engines.titled()]
     model = with_rounded_weights(model)
     checks = _exactness(model, folder, settings, prompts, phases)
-    if engines is not None and settings.precision not in UNQUANTIZED:
-        checks += [audit(model, engine.products, settings.precision + title) for title, engine in engines.titled()]
     free, served = _free_runs(model, folder, engines, settings, prompts, phases, held_out)
-    return Verification(checks + free, served)
+    return Verification(checks + audits + free, served)
 
 
 def _exactness(

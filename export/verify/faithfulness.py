@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from export.benchmark_measure import Session
 from export.checks import Check, Status, Verdict
 from export.label_graph import LOG_PROBS
 from export.served import Served, TeacherLogits, clustered_mean, measure_served
@@ -63,11 +64,11 @@ class HeldOut:
 
     batches: Sequence[Batch]
     judge: TeacherLogits | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: Any = None
     scorer: Scorer | None = None
     max_new_tokens: int = 0
 
-    def measure(self, session: object, end_tokens: Sequence[int], on_batch: Callable[[], None]) -> Served:
+    def measure(self, session: Session, end_tokens: Sequence[int], on_batch: Callable[[], None]) -> Served:
         """Judge what runs in a session."""
         assert self.judge is not None
         return measure_served(

@@ -243,7 +243,7 @@ class _Entries:
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Compare new entries with those of the exact pass."""
-        exact = self._run.cache.layers[self._index]
+        exact: Any = self._run.cache.layers[self._index]
         names = cache_names("present", self._index + 1)[-2:]
         for name, noisy, theirs in zip(names, (key, value), (exact.keys, exact.values), strict=True):
             self._run.note(name, noisy, theirs)

@@ -18,7 +18,7 @@ def test_it_is_of_the_size_of_real_rounding():
     """Each product of a model in float16, fed with the float32 model's values, against the float32 products."""
     model = tiny_model()
     explained = explained_by_rounding(model, IDS, MASK, FLOAT16)
-    reads = {}
+    reads: dict = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs, name=name: reads.__setitem__(name, inputs[0]))
