@@ -332,7 +332,8 @@ def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, 
     folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
     rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
     if (output / COMPRESSED).exists():
-        rows.append(artefact(COMPRESSED, f"compressed-tensors folder {settings.cpu_format or settings.precision}"))
+        format = settings.cpu_format or ("" if settings.precision in UNQUANTIZED else settings.precision)
+        rows.append(artefact(COMPRESSED, f"compressed-tensors folder {format}".rstrip()))
     if settings.graph:
         rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
     if settings.prefill:
