@@ -78,7 +78,7 @@ class RankingDistillation(StudentModule):
     def configure_model(self) -> None:
         """Load the student and, if there is one, a teacher that shares its tokenizer."""
         super().configure_model()
-        if hasattr(self, "teacher") or not self.teacher_reference:
+        if getattr(self, "teacher", None) is not None or not self.teacher_reference:
             return
         self.teacher = load_teacher(
             self.teacher_reference,
