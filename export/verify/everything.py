@@ -9,7 +9,7 @@
 A check that fails is never repeated with a wider bound.  What needs a GPU is `not_run` without one, never passed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,12 +111,19 @@ def _exactness(
         found = compare_graph(name, asked, folder / path, threads=threads, for_cpu=for_cpu)
         return [replace(check, name=name) for check in found]
 
+    def together_and_alone(
+        name: str, path: str, runs: list[Run], on_step: Callable[[], None], *, for_cpu: bool = False
+    ) -> list[Check]:
+        """A graph compared on all prompts with tokens behind them, then on each prompt alone if there are several."""
+        found = compare_graph(name, runs, folder / path, threads=threads, for_cpu=for_cpu, on_step=on_step)
+        if several:
+            found.append(compare_alone(name, runs, folder / path, threads=threads, for_cpu=for_cpu))
+        return found
+
     if (folder / GRAPH).is_file():
         with phases.phase("Verification of model.onnx", steps) as on_step:
             name = f"onnx {precision}"
-            checks += compare_graph(name, runs, folder / GRAPH, threads=threads, on_step=on_step)
-            if several:
-                checks.append(compare_alone(name, runs, folder / GRAPH, threads=threads))
+            checks += together_and_alone(name, GRAPH, runs, on_step)
             if settings.prefill:
                 checks += last_positions(f"{name}, prefill graph", PREFILL_GRAPH, runs)
             if settings.labels:
@@ -128,18 +135,14 @@ def _exactness(
             name, path = f"onnx {precision} for the CPU", folder / CPU_GRAPH
             stored = with_stored_head(model, onnx.load(path, load_external_data=False).graph)
             runs_stored = [Run(stored, *group, settings.decode_steps) for group in _groups(prompts)]
-            checks += compare_graph(name, runs_stored, path, threads=threads, for_cpu=True, on_step=on_step)
-            if several:
-                checks.append(compare_alone(name, runs_stored, path, threads=threads, for_cpu=True))
+            checks += together_and_alone(name, CPU_GRAPH, runs_stored, on_step, for_cpu=True)
             if settings.prefill:
                 checks += last_positions(f"{name}, prefill graph", CPU_PREFILL_GRAPH, runs_stored, for_cpu=True)
             checks.append(compare_longest(name, stored, longest_1T, path, threads=threads))
     if (folder / ENGINE_SOURCE).is_file():
         with phases.phase("Verification of engine-source.onnx", steps) as on_step:
             name = f"onnx {precision} (float16 between)"
-            checks += compare_graph(name, runs, folder / ENGINE_SOURCE, threads=threads, on_step=on_step)
-            if several:
-                checks.append(compare_alone(name, runs, folder / ENGINE_SOURCE, threads=threads))
+            checks += together_and_alone(name, ENGINE_SOURCE, runs, on_step)
             if settings.labels:
                 checks += last_positions(f"{name}, label graph", ENGINE_LABEL_SOURCE, runs)
     return checks
