@@ -91,7 +91,7 @@ class DieBetween(Callback):
 
 
 class DieInValidation(Callback):
-    """Dies when a validation is about to end, right after a step that was saved."""
+    """Dies when a validation is about to end."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -147,23 +147,26 @@ def uninterrupted(place: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("death", "step"),
+    ("death", "step", "kept"),
     [
-        (DieBetween, PRUNE - 1),  # after the first event, before the second
-        (DieBetween, PRUNE),  # pruned, not quantized; the phase is in the checkpoint
-        (DieInValidation, VALIDATE),
-        (DieBetween, QUANTIZE),  # quantizers have observed one batch of the step that is lost
-        (DieInValidation, 2 * VALIDATE),  # scales are frozen
+        (DieBetween, PRUNE - 1, PRUNE - 1),  # after the first event, before the second
+        (DieBetween, PRUNE, PRUNE),  # pruned, not quantized; the phase is in the checkpoint
+        (DieInValidation, VALIDATE, VALIDATE - 1),  # a step is saved with what its validation changed
+        (DieBetween, QUANTIZE, QUANTIZE),  # quantizers have observed one batch of the step that is lost
+        # Scales are frozen; an epoch has 9 micro-batches, so the 16th, which is validated, lies between two steps.
+        (DieInValidation, 2 * VALIDATE, 2 * VALIDATE),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_resumed_run_is_the_uninterrupted_one(death: type, step: int, uninterrupted: Run, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(
+    death: type, step: int, kept: int, uninterrupted: Run, tmp_path: Path
+) -> None:
     """Weights, scales, optimizer, schedule, sampled tokens, validation figures and phases, bit for bit."""
     with pytest.raises(RuntimeError, match="died"):
         Run("--root", str(tmp_path), f"--trainer.callbacks+=test_recovery.{death.__name__}",
             f"--trainer.callbacks.step={step}")  # fmt: skip
     last = tmp_path / "chain-001/checkpoints/last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == step
+    assert torch.load(last, weights_only=True)["global_step"] == kept
     resumed = Run("--root", str(tmp_path), "--ckpt_path", str(last))
 
     assert_same(resumed.cli.model.state_dict(), uninterrupted.cli.model.state_dict())
@@ -171,12 +174,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(death: type, step: int, uninterr
     schedules = [run.trainer.lr_scheduler_configs[0].scheduler.state_dict() for run in (resumed, uninterrupted)]
     assert_same(*schedules)
     assert resumed.cli.model.edits == uninterrupted.cli.model.edits
-    assert resumed.tokens == {s: tokens for s, tokens in uninterrupted.tokens.items() if s >= step}
+    assert resumed.tokens == {s: tokens for s, tokens in uninterrupted.tokens.items() if s >= kept}
     assert resumed.phases == uninterrupted.phases
     ours, theirs = read_metrics(resumed.folder / "metrics.csv"), read_metrics(uninterrupted.folder / "metrics.csv")
     for name in ("val/kl", "val/task_score", "train/loss"):
         assert ours[name] == [point for point in theirs[name] if point[0] >= ours[name][0][0]], name
-    assert ours["train/loss"][0][0] == step
+    assert ours["train/loss"][0][0] == kept
 
 
 def test_dropout_is_the_same_after_a_resume(place: Path, tmp_path: Path) -> None:

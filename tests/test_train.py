@@ -90,7 +90,7 @@ def test_the_quickstart_runs_on_a_tiny_model(place: Path, capsys: pytest.Capture
     assert train.entry_point([*recipe, *student, "--run_dir", "runs/quickstart/teacher"]) == 0
     callbacks = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["trainer"]["callbacks"]
     settings = {callback["class_path"]: callback.setdefault("init_args", {}) for callback in callbacks}
-    settings["GradualPruning"] |= {"start_step": 1, "end_step": 3, "multiple": 8, "calibration_batches": 1}
+    settings["GradualPruning"] |= {"multiple": 8, "calibration_batches": 1}
     settings["QuantizationAwareTraining"] |= {"start_step": 5, "observe_steps": 1}
     settings["ExportOnFitEnd"] |= {"benchmark_prompt": 64, "served_questions": 8, "cpu_batches": 2}
     Path("student.yaml").write_text(

@@ -301,7 +301,7 @@ def test_the_howto(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
 
     (overlay,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     (tmp_path / "ranking.yaml").write_text(overlay)
-    (command,) = re.findall(r"^    python train.py (.*)", section, re.MULTILINE)
+    (command,) = re.findall(r"^python train.py (fit .*)", section, re.MULTILINE)
     monkeypatch.chdir(HOWTO.parent.parent)
     with pytest.raises(SystemExit) as stop:
         train.main([*command.replace("ranking.yaml", str(tmp_path / "ranking.yaml")).split(), "--print_config"])

@@ -48,7 +48,8 @@ def test_every_place_has_a_figure_and_the_unit_scales_it():
         "model.layers.1.self_attn.cache_quantizer.key reads",
     } <= set(half)
     name = "model.layers.0.self_attn.q_proj reads"  # no product lies before it, whose sum has float32's errors in both
-    assert half[name] / single[name] == pytest.approx(2**13, rel=0.35)
+    # Drawn errors of u^2 each; in float32 both passes have their own beside them, of u^2 / 3.
+    assert half[name] / single[name] == pytest.approx(2**13 / (1 + 2 / 3) ** 0.5, rel=0.35)
     assert half["present.1.key"] == 0  # codes of what was fed
 
 
