@@ -63,8 +63,9 @@ def save_compressed(
     """
     model = merged(model)
     check_compressible(model)
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import apply_quantization_config
+    from compressed_tensors.compressors import ModelCompressor, compress_module
+    from compressed_tensors.quantization import QuantizationStatus, apply_quantization_config
+    from compressed_tensors.quantization.utils import is_module_quantized
 
     linears = quantized_linears(model)
     plain = for_saving(model, dtype)
@@ -75,8 +76,11 @@ def save_compressed(
         attention = plain.get_submodule(name.rpartition(".")[0])
         _fill(attention, {"k_scale": quantizer.key.scale, "v_scale": quantizer.value.scale})
     # The package rounds the weights again: they lie on the grid already, so every code comes out as it was.
+    # Module by module: `compress_model` wants all processes of a distributed run to take part.
     compressor = ModelCompressor.from_pretrained_model(plain)
-    compressor.compress_model(plain)
+    for module in filter(is_module_quantized, list(plain.modules())):
+        compress_module(module)
+    compressor.quantization_config.quantization_status = QuantizationStatus.COMPRESSED
     with staging_folder(folder.parent) as staging:
         target = staging / folder.name
         plain.save_pretrained(target)

@@ -26,6 +26,7 @@ import export.serving as serving_main
 import models.offline.__main__ as offline_main
 import train
 from datamodules.chat import Conversation, encode
+from export import chat
 from export.options import calibration_of, parser, settings_of
 from export.settings import check_settings
 
@@ -36,6 +37,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "python -m export": export_main.main,
     "python -m export.serving": serving_main.main,
     "python -m export.benchmark": benchmark_main.main,
+    "python -m export.chat": chat.main,
     "python -m models.offline": offline_main.main,
 }
 #: Beginnings of commands that do not run here, and where they do.
@@ -49,6 +51,7 @@ ELSEWHERE = {
     "python train.py test --config configs/ranking": "tests/test_ranking_recipes.py",
     "python -m export runs/compress-001/checkpoints/last.ckpt --output exported-sm89": "tests/export/test_to_tensorrt.py",
     "python -m export package:smollm2-135m-instruct": "tests/export/test_to_tensorrt.py",
+    "python -m export.chat runs/quickstart": "tests/test_train.py",
     "python -m export.benchmark exported": "tests/export/test_benchmark.py",
     "python -m benchmarks.chats": "tests/benchmarks/test_chats.py",
     "python -m benchmarks.memory": "tests/benchmarks/test_memory_benchmark.py",
@@ -117,6 +120,8 @@ def run(command: str, folder: Path) -> None:
             arguments += ["--model.init_args.student", "my-model"]
     if program == "python -m export":
         arguments += ["--benchmark-repetitions", "0", "--decode-steps", "1", "--prompts", "2"]
+    if program == "python -m export.chat":
+        arguments += ["--prompt", "Hm?", "--max-new-tokens", "2"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings:
             patch.setenv(name, value)

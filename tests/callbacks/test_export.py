@@ -32,7 +32,7 @@ def test_the_report_holds_the_events_of_the_pruning(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_run_without_pruning(tmp_path: Path) -> None:
-    fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd("fp32", ["hf"]), trainer_max_steps=1)
+    fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd("fp32", ["hf"]), trainer_max_steps=2)
     assert json.loads((tmp_path / "run/report.json").read_text())["pruning"] == []
     assert "Pruning" not in (tmp_path / "run/report.md").read_text()
 
@@ -68,7 +68,7 @@ def test_training_is_let_go_before_the_export(tmp_path: Path, monkeypatch: pytes
 def test_graphs_are_judged_as_they_are_served(tmp_path: Path) -> None:
     places, run = make_places(tmp_path), tmp_path / "run"
     export = ExportOnFitEnd("fp32", ["hf", "onnx"], compare_with_teacher=True, served_questions=5, benchmark_prompt=16)
-    trainer = fit(places, run, export, trainer_max_steps=1)
+    trainer = fit(places, run, export, trainer_max_steps=2)
     report = json.loads((run / "report.json").read_text())
     assert [row["name"] for row in report["served"]] == ["teacher", "student"]
     assert [row["questions"] for row in report["served"]] == [5, 5]

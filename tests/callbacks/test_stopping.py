@@ -5,7 +5,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,16 @@ def test_a_validation_in_the_middle_of_a_step_changes_the_next_step_only(
     assert all(len(set(of_step)) == 1 and len(of_step) == ACCUMULATE for of_step in sources.seen.values())
     assert sources.seen[1][0] == "dataset"  # drawn before the second validation, after micro-batch 6
     assert sources.seen[2][0] == "fresh"
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Signals do what they do at a terminal, also where the tests run in the background or under nohup."""
+    handlers = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
