@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -15,7 +16,10 @@ class Bar(tqdm):
     """tqdm in one layout everywhere, and in plain lines where standard error is no terminal; shown by one process only.
 
     Takes the arguments of tqdm; a `unit` is a plural. `leave=False` takes a bar off the terminal when it ends; a log keeps its line.
+    The time of a bar that runs inside another one (a pruning between two steps) is its own: the other one's estimate leaves it out.
     """
+
+    _running: "ClassVar[WeakSet[Bar]]" = WeakSet()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.redraws = sys.stderr.isatty()
@@ -28,6 +32,18 @@ class Bar(tqdm):
             "disable": os.environ.get("LOCAL_RANK", "0") != "0",
         }
         super().__init__(*args, **defaults | kwargs)
+        if not self.disable:
+            self._running.add(self)
+
+    def close(self) -> None:
+        """End."""
+        if self in self._running:
+            self._running.discard(self)
+            took = self._time() - self.start_t  # type: ignore[attr-defined]
+            for other in self._running:
+                other.start_t += took
+                other.last_print_t += took
+        super().close()
 
     @property
     def is_due(self) -> bool:

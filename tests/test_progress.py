@@ -40,6 +40,30 @@ def test_a_log_gets_a_line_now_and_then_of_a_long_one(capsys: pytest.CaptureFixt
     ]
 
 
+def test_the_time_of_a_bar_inside_another_is_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with Bar(total=10, desc="Training", unit="steps") as training:
+        for step in range(10):
+            now[0] += 10.0
+            if step == 1:
+                with Bar(total=2, desc="Pruning", unit="layers") as pruning:
+                    for seconds in (100.0, 10.0):
+                        now[0] += seconds
+                        pruning.update()
+            training.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "Pruning: 1 of 2 layers in 01:40, about 01:40 left",
+        "Pruning: 2 layers in 01:50",
+        "Training: 3 of 10 steps in 00:30, about 01:10 left",
+        "Training: 6 of 10 steps in 01:00, about 00:40 left",
+        "Training: 9 of 10 steps in 01:30, about 00:10 left",
+        "Training: 10 steps in 01:40",
+    ]
+
+
 def test_work_that_failed_before_its_first_step_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="refused"), Bar(total=3, desc="Graph"):
         raise ValueError("refused")
