@@ -73,5 +73,5 @@ class Bar(tqdm):
         line = took if ended and total == 1 else f"{done}{'' if unit == 'it' else f' {unit}'} in {took}"
         if not ended and total:
             rate = state["rate"] or (count - state["initial"]) / elapsed
-            line += f", about {self.format_interval((total - count) / rate)} left"
+            line += f", about {self.format_interval(round((total - count) / rate))} left"
         return ", ".join(part for part in (f"{state['prefix']}: {line}", state["postfix"]) if part)
