@@ -8,7 +8,7 @@ SERVERS := .venv-servers
 SEED   := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-servers lint style format clean-quickstart
+.PHONY: help quickstart test test-long test-servers lint style format clean-quickstart
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (20 to 25 minutes on 2 cores); SEED=n for another run"
@@ -48,8 +48,12 @@ clean-quickstart:
 test: style
 	@echo "==> Tests, and types beside them"
 	@$(PY) -m mypy . > $(VENV)/types.txt & types=$$!; \
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not servers"; tests=$$?; \
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not servers and not long"; tests=$$?; \
 	wait $$types || tests=1; cat $(VENV)/types.txt; exit $$tests
+
+test-long: $(VENV)/.installed-dev
+	@echo "==> Tests of every family, of several processes, of pages and of benchmarks"
+	@$(PY) -m pytest -q -n 2 --dist loadfile -m long
 
 # vLLM wants other versions than Potstill, and its build for CPUs brings wheels that do not fit its torch.
 $(SERVERS)/.installed:

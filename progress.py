@@ -19,7 +19,7 @@ class Bar(tqdm):
     The time of a bar that runs inside another one (a pruning between two steps) is its own: the other one's estimate leaves it out.
     """
 
-    _running: "ClassVar[WeakSet[Bar]]" = WeakSet()
+    _running: ClassVar["WeakSet[Bar]"] = WeakSet()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.redraws = sys.stderr.isatty()

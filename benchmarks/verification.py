@@ -51,7 +51,7 @@ from export.prefill import write_beside, write_prefill
 from export.runtime import OnnxSession
 from export.slice import slice_layers
 from export.to_onnx import Precision, export_onnx, precision_of
-from export.verify.exactness import Run, compare_alone, compare_graph, compare_longest
+from export.verify.exactness import FedSession, Run, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import compare_served, judged_by, num_tokens_for, sampled, torch_served
 from export.verify.rounding import FLOAT16, FLOAT32, Arithmetic
 from models.forward import Batch, shared_copy, with_rounded_weights
@@ -221,8 +221,8 @@ def verified(graph: Right, prompts: Sequence[Tensor], number: int, threads: int,
     if draw.random() < 0.5:
         model, judged = (_nudged(each, graph.arithmetic.unit, seed=number) for each in (model, judged))
     run = Run(model, prompt_ids, prompt_mask, draw.randint(8, 16))
-    checks = compare_graph(graph.name, [run], graph.path, threads=threads, for_cpu=graph.for_cpu)
-    checks.append(compare_alone(graph.name, [run], graph.path, threads=threads, for_cpu=graph.for_cpu))
+    session = FedSession(graph.path, threads, for_cpu=graph.for_cpu)
+    checks = [*compare_graph(graph.name, [run], session), compare_alone(graph.name, [run], session)]
     if free:
         rows = num_tokens_for(judged) // ANSWER
         asked = dict(zip(("prompt_ids", "prompt_mask"), _drawn(prompts, draw, rows, padded=True), strict=True))
@@ -300,12 +300,12 @@ class Examined:
 
     def first_failure(self, path: Path) -> Check:
         """The first check that fails, as a verification would go through them; the closest to it if none does."""
-        options: dict[str, Any] = {"threads": self._threads}
-        cpu = options | {"for_cpu": self.graph.for_cpu}
+        name, runs, threads = self.graph.name, [self._run], self._threads
+        session = FedSession(path, threads, for_cpu=self.graph.for_cpu)
         parts: list[Callable[[], list[Check]]] = [
-            lambda: compare_graph(self.graph.name, [self._run], path, **cpu),
-            lambda: [compare_alone(self.graph.name, [self._run], path, **cpu)],
-            lambda: [compare_longest(self.graph.name, self._model, self._long_1T, path, **options)],
+            lambda: compare_graph(name, runs, session),
+            lambda: [compare_alone(name, runs, session)],
+            lambda: [compare_longest(name, self._model, self._long_1T, path, threads=threads)],
         ]
         checks: list[Check] = []
         for part in parts:

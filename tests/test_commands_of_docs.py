@@ -190,6 +190,7 @@ def ran(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return page_in_its_folder
 
 
+@pytest.mark.long
 @pytest.mark.recipe
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_runs(page: str, ran: Callable[[str], Path]) -> None:

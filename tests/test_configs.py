@@ -80,6 +80,7 @@ def test_a_recipe_runs_with_its_own_callbacks(name: str) -> None:
         assert student.config.intermediate_size == 48
 
 
+@pytest.mark.long
 @pytest.mark.recipe
 @pytest.mark.parametrize(
     "overlays",
@@ -103,6 +104,7 @@ def test_a_recipe_runs_under_the_memory_overlays(overlays: list[str], monkeypatc
         assert run("distill", *files, *more).trainer.global_step == STEPS + 1
 
 
+@pytest.mark.long
 @pytest.mark.recipe
 def test_the_fsdp_overlay_runs_on_two_processes_and_exports() -> None:
     command = [sys.executable, str(ROOT / "train.py"), *arguments("distill", "--config", "configs/fsdp.yaml")]

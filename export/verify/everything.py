@@ -36,7 +36,7 @@ from export.runtime import OnnxSession
 from export.served import Served
 from export.settings import ExportSettings
 from export.to_onnx import UNQUANTIZED
-from export.verify.exactness import Run, compare_alone, compare_graph, compare_longest
+from export.verify.exactness import FedSession, Run, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import (
     HeldOut,
     answer_tokens,
@@ -108,22 +108,21 @@ def _exactness(
     def last_positions(name: str, path: str, runs: list[Run], *, for_cpu: bool = False) -> list[Check]:
         """A graph that returns something about the last position, compared on the prompts."""
         asked = [replace(run, decode_steps=0) for run in runs]
-        found = compare_graph(name, asked, folder / path, threads=threads, for_cpu=for_cpu)
+        found = compare_graph(name, asked, FedSession(folder / path, threads, for_cpu=for_cpu))
         return [replace(check, name=name) for check in found]
 
     def together_and_alone(
-        name: str, path: str, runs: list[Run], on_step: Callable[[], None], *, for_cpu: bool = False
+        name: str, path: str, runs: list[Run], on_token: Callable[[], None], *, for_cpu: bool = False
     ) -> list[Check]:
         """A graph compared on all prompts with tokens behind them, then on each prompt alone if there are several."""
-        found = compare_graph(name, runs, folder / path, threads=threads, for_cpu=for_cpu, on_step=on_step)
-        if several:
-            found.append(compare_alone(name, runs, folder / path, threads=threads, for_cpu=for_cpu))
-        return found
+        session = FedSession(folder / path, threads, for_cpu=for_cpu)
+        found = compare_graph(name, runs, session, on_token=on_token)
+        return [*found, compare_alone(name, runs, session)] if several else found
 
     if (folder / GRAPH).is_file():
-        with phases.phase("Verification of model.onnx", steps) as on_step:
+        with phases.phase("Verification of model.onnx", steps) as on_token:
             name = f"onnx {precision}"
-            checks += together_and_alone(name, GRAPH, runs, on_step)
+            checks += together_and_alone(name, GRAPH, runs, on_token)
             if settings.prefill:
                 checks += last_positions(f"{name}, prefill graph", PREFILL_GRAPH, runs)
             if settings.labels:
@@ -131,18 +130,18 @@ def _exactness(
         with phases.phase("Verification of the longest prompt"):
             checks.append(compare_longest(name, model, longest_1T, folder / GRAPH, threads=threads))
     if settings.cpu:
-        with phases.phase("Verification of cpu.onnx", steps) as on_step:
+        with phases.phase("Verification of cpu.onnx", steps) as on_token:
             name, path = f"onnx {precision} for the CPU", folder / CPU_GRAPH
             stored = with_stored_head(model, onnx.load(path, load_external_data=False).graph)
             runs_stored = [Run(stored, *group, settings.decode_steps) for group in _groups(prompts)]
-            checks += together_and_alone(name, CPU_GRAPH, runs_stored, on_step, for_cpu=True)
+            checks += together_and_alone(name, CPU_GRAPH, runs_stored, on_token, for_cpu=True)
             if settings.prefill:
                 checks += last_positions(f"{name}, prefill graph", CPU_PREFILL_GRAPH, runs_stored, for_cpu=True)
             checks.append(compare_longest(name, stored, longest_1T, path, threads=threads))
     if (folder / ENGINE_SOURCE).is_file():
-        with phases.phase("Verification of engine-source.onnx", steps) as on_step:
+        with phases.phase("Verification of engine-source.onnx", steps) as on_token:
             name = f"onnx {precision} (float16 between)"
-            checks += together_and_alone(name, ENGINE_SOURCE, runs, on_step)
+            checks += together_and_alone(name, ENGINE_SOURCE, runs, on_token)
             if settings.labels:
                 checks += last_positions(f"{name}, label graph", ENGINE_LABEL_SOURCE, runs)
     return checks

@@ -1,16 +1,16 @@
 """Does a graph compute what the torch model computes?  Layer by layer, with every product and quantizer fed from torch.
 
-Compared at each step of a run (prompts, then greedy tokens with the cache): what each linear layer and each quantizer of keys and values
-reads, each product, new cache entries, and the logits.  The distance of a token's features is divided by what rounding explains at
+Compared at each step of a run (prompts, then tokens with the cache, one at a time): what each linear layer and each quantizer of keys
+and values reads, each product, new cache entries, and the logits.  The distance of a token's features is divided by what rounding explains at
 this place (`rounding.py`); a graph fails beyond `LIMIT` times that.  A right graph stays below 1, wherever it runs: nothing here
 is chance, see docs/verification.md for what was measured.
 
-Torch and the graph take turns, so the values of one step are all that is held.
+Torch and the graph take turns: torch runs the prompts, or a few tokens behind them at once, then the graph the same, one token at a time.
+So the values of a few tokens are all that is held.
 
-Letters: B batch, T new tokens, S all tokens so far, N tokens, G key/value groups, E head width, V vocabulary.
+Letters: B batch, T new tokens, S all tokens so far, L positions with logits, N tokens, G key/value groups, E head width, V vocabulary.
 """
 
-import collections
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,27 +42,32 @@ from models.renamed import CACHE
 
 LIMIT = 4.0
 NOTE = "products and quantizers were fed what entered them in torch; see docs/verification.md"
-_EXPLAINED_TOKENS = 256  # of a run: enough for every kind of token, few enough to draw errors for in seconds
+_EXPLAINED_TOKENS = 256  # of the prompts: enough for every kind of token, few enough to draw errors for in seconds
+_TOKENS_AT_ONCE = 8  # of torch behind the prompts: its weights are read once for all of them
 _LOGITS_AT_ONCE = 2**24  # values: 64 MB
 
 
 @dataclass
 class Step:
-    """One forward pass of torch: the prompts first, then one token a step.
+    """One forward pass of torch: the prompts first, then a few tokens behind them.
 
     Attributes:
         input_ids: (B, T).
         attention_mask: (B, S).
         reads: What entered each linear layer, (B, T, features), and each quantizer of keys and values, (B, G, T, E).
+        gives: The products of linear layers behind the prompts, where torch adds no bias to them, (B, T, features).
         cache: The T new entries (B, G, T, E) of each layer: key, value, key, value, ...
-        logits: (B, V), of the last position; None without the head.
+        logits: (B, L, V): of the last position of the prompts, of all T tokens behind them; None without the head.
+        first: Whether these are the prompts, which a graph takes at once; other tokens it takes one by one.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     reads: dict[str, Tensor]
+    gives: dict[str, Tensor]
     cache: list[Tensor]
     logits: Tensor | None
+    first: bool
 
     @property
     def valid(self) -> Tensor:
@@ -72,7 +77,7 @@ class Step:
 
 @dataclass
 class Run:
-    """Prompts and greedy tokens behind them, run through torch step by step, once for each artefact.
+    """Prompts and tokens behind them (those of the prompts, over again), run through torch once for each artefact.
 
     Attributes:
         model: The torch model in float32, in evaluation mode.
@@ -87,16 +92,18 @@ class Run:
     prompt_mask_BT: Tensor
     decode_steps: int = 0
     layers: Sequence[int] | None = None
-    _tokens: list[Tensor] = field(default_factory=list)
     _explained: dict[bool, dict[str, float]] = field(default_factory=dict)
 
     @torch.no_grad()
     def steps(self) -> Iterator[Step]:
-        """Torch's steps; the tokens are those that were found at the first time."""
-        cache, input_ids, mask_BS = DynamicCache(), self.prompt_ids_BT, self.prompt_mask_BT
-        for number in range(self.decode_steps + 1):
-            num_new, reads = input_ids.shape[1], dict[str, Tensor]()
-            with _kept_inputs(self.model, reads, self.layers):
+        """Torch's steps."""
+        cache, mask_BS = DynamicCache(), self.prompt_mask_BT
+        for number, input_ids in enumerate(self._tokens()):
+            num_new = input_ids.shape[1]
+            if number:
+                mask_BS = torch.cat([mask_BS, torch.ones_like(input_ids)], dim=1)
+            reads, gives = dict[str, Tensor](), dict[str, Tensor]()
+            with _kept(self.model, reads, gives if number else None, self.layers):
                 hidden_BTD = self.model.model(
                     input_ids=input_ids,
                     attention_mask=mask_BS,
@@ -104,31 +111,33 @@ class Run:
                     use_cache=True,
                     **{CACHE: cache},
                 ).last_hidden_state
-            logits_BV = None
+            logits_BLV = None
             if self.layers is None:
                 reads[head_name(self.model)] = hidden_BTD
-                logits_BV = logits_of(self.model, hidden_BTD[:, -1]).float()
-                if number == len(self._tokens):
-                    self._tokens.append(logits_BV.argmax(dim=-1, keepdim=True))
+                logits_BLV = logits_of(self.model, hidden_BTD if number else hidden_BTD[:, -1:]).float()
             entries = [tensor[:, :, -num_new:] for tensor in cache_tensors(cache)]
-            yield Step(input_ids, mask_BS, reads, entries, logits_BV)
-            if number < self.decode_steps:
-                input_ids = self._tokens[number]
-                mask_BS = torch.cat([mask_BS, torch.ones_like(input_ids)], dim=1)
+            yield Step(input_ids, mask_BS, reads, gives, entries, logits_BLV, not number)
+
+    def _tokens(self) -> Iterator[Tensor]:
+        """The prompts, then what follows, a few tokens at a time."""
+        yield self.prompt_ids_BT
+        rows = [ids_T[mask_T] for ids_T, mask_T in zip(self.prompt_ids_BT, self.prompt_mask_BT.bool(), strict=True)]
+        behind_BT = torch.stack([row.repeat(-(-self.decode_steps // len(row)))[: self.decode_steps] for row in rows])
+        if self.decode_steps:
+            yield from behind_BT.split(_TOKENS_AT_ONCE, dim=1)
 
     def explained(self, *, half: bool) -> dict[str, float]:
-        """What rounding explains at each place, drawn on these texts."""
+        """What rounding explains at each place, drawn on the prompts."""
         if half not in self._explained:
-            if self.layers is None and len(self._tokens) <= self.decode_steps:
-                collections.deque(self.steps(), maxlen=0)  # the tokens first
-            behind = self._tokens[: self.decode_steps]
-            ids_BS = torch.cat([self.prompt_ids_BT, *behind], dim=1)
-            mask_BS = torch.cat([self.prompt_mask_BT, *map(torch.ones_like, behind)], dim=1)
-            rows = max(1, _EXPLAINED_TOKENS // ids_BS.shape[1])
+            rows = max(1, _EXPLAINED_TOKENS // self.prompt_ids_BT.shape[1])
             layers = None if self.layers is None else set(self.layers)
-            arithmetic = FLOAT16 if half else FLOAT32
-            found = explained_by_rounding(self.model, ids_BS[:rows], mask_BS[:rows], arithmetic, layers=layers)
-            self._explained[half] = found
+            self._explained[half] = explained_by_rounding(
+                self.model,
+                self.prompt_ids_BT[:rows],
+                self.prompt_mask_BT[:rows],
+                FLOAT16 if half else FLOAT32,
+                layers=layers,
+            )
         return self._explained[half]
 
 
@@ -141,7 +150,7 @@ def verify(
     decode_steps: int = 64,
     for_cpu: bool = False,
 ) -> list[Check]:
-    """Compare an ONNX file with its model on a batch of left-padded prompts, `decode_steps` greedy tokens, and each prompt alone.
+    """Compare an ONNX file with its model on a batch of left-padded prompts, `decode_steps` tokens behind them, and each prompt alone.
 
     Args:
         model: The torch model, with the quantizers that were exported.
@@ -156,52 +165,40 @@ def verify(
     if for_cpu:
         model = with_stored_head(model, graph.graph)
     name = f"onnx {next(entry.value for entry in graph.metadata_props if entry.key == 'precision')}"
-    run = Run(model, input_ids_BT, attention_mask_BT, decode_steps)
-    alone = [compare_alone(name, [run], path, for_cpu=for_cpu)] if len(input_ids_BT) > 1 else []
-    return [*compare_graph(name, [run], path, for_cpu=for_cpu), *alone]
+    runs, session = [Run(model, input_ids_BT, attention_mask_BT, decode_steps)], FedSession(path, for_cpu=for_cpu)
+    checks = compare_graph(name, runs, session)
+    return [*checks, compare_alone(name, runs, session)] if len(input_ids_BT) > 1 else checks
 
 
 def compare_graph(
-    name: str,
-    runs: Sequence[Run],
-    path: Path,
-    *,
-    threads: int | None = None,
-    for_cpu: bool = False,
-    on_step: Callable[[], None] = lambda: None,
+    name: str, runs: Sequence[Run], session: "FedSession", *, on_token: Callable[[], None] = lambda: None
 ) -> list[Check]:
-    """Compare an ONNX file with torch: one check of prompts, one of decoded tokens if there are any.
+    """Compare a graph with torch: one check of prompts, one of tokens behind them if there are any.
 
     Args:
         name: Of the artefact.
         runs: Prompts in groups.
-        path: Written by `export_onnx`, or made from such a file.
-        threads: Threads in ONNX Runtime.
-        for_cpu: A graph of `export.for_cpu`: keys behind padding are turned by their place in the cache, and left out.
-        on_step: Called after each step.
+        session: Runs the graph.
+        on_token: Called once for the prompts of a run, and once for each token behind them.
     """
-    graph = _Graph(path, threads, for_cpu=for_cpu)
     parts = {"prefill": Comparison(), "decode": Comparison()}
     for run in runs:
-        cache = None
-        for number, step in enumerate(run.steps()):
-            part = parts["decode" if number else "prefill"]
-            cache = graph.compare(part, run, number, step, cache)
-            on_step()
+        explained, cache = run.explained(half=session.fed.half), None
+        for step in run.steps():
+            part = parts["prefill" if step.first else "decode"]
+            cache = session.compare(part, run.model, step, cache, explained, on_token)
     return [part.check(f"{name}, {title}", LIMIT, note=NOTE) for title, part in parts.items() if part.places]
 
 
-def compare_alone(
-    name: str, runs: Sequence[Run], path: Path, *, threads: int | None = None, for_cpu: bool = False
-) -> Check:
-    """Compare an ONNX file with torch on each prompt by itself, without padding; see `compare_graph`."""
-    graph, comparison = _Graph(path, threads, for_cpu=for_cpu), Comparison()
+def compare_alone(name: str, runs: Sequence[Run], session: "FedSession") -> Check:
+    """Compare a graph with torch on each prompt by itself, without padding; see `compare_graph`."""
+    comparison = Comparison()
     for run in runs:
-        explained = run.explained(half=graph.fed.half)
+        explained = run.explained(half=session.fed.half)
         for ids_T, valid_T in zip(run.prompt_ids_BT, run.prompt_mask_BT.bool(), strict=True):
             ids_1T = ids_T[valid_T][None]
             alone = Run(run.model, ids_1T, torch.ones_like(ids_1T))
-            graph.compare(comparison, alone, 0, next(alone.steps()), None, explained)
+            session.compare(comparison, run.model, next(alone.steps()), None, explained)
     return comparison.check(f"{name}, one prompt at a time", LIMIT, note=NOTE)
 
 
@@ -215,16 +212,23 @@ def compare_longest(
     kinds = layer_kinds(model)
     layers = sorted({kinds.index(kind) for kind in kinds} | {len(kinds) - 1})
     run = Run(model, ids_1T, torch.ones_like(ids_1T), layers=layers)
-    comparison = Comparison()
-    _Graph(path, threads, layers=layers).compare(comparison, run, 0, next(run.steps()), None)
+    session, comparison = FedSession(path, threads, layers=layers), Comparison()
+    session.compare(comparison, model, next(run.steps()), None, run.explained(half=session.fed.half))
     return comparison.check(f"{name}, longest prompt ({ids_1T.shape[1]} tokens)", LIMIT, note=NOTE)
 
 
-class _Graph:
-    """A fed graph, ready to run beside torch."""
+class FedSession:
+    """A fed graph, ready to run beside torch.
+
+    Args:
+        path: Written by `export_onnx`, or made from such a file.
+        threads: Threads in ONNX Runtime; None: its choice.
+        layers: Decoder layers to compute, without the head; None: all, and the head.
+        for_cpu: A graph of `export.for_cpu`: keys behind padding are turned by their place in the cache, and left out.
+    """
 
     def __init__(
-        self, path: Path, threads: int | None, *, layers: Sequence[int] | None = None, for_cpu: bool = False
+        self, path: Path, threads: int | None = None, *, layers: Sequence[int] | None = None, for_cpu: bool = False
     ) -> None:
         self.fed: FedGraph = fed_graph(path, layers)
         self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True)
@@ -235,26 +239,29 @@ class _Graph:
     def compare(
         self,
         comparison: Comparison,
-        run: Run,
-        number: int,
+        model: PreTrainedModel,
         step: Step,
         cache: list[Any] | None,
-        explained: dict[str, float] | None = None,
+        explained: dict[str, float],
+        on_token: Callable[[], None] = lambda: None,
     ) -> list[Any]:
         """Run one step and compare all of it; returns the cache for the next one."""
-        explained = run.explained(half=self.fed.half) if explained is None else explained
-        modules = dict(run.model.named_modules())
-        feeds = {entrance.value + FED: self._fed(entrance, modules, step) for entrance in self.fed.entrances}
-        output = self._session.run(step.input_ids, step.attention_mask, cache, feeds)
+        modules = dict(model.named_modules())
+        rounds_unseen = self._rounds_unseen(model)
+        output = self._run(model, modules, step, cache, on_token)
+        when = (
+            "in the prompts"
+            if step.first
+            else f"behind {step.attention_mask.shape[1] - step.input_ids.shape[1]} tokens"
+        )
 
         def add(place: str, ours: Tensor, theirs: Tensor, valid_BT: Tensor = step.valid) -> None:
             if valid_BT.any():
                 ours_ND, theirs_ND = _at_tokens(ours.reshape(theirs.shape), valid_BT), _at_tokens(theirs, valid_BT)
-                comparison.add(f"{place} at step {number}", ours_ND, theirs_ND, explained[place])
+                comparison.add(f"{place} {when}", ours_ND, theirs_ND, explained[place])
 
         if self._coarser:
             comparison.reject(f"values in {' and '.join(self._coarser)}, a coarser type than the graph's own")
-        rounds_unseen = self._rounds_unseen(run.model)
         for entrance in self.fed.entrances:
             if entrance.value in self.fed.compared and not (rounds_unseen and entrance.module.endswith("o_proj")):
                 theirs, valid_BT = self._read(entrance.module, step)
@@ -263,22 +270,50 @@ class _Graph:
             ours = output.logits if product.value == "logits" else output.others[product.value]
             for module, first, last in _columns(product, modules):
                 place = f"{module} gives"
+                if module in step.gives:
+                    add(place, ours[..., first:last], step.gives[module])
+                    continue
                 reads, valid_BT = self._read(module, step)
                 for part in _pieces(reads, modules[module].weight.shape[0]):
                     theirs = F.linear(*operands(modules[module], reads[:, part]))
                     add(place, ours[:, part, first:last], theirs, valid_BT[:, part])
         if not rounds_unseen:
-            for name, (ours, theirs) in self._entries(run.model, step, output).items():
+            for name, (ours, theirs) in self._entries(model, step, output).items():
                 padded = self._padded_keys or name.endswith("value")
-                add(
-                    name,
-                    ours,
-                    theirs,
-                    step.valid if padded else step.valid & step.attention_mask.all(dim=1, keepdim=True),
-                )
+                valid_BT = step.valid if padded else step.valid & step.attention_mask.all(dim=1, keepdim=True)
+                add(name, ours, theirs, valid_BT)
         if step.logits is not None:
-            self._compare_logits(comparison, number, step.logits, output, explained, head_name(run.model))
+            self._compare_logits(comparison, when, step.logits, output, explained, head_name(model))
         return output.cache
+
+    def _run(
+        self,
+        model: PreTrainedModel,
+        modules: dict[str, nn.Module],
+        step: Step,
+        cache: list[Any] | None,
+        on_token: Callable[[], None],
+    ) -> Output:
+        """The graph on the prompts, or on one token after the other; what it gives for them is put together."""
+        num_new, past = step.input_ids.shape[1], step.attention_mask.shape[1] - step.input_ids.shape[1]
+        feeds = {entrance: self._fed(entrance, modules, step) for entrance in self.fed.entrances}
+        outputs = []
+        for first in (0,) if step.first else range(num_new):
+            some = slice(first, num_new if step.first else first + 1)
+            fed = {
+                entrance.value + FED: (whole[..., some, :].flatten(0, -2) if entrance.rows else whole[..., some, :])
+                for entrance, whole in feeds.items()
+            }
+            mask_BS = step.attention_mask[:, : past + some.stop]
+            outputs.append(self._session.run(step.input_ids[:, some], mask_BS, cache, fed))
+            cache = outputs[-1].cache
+            on_token()
+        batch = len(step.input_ids)
+        others = {
+            name: _joined([_with_tokens(output.others[name], batch) for output in outputs])
+            for name in outputs[0].others
+        }
+        return Output(_joined([output.logits for output in outputs]), outputs[-1].cache, others)
 
     def _fed(self, entrance: Entrance, modules: dict[str, nn.Module], step: Step) -> Tensor:
         """What a product or quantizer of the graph is fed."""
@@ -287,7 +322,7 @@ class _Graph:
         if self.fed.half:  # half way to the grid: float16 can't decide the rounding, and a missing quantizer shows
             quantizer = module if isinstance(module, InputQuantizer) else getattr(module, "input_quantizer", None)
             value = (value if quantizer is None else (value + quantizer.quantize(value)) / 2).half()
-        return value.flatten(0, -2) if entrance.rows else value
+        return value
 
     def _read(self, module: str, step: Step) -> tuple[Tensor, Tensor]:
         """What a module read in torch, at the positions that the graph computes, and which of them are tokens."""
@@ -312,25 +347,37 @@ class _Graph:
     def _compare_logits(
         self,
         comparison: Comparison,
-        number: int,
-        theirs_BV: Tensor,
+        when: str,
+        theirs_BLV: Tensor,
         output: Output,
         explained: dict[str, float],
         head: str,
     ) -> None:
-        """Compare the last position's logits, all and each, or the log-probabilities of labels that a graph returns in their place."""
+        """Compare logits, all and each, or the log-probabilities of labels that a graph returns in their place."""
         whole, worst = 2 * explained[f"{head} gives"], 2 * explained[f"{head} gives at most"]
         if not self._session.labels:
-            ours_BV = output.logits[:, -1].float()
-            comparison.add(f"logits at step {number}", ours_BV, theirs_BV, whole)
-            comparison.add(f"worst logit at step {number}", ours_BV, theirs_BV, worst, order=torch.inf)
-            comparison.add_distributions(ours_BV, theirs_BV)
+            ours_NV = output.logits[:, -theirs_BLV.shape[1] :].float().flatten(0, 1)
+            theirs_NV = theirs_BLV.flatten(0, 1)
+            comparison.add(f"logits {when}", ours_NV, theirs_NV, whole)
+            comparison.add(f"worst logit {when}", ours_NV, theirs_NV, worst, order=torch.inf)
+            comparison.add_distributions(ours_NV, theirs_NV)
             return
         # A label's log-probability is the difference of a logit and a mean of logits: each may be off by the error of one.
+        theirs_BV = theirs_BLV[:, -1]
         error = whole * theirs_BV.square().mean(-1).sqrt()
         theirs_BC = theirs_BV.log_softmax(-1)[:, list(self._session.labels.values())]
         allowed = float((error / theirs_BC.square().mean(-1).sqrt()).amax())
-        comparison.add("log-probabilities of labels", output.others[LOG_PROBS], theirs_BC, allowed)
+        comparison.add("log-probabilities of labels", output.others[LOG_PROBS].flatten(0, -2), theirs_BC, allowed)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Values of one token after the other as one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _with_tokens(x: Tensor, batch: int) -> Tensor:
+    """A value of a graph with a dimension of tokens before the last one: rows (B * T, features) get it back."""
+    return x.unflatten(0, (batch, -1)) if x.dim() == 2 else x
 
 
 def _at_tokens(x: Tensor, valid_BT: Tensor) -> Tensor:
@@ -355,18 +402,27 @@ def _pieces(reads_BTD: Tensor, outputs: int) -> Iterator[slice]:
 
 
 @contextmanager
-def _kept_inputs(model: PreTrainedModel, reads: dict[str, Tensor], layers: Sequence[int] | None) -> Iterator[None]:
-    """Keep what enters every linear layer of the decoder, and every quantizer of keys and values."""
+def _kept(
+    model: PreTrainedModel, reads: dict[str, Tensor], gives: dict[str, Tensor] | None, layers: Sequence[int] | None
+) -> Iterator[None]:
+    """Keep what enters every linear layer of the decoder and every quantizer of keys and values, and products if they are wanted."""
 
-    def hook(name: str) -> Callable[..., None]:
+    def read(name: str) -> Callable[..., None]:
         return lambda module, inputs: reads.__setitem__(name, inputs[0])
+
+    def given(name: str, gives: dict[str, Tensor]) -> Callable[..., None]:
+        return lambda module, inputs, output: gives.__setitem__(name, output)
 
     handles = []
     for layer in decoder_layers(model):
         for name, module in layer.block.named_modules() if layers is None or layer.index in layers else ():
-            if isinstance(module, nn.Linear | FakeQuantizedLinear | InputQuantizer) and not name.endswith(
+            if not isinstance(module, nn.Linear | FakeQuantizedLinear | InputQuantizer) or name.endswith(
                 "input_quantizer"
             ):
-                handles.append(module.register_forward_pre_hook(hook(f"model.layers.{layer.index}.{name}")))
+                continue
+            full = f"model.layers.{layer.index}.{name}"
+            handles.append(module.register_forward_pre_hook(read(full)))
+            if gives is not None and not isinstance(module, InputQuantizer) and module.bias is None:
+                handles.append(module.register_forward_hook(given(full, gives)))
     with hooked(handles):
         yield

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import distillation_loss
 
+pytestmark = pytest.mark.long
+
 
 def test_the_benchmark_writes_what_scripts_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out.json"

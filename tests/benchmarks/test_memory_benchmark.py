@@ -7,6 +7,8 @@ import yaml
 
 from benchmarks import memory
 
+pytestmark = pytest.mark.long
+
 
 def test_each_overlay_alone_and_all_together() -> None:
     files, whole = [Path("a.yaml"), Path("b.yaml")], Path("whole.yaml")

@@ -14,6 +14,8 @@ from benchmarks.onnx_graphs import GRAPHS, genai_graph, our_graph
 from export.for_cpu import CPU
 from export.shared_cache import SharedCacheSession
 
+pytestmark = pytest.mark.long
+
 PROMPT = torch.arange(3, 23)[None]
 
 

@@ -12,6 +12,8 @@ from models.forward import IGNORE
 from models.pretrained import load_model, load_tokenizer
 from models.pruning.cut import Targets
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

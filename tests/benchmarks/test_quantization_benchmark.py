@@ -20,6 +20,8 @@ from models.quantization.lsq import scale_of
 from models.quantization.settings import PostTrainingQuantization
 from models.quantization.smoothing import STRENGTHS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

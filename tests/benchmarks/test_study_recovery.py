@@ -10,6 +10,8 @@ from tiny import tiny_folder
 from benchmarks import study_recovery, study_training
 from benchmarks.recovery_page import recovery_section
 
+pytestmark = pytest.mark.long
+
 ARMS = list(study_recovery.ARMS)
 
 

@@ -11,6 +11,8 @@ from benchmarks.verification import Examined, false_alarms, right_graphs
 from benchmarks.verification_faults import PLANTED
 from export.verify import exactness
 
+pytestmark = pytest.mark.long
+
 KEPT = ("padding seen", "cosines of the next position", "a cache's scale off by 5 %", "the last position but one")
 
 

@@ -21,6 +21,8 @@ from tiny import tiny_folder, tiny_jsonl
 from callbacks.distributed import check_strategy, share_of_rank
 from models.quantization import scale_from_amax
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 

@@ -194,7 +194,11 @@ def test_a_validation_in_the_middle_of_a_step_changes_the_next_step_only(
 @pytest.fixture(autouse=True)
 def heard() -> Iterator[None]:
     """Signals do what they do at a terminal, also where the tests run in the background or under nohup."""
-    handlers = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    handlers = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
     for number, handler in before.items():

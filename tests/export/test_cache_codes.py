@@ -25,6 +25,8 @@ from models.quantization.cache import cache_format, cache_scales
 from models.quantization.linear import quantized_linears
 from models.structure import apply_edit
 
+pytestmark = pytest.mark.long
+
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]
 TYPES = {"fp8_e4m3": onnx.TensorProto.FLOAT8E4M3FN, "int8": onnx.TensorProto.INT8}

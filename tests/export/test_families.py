@@ -10,6 +10,8 @@ from export.to_onnx import export_onnx
 from export.verify import verify
 from models.structure import replay
 
+pytestmark = pytest.mark.long
+
 # 9 to 17 tokens are verified: the frequencies of phi3 change in the middle, and sliding windows of 4 slide.
 LONG_ROPE = {
     "original_max_position_embeddings": 12,

@@ -39,6 +39,7 @@ def test_they_are_the_products_that_the_graph_describes(format, tmp_path):
     assert different <= 0.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_products_of_whole_numbers(family, tmp_path):
     """Phi splits a product of its own, by a number of parts."""

@@ -25,6 +25,8 @@ from models.forward import inference_copy
 from models.quantization import quantized_linears
 from models.quantization.learning import learn_scales, learned_scales, round_learned_scales
 
+pytestmark = pytest.mark.long
+
 PROMPTS = left_padded_prompts()
 FORMATS = ["fp8_e4m3", "int8", "int8_static", "int4_g32_zp"]
 

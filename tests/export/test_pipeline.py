@@ -227,6 +227,7 @@ def test_a_graph_for_the_cpu_may_have_a_format_of_its_own(source, precision, fol
     }
 
 
+@pytest.mark.long
 def test_a_format_for_the_cpu_starts_from_the_weights_not_from_another_format(folders, tmp_path):
     """Calibrated to FP8 and, for the CPU, to INT8: the INT8 codes are those of the plain weights."""
     arguments = [str(folders / "plain"), "--engine", "none", "--compressed", "--cpu", "int8", *QUICK]

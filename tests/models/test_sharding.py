@@ -19,6 +19,8 @@ from models import Distillation
 from models.checkpoint import load_student_checkpoint
 from models.forward import answer_logits
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parent
 
 
