@@ -13,6 +13,7 @@ SEED   := 1
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (20 to 25 minutes on 2 cores); SEED=n for another run"
 	@echo "make test         lint, type check and tests (10 minutes on 2 cores)"
+	@echo "make test-long    every family, several processes, every command of the pages, benchmarks (10 minutes)"
 	@echo "make test-servers serve what an export writes with vLLM, in an environment of its own (3.5 GB), and compare it with torch"
 	@echo "make lint         ruff and mypy only       make format   apply ruff's format"
 
