@@ -41,6 +41,7 @@ from models.ranges import check_ranges
 gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
 
+_MOST = 100_000  # settings in a file, aliases counted as what they stand for
 USER_ERRORS = (
     ValueError,
     FileNotFoundError,
@@ -112,11 +113,31 @@ class ConfigFile(ActionConfigFile):
         except OSError:
             text = values  # settings written on the command line, or a file that is missing: the parser says so
         with contextlib.suppress(yaml.YAMLError):  # as it does of broken ones
+            if mistake := _mistake(yaml.compose(text, yaml.SafeLoader), {}):
+                parser.error(f"{mistake} in {values}; correct the file")
             settings = yaml.safe_load(text)
             for key, value in _flatten(settings if isinstance(settings, Mapping) else {}).items():
                 if isinstance(value, list):
                     cfg.pop(key, None)
         super().__call__(parser, cfg, values, option_string)
+
+
+def _mistake(node: yaml.Node | None, sizes: dict[yaml.Node, int]) -> str | None:
+    """What YAML would take without a word: a key given twice, or aliases of aliases that stand for more than anybody wrote."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            return f"expected every setting once, found {twice!r} twice below line {node.start_mark.line + 1}"
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    else:
+        return None
+    for part in parts:
+        if part not in sizes and (mistake := _mistake(part, sizes)):
+            return mistake
+    sizes[node] = 1 + sum(sizes.get(part, 1) for part in parts)
+    return f"expected at most {_MOST:,} settings, found aliases for {sizes[node]:,}" if sizes[node] > _MOST else None
 
 
 class PotstillCLI(LightningCLI):

@@ -17,7 +17,7 @@ from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
 from callbacks.quantization import QuantizationAwareTraining
-from callbacks.served import held_out_of
+from callbacks.served import examples_of, held_out_of
 from datamodules.base import ChatDataModule
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
@@ -30,6 +30,7 @@ from export.report import closing, summary, write_report
 from export.runtime import OnnxSession
 from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, Precision, format_for
+from export.verify import check_tokens
 from models.allocator import give_back_freed_memory
 from models.architecture import decoder_layers
 from models.forward import Batch
@@ -37,6 +38,7 @@ from models.offline import is_offline
 from models.pretrained import end_token_ids
 from models.quantization.formats import FormatName
 from models.quantization.settings import Method, PostTrainingQuantization
+from models.ranges import check_ranges
 from models.student import StudentModule
 from models.teacher import Teacher
 
@@ -131,6 +133,7 @@ class ExportOnFitEnd(Callback):
                 "expected ExportOnFitEnd.cpu_batches of 1 or more, and served_questions of 0, or more together with compare_with_teacher and "
                 f"a graph, found {cpu_batches} and {served_questions}; change them in the recipe"
             )
+        check_ranges("ExportOnFitEnd.", locals(), verify_prompts=(1, 1e6), benchmark_prompt=(1, 1e6))
         self.cpu_method = cpu_method
         self.cpu_batches = cpu_batches
         self.served_questions = served_questions
@@ -157,6 +160,9 @@ class ExportOnFitEnd(Callback):
                 f"expected test or validation data for ExportOnFitEnd.served_questions {self.served_questions}, found neither; set "
                 "data.init_args.test, or served_questions to 0"
             )
+        if self.served_questions and (self.settings.cpu_format or self.settings.precision not in UNQUANTIZED):
+            spans = [span for example in examples_of(data, self.served_questions) for span in example.answer_spans]
+            check_tokens(sum(end - begin for begin, end in spans), f"{self.served_questions} questions")
         if self.settings.labels:
             label_token_ids(data.tokenizer, self.settings.labels)
         unequal = any(isinstance(callback, GradualPruning) and callback.makes_layers_unequal for callback in callbacks)

@@ -7,12 +7,18 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from datamodules.base import ChatDataModule
+from datamodules.chat import Example
 from export.verify import HeldOut
 from models.forward import Batch
 from models.losses import head_of
 from models.teacher import Teacher
 
 BATCH_SIZE = 16  # fastest on two cores: activations of more leave the processor's cache
+
+
+def examples_of(datamodule: ChatDataModule, questions: int) -> list[Example]:
+    """The first test conversations, those of validation where there are none."""
+    return datamodule.examples("test" if datamodule.has_split("test") else "val")[:questions]
 
 
 def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, max_new_tokens: int) -> HeldOut:
@@ -25,7 +31,7 @@ def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, ma
         max_new_tokens: Length of the answers that are generated, tokens.
     """
     split = "test" if datamodule.has_split("test") else "val"
-    examples = sorted(datamodule.examples(split)[:questions], key=len)
+    examples = sorted(examples_of(datamodule, questions), key=len)
     collate, starts = datamodule.collate_fn, range(0, len(examples), BATCH_SIZE)
     batches: list[Batch] = [{**collate(examples[start : start + BATCH_SIZE])} for start in starts]
     device = teacher.model.device

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,26 @@ def test_a_saved_config_names_no_folder_of_the_old_run() -> None:
     text = Path(SAVED).read_text()
     assert "runs/sft-001" not in text
     assert not {"ckpt_path", "run_dir"} & yaml.safe_load(text).keys()
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n" for before, after in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trainer: {max_steps: 3}\nmodel: {class_path: SFT}\ntrainer: {max_steps: 4}\n", "found 'trainer' twice"),
+        ("trainer:\n  max_steps: 3\n  precision: 32\n  max_steps: 4\n", "found 'max_steps' twice below line 2"),
+        (BOMB, "expected at most 100,000 settings, found aliases for"),
+    ],
+)
+def test_a_file_that_says_two_things_or_too_much_is_refused(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["fit", "--config", str(tmp_path / "recipe.yaml")])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err

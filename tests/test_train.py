@@ -18,6 +18,7 @@ import train
 from benchmarks import quickstart
 from callbacks import Checkpoint
 from export import chat
+from export.verify import faithfulness
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -73,8 +74,11 @@ def test_every_recipe_is_accepted_and_complete(recipe: Path, capsys: pytest.Capt
 
 
 @pytest.mark.recipe
-def test_the_quickstart_runs_on_a_tiny_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quickstart_runs_on_a_tiny_model(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both parts, their own callbacks and data, with fewer steps."""
+    monkeypatch.setattr(faithfulness, "TOKENS", 16)  # 8 questions
     data = {"train_size": 48, "val_size": 6, "test_size": 12, "batch_size": 4, "eval_batch_size": 6}
     Path("teacher.yaml").write_text(
         yaml.safe_dump(

@@ -2,6 +2,6 @@
 
 from export.verify.everything import Verification, verify_artefacts
 from export.verify.exactness import verify
-from export.verify.faithfulness import HeldOut
+from export.verify.faithfulness import HeldOut, check_tokens
 
-__all__ = ["HeldOut", "Verification", "verify", "verify_artefacts"]
+__all__ = ["HeldOut", "Verification", "check_tokens", "verify", "verify_artefacts"]

@@ -131,6 +131,15 @@ def judged_by(model: PreTrainedModel, held_out: HeldOut) -> HeldOut:
     )
 
 
+def check_tokens(num_tokens: int, what: str) -> None:
+    """Raise `ValueError` for fewer answer tokens than it takes to tell a model that rounds from a wrong one."""
+    if num_tokens < TOKENS:
+        raise ValueError(
+            f"expected {TOKENS} answer tokens or more to judge what is served, found {num_tokens} in {what}; ask more questions, or set "
+            "served_questions to 0"
+        )
+
+
 def answer_tokens(held_out: HeldOut) -> int:
     """How many answer tokens there are."""
     return sum(int((batch["labels"] != IGNORE).sum()) for batch in held_out.batches)

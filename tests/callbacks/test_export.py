@@ -124,6 +124,12 @@ def test_before_training_one_line_says_that_the_package_for_compressed_folders_i
         preflight(tmp_path / "asked", ExportOnFitEnd("fp8", ["hf"], compressed=True), quantization)
 
 
+def test_too_few_questions_to_judge_what_is_served_are_refused_before_training(tmp_path: Path) -> None:
+    export = ExportOnFitEnd("fp8", ["onnx"], compare_with_teacher=True, served_questions=3)
+    with pytest.raises(ValueError, match="answer tokens or more to judge what is served, found .* in 3 questions"):
+        preflight(tmp_path, export, QuantizationAwareTraining(start_step=3))
+
+
 def test_a_compressed_folder_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
     """32 of 48 neurons are left: a whole group of 32, not of 64."""
     asked = ExportOnFitEnd("int8_g64", ["hf"], compressed=True)
