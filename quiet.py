@@ -21,6 +21,7 @@ WARNINGS = (
     "Found .* module.* in eval mode at the start of training",  # torchmetrics and frozen parts are meant to be
     "Precision .* is not supported by the model summary",  # the summary's sizes in MB, not ours
     "The dirpath has changed from",  # a resumed run has a folder of its own
+    "Experiment logs directory .* exists and is not empty",  # the quickstart's, which holds its teacher
     "It is recommended to use .*sync_dist=True",  # our metrics are already those of all devices
     "'set_vital' is deprecated",  # torchdata
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning

@@ -218,6 +218,7 @@ def test_what_runs_elsewhere_is_in_the_pages_and_accepted(monkeypatch: pytest.Mo
             calibration_of(options)
 
 
+@pytest.mark.long
 @pytest.mark.recipe
 def test_the_howto_leads_from_data_to_a_resumed_student_that_was_judged_on_the_test_file(
     ran: Callable[[str], Path],
@@ -248,6 +249,7 @@ def test_the_capture_of_the_howto_is_trained_on(ran: Callable[[str], Path]) -> N
     assert "offline:teacher-cache" in next(folder.glob("runs/distill-*/config.yaml")).read_text()
 
 
+@pytest.mark.long
 @pytest.mark.recipe
 def test_the_code_of_the_ranking_howto_ranks_films(
     ran: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,7 @@ def run(name: str, *more: str) -> train.PotstillCLI:
     return train.main(arguments(name, *more))
 
 
+@pytest.mark.long
 @pytest.mark.recipe
 @pytest.mark.parametrize("name", ["sft", "distill", "compress"])
 def test_a_recipe_runs_with_its_own_callbacks(name: str) -> None:
@@ -114,6 +115,7 @@ def test_the_fsdp_overlay_runs_on_two_processes_and_exports() -> None:
     assert student.config.intermediate_size == 48
 
 
+@pytest.mark.long
 @pytest.mark.recipe
 def test_the_wandb_overlay_logs_offline_into_the_runs_folder(place: Path) -> None:
     """Configuration, metrics, the table of samples and the report; a second run is not refused."""

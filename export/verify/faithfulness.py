@@ -45,7 +45,7 @@ from models.sampling import Sampling
 
 MARGIN, MARGIN_UNROUNDED = 0.02, 0.001  # nats per token; the second of models that round nothing
 SCORE_MARGIN = 0.05
-TOKENS, TOKENS_UNROUNDED = 2048, 256  # a run that rounds nothing is not chaotic
+TOKENS, TOKENS_UNROUNDED = 512, 256  # a run that rounds nothing is not chaotic
 _SAMPLED = 64  # tokens of an answer that is sampled
 _STATUS: dict[Verdict, Status] = {"equivalent": "passed", "too few tokens to say": "not_run", "different": "failed"}
 
