@@ -56,8 +56,9 @@ class Bar(tqdm):
             if self.n == self.total:
                 self.bar_format = ENDED
             return bool(super().display(msg, pos))
-        if self.n > self.initial:
-            print(self._line(ended=msg == ""), file=self.fp, flush=True)
+        ended = msg == ""
+        if self.n > self.initial and (ended or self.n != self.total):  # at the end once, not also for the last update
+            print(self._line(ended=ended), file=self.fp, flush=True)
         return False
 
     def clear(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ a report misses.
 |----------------------------------------------------------|-----------------------------|----------------------------|
 | `task_score` of each graph                                | 0.12                        | -                          |
 | share of the teacher's gain over the constant answer      | -                           | at least 0.85              |
-| `kl` of each graph                                        | 0.05 nats                   | `student_cpu` at most 0.12 |
+| `kl` of each graph                                        | 0.05 nats, or its interval  | `student_cpu` at most 0.12 |
 | decoding, first token: times as fast as the teacher's     | a factor of 2               | at least 2.5 and 2         |
 | share of the teacher's size                               | 0.02                        | at most 0.334              |
 """
@@ -88,10 +88,11 @@ def differences(found: Figures, stated: Figures) -> Iterator[str]:
     """What does not hold, one sentence each."""
     served = {row["name"]: row for row in found["served"]}
     for row in stated["served"]:
-        for name, tolerance in (("task_score", SCORE), ("kl", KL)):
+        by_chance = row["kl_high"] - row["kl"]  # a few tokens make most of it
+        for name, tolerance in (("task_score", SCORE), ("kl", max(KL, by_chance))):
             now = served[row["name"]][name]
             if not abs(now - row[name]) <= tolerance:
-                yield _sentence(f"{name} of {row['name']}", f"{row[name]:.3f} within {tolerance}", now)
+                yield _sentence(f"{name} of {row['name']}", f"{row[name]:.3f} within {tolerance:.2g}", now)
     now, then = found["ratios"]["student_cpu"], stated["ratios"]["student_cpu"]
     for name in LEAST_SPEED:
         if not now[name] >= then[name] / SPEED:
