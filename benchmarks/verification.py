@@ -228,8 +228,7 @@ def verified(graph: Right, prompts: Sequence[Tensor], number: int, threads: int,
         asked = dict(zip(("prompt_ids", "prompt_mask"), _drawn(prompts, draw, rows, padded=True), strict=True))
         held_out = judged_by(judged, sampled(judged, asked, rows * ANSWER))
         reference = torch_served(judged, held_out, lambda: None)
-        session = OnnxSession(graph.path, threads=threads)
-        found = held_out.measure(session, end_token_ids(judged), lambda: None)
+        found = held_out.measure(OnnxSession(graph.path, threads=threads), end_token_ids(judged), lambda: None)
         checks.append(compare_served(graph.name, judged, found, reference))
     return checks
 
