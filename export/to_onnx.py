@@ -87,12 +87,16 @@ def build(traced: Trace, model: PreTrainedModel) -> ir.Model:
     return onnx_model
 
 
+def rope_types(model: PreTrainedModel) -> set[str | None]:
+    """How rotary angles go with positions, in one way or another for each kind of attention."""
+    rotary = model.config.rope_parameters
+    return {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+
+
 def check_exportable(model: PreTrainedModel, *, precision: Precision, opset: int) -> None:
     """Raise `ValueError` if this model can't be written in this precision and opset."""
     decoder_layers(model)  # refuses unknown families
-    rotary = model.config.rope_parameters
-    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
-    if "dynamic" in kinds:
+    if "dynamic" in rope_types(model):
         raise ValueError(
             "expected rotary angles that a graph can hold, found rope_type 'dynamic', whose angles change with the longest prompt "
             "that was ever seen; export a model with another rope_type (default, linear, llama3, yarn or longrope)"

@@ -28,6 +28,7 @@ from export.head_blocks import with_stored_head
 from export.label_graph import LOG_PROBS
 from export.runtime import OnnxSession, Output, new_entries, position_ids
 from export.slice import layer_kinds
+from export.to_onnx import rope_types
 from export.trace import cache_names, cache_tensors
 from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding, operands
 from export.verify.taps import FED, Entrance, FedGraph, Product, coarser_types, fed_graph, layer_of
@@ -124,7 +125,9 @@ class Run:
         rows = [ids_T[mask_T] for ids_T, mask_T in zip(self.prompt_ids_BT, self.prompt_mask_BT.bool(), strict=True)]
         behind_BT = torch.stack([row.repeat(-(-self.decode_steps // len(row)))[: self.decode_steps] for row in rows])
         if self.decode_steps:
-            yield from behind_BT.split(_TOKENS_AT_ONCE, dim=1)
+            # Angles of longrope go by the longest position of a call.
+            at_once = 1 if "longrope" in rope_types(self.model) else _TOKENS_AT_ONCE
+            yield from behind_BT.split(at_once, dim=1)
 
     def explained(self, *, half: bool) -> dict[str, float]:
         """What rounding explains at each place, drawn on the prompts."""
