@@ -206,24 +206,25 @@ def false_alarms(
 ) -> list[dict[str, Any]]:
     """Verify right graphs `count` times in turns; a row for each."""
     found: dict[str, list[tuple[list[Check], float]]] = {graph.name: [] for graph in graphs}
+    sessions = {graph.name: FedSession(graph.path, threads, for_cpu=graph.for_cpu) for graph in graphs}
     for number in tqdm(range(count), desc=f"Verifications of {graphs[0].of}", leave=False):
         graph, begun = graphs[number % len(graphs)], time.perf_counter()
-        checks = verified(graph, prompts, number, threads, free=free and number // len(graphs) % 3 == 0)
+        asked = free and number // len(graphs) % 3 == 0
+        checks = verified(graph, sessions[graph.name], prompts, number, threads if asked else 0)
         found[graph.name].append((checks, time.perf_counter() - begun))
     return [_row(graph, found[graph.name]) for graph in graphs if found[graph.name]]
 
 
-def verified(graph: Right, prompts: Sequence[Tensor], number: int, threads: int, *, free: bool) -> list[Check]:
-    """One verification; `number` decides everything about its texts."""
+def verified(graph: Right, session: FedSession, prompts: Sequence[Tensor], number: int, threads: int) -> list[Check]:
+    """One verification; `number` decides everything about its texts.  Of 0 threads there is no free run."""
     draw = random.Random(number)
     prompt_ids, prompt_mask = _drawn(prompts, draw, draw.randint(1, 6), padded=draw.random() < 0.5)
     model, judged = graph.model, graph.judged or graph.model
     if draw.random() < 0.5:
         model, judged = (_nudged(each, graph.arithmetic.unit, seed=number) for each in (model, judged))
     run = Run(model, prompt_ids, prompt_mask, draw.randint(8, 16))
-    session = FedSession(graph.path, threads, for_cpu=graph.for_cpu)
     checks = [*compare_graph(graph.name, [run], session), compare_alone(graph.name, [run], session)]
-    if free:
+    if threads:
         rows = num_tokens_for(judged) // ANSWER
         asked = dict(zip(("prompt_ids", "prompt_mask"), _drawn(prompts, draw, rows, padded=True), strict=True))
         held_out = judged_by(judged, sampled(judged, asked, rows * ANSWER))
