@@ -19,6 +19,7 @@ from export.prefill import write_beside
 
 LABELS = "labels.onnx"
 LOG_PROBS = "log_probs"
+LABEL_TOKENS = "label_tokens"
 METADATA = "labels"  # token by label, in the order of the columns, as JSON
 
 
@@ -54,7 +55,7 @@ def keep_label_log_probs(model: ir.Model, token_ids: Sequence[int]) -> None:
 
     exact = node("Cast", [logits], ir.AttrInt64("to", ir.DataType.FLOAT))
     every = node("LogSoftmax", [exact], ir.AttrInt64("axis", -1))
-    columns = constant(graph, "label_tokens", np.array(token_ids, np.int64))
+    columns = constant(graph, LABEL_TOKENS, np.array(token_ids, np.int64))
     some = node("Gather", [every, columns], ir.AttrInt64("axis", -1))
     found = node("Squeeze", [some, constant(graph, "label_position", np.array([1], np.int64))])
     assert logits.shape is not None

@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from export.checks import Check, Comparison
 from export.head_blocks import with_stored_head
-from export.label_graph import LOG_PROBS
+from export.label_graph import LABEL_TOKENS, LOG_PROBS
 from export.runtime import OnnxSession, Output, new_entries, position_ids
 from export.slice import layer_kinds
 from export.to_onnx import rope_types
@@ -236,6 +236,14 @@ class FedSession:
         self.fed: FedGraph = fed_graph(path, layers)
         self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True)
         self._coarser = coarser_types(self.fed)
+        self._looked_up = next(
+            (
+                onnx.numpy_helper.to_array(each).tolist()
+                for each in self.fed.model.graph.initializer
+                if each.name == LABEL_TOKENS
+            ),
+            [],
+        )
         self._layers, self._padded_keys = layers, not for_cpu
 
     @torch.no_grad()
@@ -365,6 +373,8 @@ class FedSession:
             comparison.add(f"worst logit {when}", ours_NV, theirs_NV, worst, order=torch.inf)
             comparison.add_distributions(ours_NV, theirs_NV)
             return
+        if self._looked_up != list(self._session.labels.values()):  # neighbours may be as probable
+            comparison.reject(f"labels of the tokens {self._looked_up}, which are not those of its metadata")
         # A label's log-probability is the difference of a logit and a mean of logits: each may be off by the error of one.
         theirs_BV = theirs_BLV[:, -1]
         error = whole * theirs_BV.square().mean(-1).sqrt()

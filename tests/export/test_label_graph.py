@@ -13,16 +13,19 @@ from chat_doubles import byte_tokenizer
 from tiny_models import left_padded_prompts, quantized, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.verification_faults import PLANTED
 from datamodules.label_prompts import label_token_ids
 from export.__main__ import main
 from export.engine_runtime import EngineSession
 from export.huggingface import save_student
 from export.label_graph import LOG_PROBS, write_labels
+from export.prefill import write_beside
 from export.runtime import OnnxSession
 from export.scorer import Scorer
 from export.serving import write_triton
 from export.to_onnx import export_onnx
 from export.to_tensorrt import build_engine
+from export.verify.exactness import FedSession, Run, compare_graph
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 PROMPTS = left_padded_prompts()
@@ -133,6 +136,19 @@ def engine_folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.T
     words += ["--labels", *LABELS, "--sequence", "1", "16", "256", "--past", "0", "16", "256"]
     assert main([*words, "--decode-steps", "1", "--prompts", "2", "--benchmark-repetitions", "0"]) == 0
     return root / "out"
+
+
+def test_a_label_that_is_looked_up_at_another_token_is_found(
+    graphs: dict[str, Path], plain_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Even where both tokens are equally probable."""
+    shutil.copytree(graphs["fp16"].parent, tmp_path / "onnx")
+    right = write_labels(tmp_path / "onnx/model.onnx", TOKENS)
+    wrong = write_beside(right, "wrong.onnx", PLANTED["another label's token"][0])
+    run = Run(plain_model, PROMPTS["prompt_ids"], PROMPTS["prompt_mask"])
+    (passed,), (failed,) = (compare_graph("labels", [run], FedSession(path)) for path in (right, wrong))
+    assert passed.status == "passed"
+    assert failed.status == "failed" and "labels of the tokens [91, 7, 8]" in failed.reason
 
 
 @needs_rtx
