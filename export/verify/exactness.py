@@ -236,7 +236,7 @@ class FedSession:
         self.fed: FedGraph = fed_graph(path, layers)
         self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True)
         self._coarser = coarser_types(self.fed)
-        self._looked_up = next(
+        self._looked_up: list[int] = next(
             (
                 onnx.numpy_helper.to_array(each).tolist()
                 for each in self.fed.model.graph.initializer
