@@ -127,7 +127,7 @@ def test_before_training_one_line_says_that_the_package_for_compressed_folders_i
 def test_too_few_questions_to_judge_what_is_served_are_refused_before_training(tmp_path: Path) -> None:
     export = ExportOnFitEnd("fp8", ["onnx"], compare_with_teacher=True, served_questions=3)
     with pytest.raises(ValueError, match="answer tokens or more to judge what is served, found .* in 3 questions"):
-        preflight(tmp_path, export, QuantizationAwareTraining(start_step=3))
+        preflight(tmp_path, export, QuantizationAwareTraining(5, 1))
 
 
 def test_a_compressed_folder_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
