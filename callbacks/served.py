@@ -16,9 +16,14 @@ from models.teacher import Teacher
 BATCH_SIZE = 16  # fastest on two cores: activations of more leave the processor's cache
 
 
+def split_of(datamodule: ChatDataModule) -> str:
+    """What is judged: test data, validation data where there are none."""
+    return "test" if datamodule.has_split("test") else "val"
+
+
 def examples_of(datamodule: ChatDataModule, questions: int) -> list[Example]:
-    """The first test conversations, those of validation where there are none."""
-    return datamodule.examples("test" if datamodule.has_split("test") else "val")[:questions]
+    """The first conversations of it."""
+    return datamodule.examples(split_of(datamodule))[:questions]
 
 
 def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, max_new_tokens: int) -> HeldOut:
@@ -30,7 +35,7 @@ def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, ma
         questions: How many conversations.
         max_new_tokens: Length of the answers that are generated, tokens.
     """
-    split = "test" if datamodule.has_split("test") else "val"
+    split = split_of(datamodule)
     examples = sorted(examples_of(datamodule, questions), key=len)
     collate, starts = datamodule.collate_fn, range(0, len(examples), BATCH_SIZE)
     batches: list[Batch] = [{**collate(examples[start : start + BATCH_SIZE])} for start in starts]

@@ -259,7 +259,7 @@ class FedSession:
         """Run one step and compare all of it; returns the cache for the next one."""
         modules = dict(model.named_modules())
         rounds_unseen = self._rounds_unseen(model)
-        output = self._run(model, modules, step, cache, on_token)
+        output = self._run(modules, step, cache, on_token)
         when = (
             "in the prompts"
             if step.first
@@ -299,7 +299,6 @@ class FedSession:
 
     def _run(
         self,
-        model: PreTrainedModel,
         modules: dict[str, nn.Module],
         step: Step,
         cache: list[Any] | None,
