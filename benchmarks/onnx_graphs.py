@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.chats import answered, calibration_prompts
-from export.for_cpu import CPU, CPU_PREFILL, write_cpu_graphs
+from export.for_cpu import CPU, write_cpu_graph
 from export.to_onnx import Precision, export_onnx
 from models.forward import Batch
 from models.pretrained import load_model, load_tokenizer
@@ -38,7 +38,7 @@ _METHOD: dict[Graph, Method] = {"int8": "nearest", "int4": "quantease", "prefill
 
 def our_graph(name: Graph, folder: Path) -> Path:
     """This project's graph of the model; one that is in the folder already is taken as it is."""
-    path = folder / (CPU_PREFILL if name == "prefill" else CPU)
+    path = folder / CPU
     if path.is_file():
         return path
     model, precision = load_model(MODEL), _PRECISION[name]
@@ -47,7 +47,7 @@ def our_graph(name: Graph, folder: Path) -> Path:
         formats = formats_by_pattern(model, UNQUANTIZED, _FORMATS) if precision == "mixed" else precision
         quantize_after_training(model, _calibration(model), formats, settings)
     plain = export_onnx(model, folder / "model.onnx", precision=precision)
-    write_cpu_graphs(plain.path, prefill=name == "prefill")
+    write_cpu_graph(plain.path)
     plain.path.unlink()
     plain.data_path.unlink()
     return path

@@ -14,7 +14,7 @@ from benchmarks.harness import interleave, spread
 from benchmarks.onnx_decode import NEW, decoding, prefilling
 from benchmarks.quantization_arms import Arm
 from export.files import folder_bytes
-from export.for_cpu import CPU, write_cpu_graphs
+from export.for_cpu import CPU, write_cpu_graph
 from export.to_onnx import export_onnx
 
 PLAIN = "fp32"
@@ -52,7 +52,7 @@ def _write(bench: Any, name: str, folder: Path) -> Path:
     graph = export_onnx(model, folder / "model.onnx", precision=name)  # type: ignore[arg-type]  # names of formats are precisions
     if name.startswith("fp8"):
         return graph.path
-    path = write_cpu_graphs(graph.path)
+    path = write_cpu_graph(graph.path)
     graph.path.unlink()
     graph.data_path.unlink()
     return path

@@ -42,7 +42,7 @@ from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from export.calibration import quantized_anew
 from export.checks import Check
-from export.for_cpu import CPU, write_cpu_graphs
+from export.for_cpu import CPU, write_cpu_graph
 from export.head_blocks import with_stored_head
 from export.huggingface import load_student
 from export.label_graph import write_labels
@@ -164,7 +164,7 @@ def _written(model: PreTrainedModel, folder: Path, precision: Precision, of: str
         half = export_onnx(model, folder / "half.onnx", precision=precision, activations="float16").path
         graphs.append(Right("fp8 half", rounded, half, of))
     if precision == "int8":
-        cpu = write_cpu_graphs(path)
+        cpu = write_cpu_graph(path)
         stored = with_stored_head(rounded, onnx.load(cpu, load_external_data=False).graph)
         graphs.append(Right("int8 cpu", stored, cpu, of, rounded))
     return graphs

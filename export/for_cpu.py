@@ -7,9 +7,10 @@
 | a residual sum and its norm are one operator        | fewer operators: `export/skip_norms.py`                                |
 | `int8`, `int8_static`: products of whole numbers    | AMX and VNNI; the same codes and scales: `export/integer_products.py`  |
 | a quantized student: head and embedding in 8 bits   | a small model's head is most of its bytes: `export/head_blocks.py`     |
+| an input says how many logits are wanted            | a prompt needs those of its last token: `export/last_logits.py`        |
 
 The inputs and outputs are those of `model.onnx`, without `position_ids` where attention turns queries and keys itself; keys behind padding
-are then turned by their place in the cache.  `export/shared_cache.py` runs it with one buffer for past and present.
+are then turned by their place in the cache; `logits_to_keep` may be fed or not.  `export/shared_cache.py` runs it with one buffer for past and present.
 """
 
 from pathlib import Path
@@ -20,20 +21,19 @@ from export.cached_attention import cache_in_attention
 from export.files import move_into_place, staging_folder
 from export.head_blocks import store_embedding, store_head
 from export.integer_products import integer_products
-from export.last_logits import keep_last_logits
+from export.last_logits import ask_for_logits
 from export.merge_products import merge_products
 from export.skip_norms import norms_with_sums
 
-CPU, CPU_PREFILL = "cpu.onnx", "cpu-prefill.onnx"
+CPU = "cpu.onnx"
 _OPSET = 23
 
 
-def write_cpu_graphs(graph: Path, *, prefill: bool = False) -> Path:
+def write_cpu_graph(graph: Path) -> Path:
     """Write `cpu.onnx`, its weights in `cpu.onnx.data`, beside a graph of `export_onnx`.
 
     Args:
         graph: The file, its weights beside it, with float32 between the products.
-        prefill: Write also `cpu-prefill.onnx`, on the same weights, which returns the logits of the last position only.
 
     Raises:
         ValueError: A graph with float16 between the products, with FP8 in them, or below opset 23.
@@ -50,16 +50,11 @@ def write_cpu_graphs(graph: Path, *, prefill: bool = False) -> Path:
     if quantized:
         integer_products(model)
     norms_with_sums(model)
+    ask_for_logits(model)
     target = graph.with_name(CPU)
     data = f"{CPU}.data"
     with staging_folder(graph.parent) as folder:
         ir.save(model, folder / CPU, external_data=data)
-        if prefill:
-            last = ir.load(folder / CPU)
-            keep_last_logits(last)
-            last.metadata_props["logits"] = "last position"
-            ir.save(last, folder / CPU_PREFILL)
-            move_into_place(folder / CPU_PREFILL, graph.with_name(CPU_PREFILL))
         move_into_place(folder / data, graph.with_name(data))
         move_into_place(folder / CPU, target)
     return target

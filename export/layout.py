@@ -13,14 +13,14 @@ OUTPUT/engine/labels-*.engine      only with labels: the same for labels.onnx
 OUTPUT/failed/                     the same once more: what failed its verification and does not replace an earlier export
 """
 
-from export.for_cpu import CPU, CPU_PREFILL
+from export.for_cpu import CPU
 from export.label_graph import LABELS
 from export.prefill import PREFILL
 
 STUDENT, COMPRESSED, FAILED = "student", "compressed", "failed"
 GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
 LABEL_GRAPH, ENGINE_LABEL_SOURCE = f"onnx/{LABELS}", "onnx/engine-source-labels.onnx"
-CPU_GRAPH, CPU_PREFILL_GRAPH = f"onnx/{CPU}", f"onnx/{CPU_PREFILL}"
+CPU_GRAPH = f"onnx/{CPU}"
 MODEL_ENGINE_NAME, LABEL_ENGINE_NAME = "model", "labels"
 ENGINES, LABEL_ENGINES = f"engine/{MODEL_ENGINE_NAME}-*.engine", f"engine/{LABEL_ENGINE_NAME}-*.engine"
 WRITTEN = (STUDENT, COMPRESSED, "onnx/*.onnx", "onnx/*.onnx.data", ENGINES, LABEL_ENGINES, "report.json", "report.md")

@@ -22,13 +22,12 @@ from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.engines import Engines, write_engines
 from export.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
-from export.for_cpu import check_cpu, write_cpu_graphs
+from export.for_cpu import check_cpu, write_cpu_graph
 from export.huggingface import check_plain, rounded, save_student, without_quantizers
 from export.label_graph import write_labels
 from export.layout import (
     COMPRESSED,
     CPU_GRAPH,
-    CPU_PREFILL_GRAPH,
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
     FAILED,
@@ -264,7 +263,7 @@ def _write_graphs(
             write_labels(staging / GRAPH, labels)
     if settings.cpu is True:
         with phases.phase(f"ONNX {precision} for the CPU"):
-            write_cpu_graphs(staging / GRAPH, prefill=settings.prefill)
+            write_cpu_graph(staging / GRAPH)
     if "engine" not in settings.formats:
         return None
     return write_engines(model, staging, settings, labels, phases)
@@ -285,9 +284,8 @@ def _write_for_cpu(
         _write_graphs(model, folder, own, {}, phases)
         (folder / GRAPH).unlink()
         found = verify_artefacts(model, folder, None, own, prompts, phases, held_out)
-        for path in (CPU_GRAPH, f"{CPU_GRAPH}.data", CPU_PREFILL_GRAPH):
-            if (folder / path).exists():
-                move_into_place(folder / path, staging / path)
+        for path in (CPU_GRAPH, f"{CPU_GRAPH}.data"):
+            move_into_place(folder / path, staging / path)
     return found
 
 

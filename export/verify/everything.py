@@ -24,7 +24,6 @@ from export.engines import Engines
 from export.head_blocks import with_stored_head
 from export.layout import (
     CPU_GRAPH,
-    CPU_PREFILL_GRAPH,
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
     GRAPH,
@@ -105,10 +104,10 @@ def _exactness(
     longest_1T = longest_prompt(prompts["prompt_ids"], prompts["prompt_mask"], _longest(model, settings))
     checks: list[Check] = []
 
-    def last_positions(name: str, path: str, runs: list[Run], *, for_cpu: bool = False) -> list[Check]:
+    def last_positions(name: str, path: str, runs: list[Run]) -> list[Check]:
         """A graph that returns something about the last position, compared on the prompts."""
         asked = [replace(run, decode_steps=0) for run in runs]
-        found = compare_graph(name, asked, FedSession(folder / path, threads, for_cpu=for_cpu))
+        found = compare_graph(name, asked, FedSession(folder / path, threads))
         return [replace(check, name=name) for check in found]
 
     def together_and_alone(
@@ -135,8 +134,6 @@ def _exactness(
             stored = with_stored_head(model, onnx.load(path, load_external_data=False).graph)
             runs_stored = [Run(stored, *group, settings.decode_steps) for group in _groups(prompts)]
             checks += together_and_alone(name, CPU_GRAPH, runs_stored, on_token, for_cpu=True)
-            if settings.prefill:
-                checks += last_positions(f"{name}, prefill graph", CPU_PREFILL_GRAPH, runs_stored, for_cpu=True)
             checks.append(compare_longest(name, stored, longest_1T, path, threads=threads))
     if (folder / ENGINE_SOURCE).is_file():
         with phases.phase("Verification of engine-source.onnx", steps) as on_token:

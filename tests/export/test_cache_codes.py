@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from export.__main__ import main
 from export.compressed import save_compressed
-from export.for_cpu import write_cpu_graphs
+from export.for_cpu import write_cpu_graph
 from export.huggingface import load_student, save_student
 from export.runtime import OnnxSession
 from export.scorer import Scorer
@@ -76,7 +76,7 @@ def test_a_wrong_scale_is_found(tmp_path):
 def test_on_the_cpu_attention_appends_codes_in_place(format, tmp_path):
     model = quantized(tiny_model(layers=2), format=format, kv_cache="int8")
     export_onnx(model, tmp_path / "model.onnx", precision=format or "fp32")
-    path = write_cpu_graphs(tmp_path / "model.onnx")
+    path = write_cpu_graph(tmp_path / "model.onnx")
     nodes = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
     assert nodes.count("GroupQueryAttention") == 2
     assert nodes.count("QuantizeLinear") == 0

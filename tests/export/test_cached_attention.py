@@ -1,12 +1,15 @@
+import os
+
 import onnx_ir as ir
 import pytest
 import torch
 from tiny_models import left_padded_prompts, tiny_model
 
 from export.cached_attention import cache_in_attention
+from export.last_logits import ask_for_logits
 from export.merge_products import merge_products
 from export.runtime import OnnxSession
-from export.shared_cache import SharedCacheSession
+from export.shared_cache import SharedCacheSession, whole_scores
 from export.skip_norms import norms_with_sums
 from export.to_onnx import export_onnx
 from export.verify import verify
@@ -19,10 +22,12 @@ FAMILIES = {
 }
 
 
-def rewritten(path, target):
+def rewritten(path, target, *, asks=False):
     model = ir.load(path)
     merge_products(model)
     counts = cache_in_attention(model), norms_with_sums(model)
+    if asks:
+        ask_for_logits(model)
     ir.save(model, target, external_data=f"{target.name}.data")
     return counts, [node.op_type for node in model.graph]
 
@@ -48,10 +53,10 @@ def test_a_graph_without_fused_attention_stays_as_it_is(plain_model, tmp_path):
     assert cache_in_attention(ir.load(tmp_path / "model.onnx")) == 0
 
 
-@pytest.fixture(scope="module")
-def paths(graphs, tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["every logit", "as many as asked for"])
+def paths(request, graphs, tmp_path_factory):
     target = tmp_path_factory.mktemp("shared") / "model.onnx"
-    rewritten(graphs["fp32"], target)
+    rewritten(graphs["fp32"], target, asks=request.param)
     return graphs["fp32"], target
 
 
@@ -103,6 +108,28 @@ def test_the_last_logits_of_several_prompts_are_those_of_the_whole(paths):
     whole = shared.run(prompts["prompt_ids"], prompts["prompt_mask"])[:, -1:].clone()
     shared.reset()
     close(shared.run(prompts["prompt_ids"], prompts["prompt_mask"], last_only=True), whole)
+
+
+def test_the_head_sees_what_is_asked_for(graphs, tmp_path, monkeypatch):
+    rewritten(graphs["fp32"], tmp_path / "model.onnx", asks=True)
+    session = SharedCacheSession(tmp_path / "model.onnx", length=20, threads=1, piece=4)
+    seen, run = [], session._run
+    monkeypatch.setattr(session, "_run", lambda ids, *, keep: seen.append(run(ids, keep=keep)) or seen[-1])
+    session.run(torch.arange(3, 14)[None])
+    assert [logits.shape[1] for logits in seen] == [1, 1, 3]
+    session.run(torch.arange(3, 8)[None], last_only=True)
+    assert [logits.shape[1] for logits in seen[3:]] == [1, 1]
+
+
+@pytest.mark.parametrize("chosen", [None, "0", "1"])
+def test_scores_are_computed_whole_unless_the_environment_says_how(chosen, monkeypatch):
+    name = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+    monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(name, chosen)
+    with whole_scores():
+        assert os.environ[name] == (chosen or "1")
+    assert os.environ.get(name) == chosen
 
 
 def test_forgotten_tokens_leave_no_trace(paths):

@@ -6,7 +6,7 @@ import torch
 from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 from export.__main__ import main
-from export.for_cpu import CPU, CPU_PREFILL, write_cpu_graphs
+from export.for_cpu import CPU, write_cpu_graph
 from export.huggingface import save_student
 from export.runtime import OnnxSession
 from export.shared_cache import SharedCacheSession
@@ -22,25 +22,22 @@ def operators(path):
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
 
 
-def written(model, folder, precision, **settings):
+def written(model, folder, precision):
     export_onnx(model, folder / "model.onnx", precision=precision)
-    return write_cpu_graphs(folder / "model.onnx", **settings)
+    return write_cpu_graph(folder / "model.onnx")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int8_static", "int8_weight_only", "int8_g32", "int4_g32"])
 def test_it_computes_what_torch_computes(precision, tmp_path):
     model = tiny_model(layers=2) if precision == "fp32" else quantized(tiny_model(layers=2), format=precision)
-    path = written(model, tmp_path, precision, prefill=True)
+    path = written(model, tmp_path, precision)
     checks = verify(model, path, IDS, MASK, decode_steps=8, for_cpu=True)
-    checks += verify(model, tmp_path / CPU_PREFILL, IDS, MASK, decode_steps=0, for_cpu=True)
     assert [check.status for check in checks] == ["passed"] * len(checks), [check.reason for check in checks]
     found = operators(path)
     assert found.count("GroupQueryAttention") == 2
     assert found.count("MatMulIntegerToFloat") == (2 * 5 if precision in ("int8", "int8_static") else 0)
     assert (tmp_path / "cpu.onnx.data").stat().st_size > 0
-    assert {item.name for item in tmp_path.iterdir()} == {
-        *("model.onnx", "model.onnx.data", CPU, "cpu.onnx.data", CPU_PREFILL)
-    }
+    assert {item.name for item in tmp_path.iterdir()} == {*("model.onnx", "model.onnx.data", CPU, "cpu.onnx.data")}
 
 
 def test_a_cache_beyond_the_models_positions_is_refused(tmp_path):
@@ -86,10 +83,10 @@ def test_it_runs_with_one_buffer_for_past_and_present(tmp_path):
 def test_what_has_no_such_graph_is_refused(tmp_path):
     export_onnx(tiny_model(layers=1), tmp_path / "half.onnx", precision="fp16")
     with pytest.raises(ValueError, match="expected float32 or integers for a graph for the CPU, found precision fp16"):
-        write_cpu_graphs(tmp_path / "half.onnx")
+        write_cpu_graph(tmp_path / "half.onnx")
     export_onnx(tiny_model(layers=1), tmp_path / "old.onnx", precision="fp32", opset=21)
     with pytest.raises(ValueError, match="expected opset 23 for a graph for the CPU, found 21"):
-        write_cpu_graphs(tmp_path / "old.onnx")
+        write_cpu_graph(tmp_path / "old.onnx")
     assert not (tmp_path / CPU).exists()
 
 
@@ -102,5 +99,5 @@ def test_the_command_writes_and_verifies_it(tmp_path, capsys):
     assert main([str(tmp_path / "student"), *options, "--precision", "int8"]) == 0
     printed = capsys.readouterr().out
     assert "passed  onnx int8 for the CPU, free run" in printed
-    assert "passed  onnx int8 for the CPU, prefill graph" in printed
-    assert (tmp_path / "out" / "onnx" / CPU_PREFILL).is_file()
+    assert "passed  onnx int8, prefill graph" in printed
+    assert (tmp_path / "out" / "onnx" / CPU).is_file()

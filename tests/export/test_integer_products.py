@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import left_padded_prompts, quantized, tiny_model
 
-from export.for_cpu import write_cpu_graphs
+from export.for_cpu import write_cpu_graph
 from export.integer_products import integer_products
 from export.merge_products import merge_products
 from export.runtime import OnnxSession
@@ -46,7 +46,7 @@ def test_every_family_has_products_of_whole_numbers(family, tmp_path):
     model = quantized(tiny_model(family, layers=2), format="int8")
     export_onnx(model, tmp_path / "model.onnx", precision="int8")
     prompts = left_padded_prompts()
-    path = write_cpu_graphs(tmp_path / "model.onnx")
+    path = write_cpu_graph(tmp_path / "model.onnx")
     checks = verify(model, path, *prompts.values(), decode_steps=2, for_cpu=True)
     assert {check.status for check in checks} == {"passed"}, [check.reason for check in checks]
 

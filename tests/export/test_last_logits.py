@@ -1,10 +1,12 @@
+import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from tiny_models import left_padded_prompts, tiny_model
 
 from export.head_blocks import store_head
-from export.last_logits import keep_last_logits
+from export.last_logits import LOGITS_TO_KEEP, ask_for_logits, keep_last_logits
 from export.runtime import OnnxSession
 from export.skip_norms import norms_with_sums
 from export.to_onnx import export_onnx
@@ -38,6 +40,31 @@ def test_so_they_are_with_a_head_in_blocks_behind_a_fused_norm(graphs, tmp_path)
     norms_with_sums(model)
     ir.save(model, tmp_path / "all.onnx", external_data="all.onnx.data")
     check_last_logits(tmp_path)
+
+
+def test_who_asks_for_the_last_logits_gets_no_others(graphs, tmp_path):
+    model = ir.load(graphs["fp32"])
+    ask_for_logits(model)
+    ir.save(model, tmp_path / "asked.onnx", external_data="asked.onnx.data")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(tmp_path / "asked.onnx"), options, providers=["CPUExecutionProvider"])
+    assert LOGITS_TO_KEEP not in {item.name for item in session.get_inputs()}  # servers need not know of it
+    ids = np.arange(3, 14)[None]
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(11)[None]}
+    feed |= {
+        item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
+        for item in session.get_inputs()
+        if item.name not in feed
+    }
+    every, *rows = (
+        session.run(["logits"], feed | asked)[0]
+        for asked in ({}, *({LOGITS_TO_KEEP: np.array([number])} for number in (0, 1, 2, 11)))
+    )
+    assert every.shape == (1, 11, 128)
+    for number, row in zip((11, 1, 2, 11), rows, strict=True):
+        assert row.shape[1] == number
+        np.testing.assert_allclose(row, every[:, -number:], rtol=1e-5, atol=1e-4)
 
 
 def test_logits_from_elsewhere_are_refused(graphs):

@@ -9,7 +9,7 @@ from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model
 
 from benchmarks.verification import Examined, Right
 from benchmarks.verification_faults import PLANTED
-from export.for_cpu import write_cpu_graphs
+from export.for_cpu import write_cpu_graph
 from export.to_onnx import export_onnx
 from export.verify import verify
 from export.verify.exactness import LIMIT
@@ -75,6 +75,6 @@ def test_graphs_for_the_cpu(tmp_path):
     model = quantized(tiny_model(intermediate_size=128), format="int8")
     export_onnx(model, tmp_path / "model.onnx", precision="int8")
     prompts = left_padded_prompts()
-    path = write_cpu_graphs(tmp_path / "model.onnx")
+    path = write_cpu_graph(tmp_path / "model.onnx")
     checks = verify(model, path, prompts["prompt_ids"], prompts["prompt_mask"], decode_steps=4, for_cpu=True)
     assert [check.status for check in checks] == ["passed"] * 3, checks

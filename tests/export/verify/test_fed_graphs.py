@@ -4,7 +4,7 @@ import onnx
 import pytest
 from tiny_models import quantized, tiny_model
 
-from export.for_cpu import write_cpu_graphs
+from export.for_cpu import write_cpu_graph
 from export.to_onnx import export_onnx
 from export.verify.taps import FED, fed_graph
 
@@ -16,7 +16,7 @@ def written(folder, format=None, *, cpu=False, layers=2, **settings):
     model = tiny_model(layers=layers)
     model = model if format is None else quantized(model, format=format, **settings)
     export_onnx(model, folder / "model.onnx", precision=format or "fp32")
-    return write_cpu_graphs(folder / "model.onnx") if cpu else folder / "model.onnx"
+    return write_cpu_graph(folder / "model.onnx") if cpu else folder / "model.onnx"
 
 
 @pytest.mark.parametrize("cpu", [False, True])
