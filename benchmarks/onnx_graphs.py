@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.chats import answered, calibration_prompts
-from export.for_cpu import CPU, write_cpu_graph
+from export.for_cpu import write_cpu_graph
+from export.layout import CPU
 from export.to_onnx import Precision, export_onnx
 from models.forward import Batch
 from models.pretrained import load_model, load_tokenizer

@@ -14,7 +14,8 @@ from benchmarks.harness import interleave, spread
 from benchmarks.onnx_decode import NEW, decoding, prefilling
 from benchmarks.quantization_arms import Arm
 from export.files import folder_bytes
-from export.for_cpu import CPU, write_cpu_graph
+from export.for_cpu import write_cpu_graph
+from export.layout import CPU
 from export.to_onnx import export_onnx
 
 PLAIN = "fp32"

@@ -42,11 +42,11 @@ from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from export.calibration import quantized_anew
 from export.checks import Check
-from export.for_cpu import CPU, write_cpu_graph
+from export.for_cpu import write_cpu_graph
 from export.head_blocks import with_stored_head
 from export.huggingface import load_student
 from export.label_graph import write_labels
-from export.layout import GRAPH
+from export.layout import CPU, GRAPH
 from export.prefill import write_beside, write_prefill
 from export.runtime import OnnxSession
 from export.slice import slice_layers

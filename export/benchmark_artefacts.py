@@ -4,17 +4,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from export.benchmark_measure import Session, TorchSession
-from export.engine_runtime import EngineSession, why_not_runnable
+from export.benchmark_measure import Session, SharedCache
 from export.files import folder_bytes
-from export.layout import ENGINES, GRAPH, MODEL_ENGINE_NAME, STUDENT
+from export.layout import CPU, ENGINES, GRAPH, MODEL_ENGINE_NAME, STUDENT
 from export.runtime import OnnxSession
-from export.to_tensorrt import Flavour
-from models.pretrained import load_model
+
+if TYPE_CHECKING:
+    from export.to_tensorrt import Flavour
 
 Runtime = Literal["torch", "onnx", "engine"]
 RUNTIMES: tuple[Runtime, ...] = ("torch", "onnx", "engine")
@@ -85,18 +85,27 @@ def find_artefacts(
     return artefacts, skipped
 
 
-def open_session(artefact: Artefact, threads: int | None) -> Session:
+def open_session(artefact: Artefact, threads: int | None, length: int) -> Session:
     """Load an artefact.
 
     Args:
         artefact: One of `find_artefacts`.
         threads: Threads on the CPU; None: the runtime's choice.
+        length: Tokens of a conversation at most, for a cache that is made beforehand.
     """
     path = Path(artefact.path)
+    if path.name == CPU:
+        return SharedCache(path, length=length, threads=threads)
     if artefact.runtime == "onnx":
         return OnnxSession(path, threads=threads)
+    # Not above: a process with a graph would load transformers and TensorRT, too, which takes several seconds.
     if artefact.runtime == "engine":
+        from export.engine_runtime import EngineSession
+
         return EngineSession(path, _flavour(path))
+    from export.torch_session import TorchSession
+    from models.pretrained import load_model
+
     if threads is not None:
         torch.set_num_threads(threads)
     dtype = torch.float32 if artefact.device == "cpu" else torch.float16
@@ -126,6 +135,8 @@ def _paths(folder: Path, runtime: Runtime) -> list[Path]:
 
 
 def _why_not(artefact: Artefact) -> str | None:
+    from export.engine_runtime import why_not_runnable
+
     return why_not_runnable(_flavour(Path(artefact.path))) if artefact.runtime == "engine" else None
 
 
@@ -138,7 +149,7 @@ def _artefacts(label: str, runtime: Runtime, path: Path) -> list[Artefact]:
     return [cpu]
 
 
-def _flavour(path: Path) -> Flavour:
+def _flavour(path: Path) -> "Flavour":
     """The package that built an engine, from its name: `model-PACKAGE-TARGET.engine`, or without PACKAGE in `baseline/`."""
     flavours: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
     return next((flavour for flavour in flavours if path.name.startswith(f"{MODEL_ENGINE_NAME}-{flavour}-")), "auto")

@@ -12,11 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from export.runtime import Output, position_ids
+from export.runtime import Output
 from export.shared_cache import SharedCacheSession
-from models.renamed import CACHE
 
 
 class Session(Protocol):
@@ -24,31 +22,6 @@ class Session(Protocol):
 
     def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: Any = None) -> Output:
         """Process T new tokens; the cache is what the previous call returned, None at first."""
-
-
-class TorchSession:
-    """A model in torch, run as `generate` runs it: the head sees the last token only.
-
-    Args:
-        model: In evaluation mode, on the device that is measured.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-
-    @torch.inference_mode()
-    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: Any = None) -> Output:
-        """Process T new tokens; logits are (B, 1, V), on the CPU."""
-        device = self._model.device
-        output = self._model(
-            input_ids_BT.to(device),
-            attention_mask=attention_mask_BS.to(device),
-            position_ids=position_ids(attention_mask_BS, input_ids_BT.shape[1]).to(device),
-            use_cache=True,
-            logits_to_keep=1,
-            **{CACHE: cache},
-        )
-        return Output(output.logits.cpu(), output[CACHE], {})
 
 
 class SharedCache:
@@ -84,12 +57,12 @@ def measure(session: Session, cell: Cell) -> tuple[float, float]:
     ids_BT = torch.ones(cell.batch, cell.prompt_tokens, dtype=torch.long)
     start = time.perf_counter()
     output = session.run(ids_BT, ids_BT)
-    token_B1 = output.logits[:, -1:].argmax(dim=-1)
+    token_B1 = output.logits[:, -1:].argmax(dim=-1).cpu()  # waits for a GPU
     prompt_done = time.perf_counter()
     for step in range(1, cell.new_tokens + 1):
         mask_BS = torch.ones(cell.batch, cell.prompt_tokens + step, dtype=torch.long)
         output = session.run(token_B1, mask_BS, output.cache)
-        token_B1 = output.logits[:, -1:].argmax(dim=-1)
+        token_B1 = output.logits[:, -1:].argmax(dim=-1).cpu()
     return prompt_done - start, time.perf_counter() - prompt_done
 
 

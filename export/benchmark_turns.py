@@ -58,10 +58,11 @@ def compare(
             return None
         return answer
 
+    length = max(cell.prompt_tokens + cell.new_tokens for cell in cells)
     with ExitStack() as stack:
         workers = {}
         for artefact in artefacts:
-            workers[artefact] = stack.enter_context(Worker(artefact, threads))
+            workers[artefact] = stack.enter_context(Worker(artefact, threads, length))
             for cell in cells:
                 answer = turn(workers[artefact], artefact, cell)
                 device_bytes[artefact, cell] = answer["device_bytes"] if answer else None

@@ -32,12 +32,18 @@ class Worker:
     Args:
         artefact: What it opens.
         threads: See `open_session`.
+        length: See `open_session`.
     """
 
-    def __init__(self, artefact: Artefact, threads: int | None) -> None:
+    def __init__(self, artefact: Artefact, threads: int | None, length: int) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the worker)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "export.benchmark_worker", json.dumps({**asdict(artefact), "threads": threads})],
+            [
+                sys.executable,
+                "-m",
+                "export.benchmark_worker",
+                json.dumps({**asdict(artefact), "threads": threads, "length": length}),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -72,12 +78,12 @@ class Worker:
 def main() -> None:
     """The child: `python -m export.benchmark_worker SPECIFICATION`."""
     specification = json.loads(sys.argv[1])
-    threads = specification.pop("threads")
+    threads, length = specification.pop("threads"), specification.pop("length")
     artefact = Artefact(**specification)
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not look like an answer
         free = _free_device_bytes(artefact)
-        session = open_session(artefact, threads)
+        session = open_session(artefact, threads, length)
         meter = Meter(find_counters()[0])
         for line in sys.stdin:
             print(

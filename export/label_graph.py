@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from export.graph_edits import constant
 from export.last_logits import keep_last_logits
+from export.layout import LABELS
 from export.prefill import write_beside
 
-LABELS = "labels.onnx"
 LOG_PROBS = "log_probs"
 LABEL_TOKENS = "label_tokens"
 METADATA = "labels"  # token by label, in the order of the columns, as JSON

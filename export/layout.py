@@ -13,10 +13,7 @@ OUTPUT/engine/labels-*.engine      only with labels: the same for labels.onnx
 OUTPUT/failed/                     the same once more: what failed its verification and does not replace an earlier export
 """
 
-from export.for_cpu import CPU
-from export.label_graph import LABELS
-from export.prefill import PREFILL
-
+CPU, LABELS, PREFILL = "cpu.onnx", "labels.onnx", "prefill.onnx"
 STUDENT, COMPRESSED, FAILED = "student", "compressed", "failed"
 GRAPH, PREFILL_GRAPH, ENGINE_SOURCE = "onnx/model.onnx", f"onnx/{PREFILL}", "onnx/engine-source.onnx"
 LABEL_GRAPH, ENGINE_LABEL_SOURCE = f"onnx/{LABELS}", "onnx/engine-source-labels.onnx"

@@ -302,7 +302,10 @@ def _benchmark(
             threads=settings.threads,
             on_step=on_step,
         )
-    return [row | {"path": written.get(row["name"], row["path"])} for row in rows]
+    for row in rows:
+        if "reason" in row:
+            rank_zero_info(f"Not measured: {row['name']}: {row['reason']}")
+    return [row | {"path": written.get(row["name"], row["path"])} for row in rows if "reason" not in row]
 
 
 def _move(staging: Path, output: Path) -> None:

@@ -11,8 +11,7 @@ import onnx_ir as ir
 
 from export.files import move_into_place, staging_folder
 from export.last_logits import keep_last_logits
-
-PREFILL = "prefill.onnx"
+from export.layout import PREFILL
 
 
 def write_prefill(graph: Path) -> Path:

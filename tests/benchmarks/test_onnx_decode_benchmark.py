@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from benchmarks import onnx_decode, onnx_graphs
 from benchmarks.onnx_graphs import GRAPHS, genai_graph, our_graph
-from export.for_cpu import CPU
+from export.layout import CPU
 from export.shared_cache import SharedCacheSession
 
 pytestmark = pytest.mark.long

@@ -12,11 +12,12 @@ from export import benchmark_energy
 from export.benchmark import main
 from export.benchmark_artefacts import find_artefacts, open_session
 from export.benchmark_energy import Counter, Meter, find_counters
-from export.benchmark_measure import Cell, TorchSession, measure
+from export.benchmark_measure import Cell, measure
 from export.benchmark_turns import cells, compare
 from export.benchmark_worker import Worker
 from export.huggingface import save_student
 from export.runtime import Output
+from export.torch_session import TorchSession
 
 QUICK = ["--prompts", "4", "6", "--batches", "1", "2", "--new-tokens", "2", "--repetitions", "2", "--threads", "1"]
 
@@ -73,7 +74,7 @@ def test_every_runtime_continues_alike(exported):
     artefacts, _ = find_artefacts([exported])
     told = {}
     for artefact in artefacts:
-        session = Recorded(open_session(artefact, 1))
+        session = Recorded(open_session(artefact, 1, 16))
         measure(session, Cell(2, 5, 3))
         told[artefact.runtime] = session.calls
     assert [shape for _, shape in told["torch"]] == [(2, 5), (2, 6), (2, 7), (2, 8)]
@@ -105,7 +106,7 @@ def test_artefacts_take_turns_after_a_warm_up_and_one_that_fails_keeps_its_reaso
     turns = []
 
     class FakeWorker:
-        def __init__(self, artefact, threads):
+        def __init__(self, artefact, threads, length):
             self.artefact = artefact
 
         def __enter__(self):
@@ -146,7 +147,7 @@ def test_an_artefact_that_does_not_load_is_a_reason(exported, tmp_path):
     (broken / "onnx").mkdir(parents=True)
     (broken / "onnx/model.onnx").write_bytes(b"no graph")
     [artefact], _ = find_artefacts([broken], ["onnx"])
-    with Worker(artefact, 1) as worker:
+    with Worker(artefact, 1, 16) as worker:
         answers = [worker.measure(Cell(1, 4, 2)) for _ in range(2)]
     assert answers[0] == answers[1]
     assert answers[0]["error"].startswith("the process ended with code 1 (")
@@ -156,7 +157,7 @@ def test_an_artefact_that_does_not_load_is_a_reason(exported, tmp_path):
 def test_the_memory_of_a_worker_is_its_own(exported):
     """Memory that the parent holds at the same time is in no figure of the child."""
     [artefact], _ = find_artefacts([exported], ["onnx"])
-    with Worker(artefact, 1) as worker:
+    with Worker(artefact, 1, 16) as worker:
         before = worker.measure(Cell(1, 4, 2))["peak_bytes"]
         held = bytearray(b"1") * 200_000_000
         after = worker.measure(Cell(1, 4, 2))["peak_bytes"]
@@ -192,7 +193,7 @@ def test_an_engine_is_left_out_with_the_reason_of_this_machine(exported, tmp_pat
     for name in ("model-tensorrt-8.9", "model-tensorrt_rtx-8.9", "model-portable"):
         (folder / f"engine/{name}.engine").touch()
     asked = {"tensorrt": None, "tensorrt_rtx": "no GPU", "auto": "no package"}
-    monkeypatch.setattr("export.benchmark_artefacts.why_not_runnable", asked.get)
+    monkeypatch.setattr("export.engine_runtime.why_not_runnable", asked.get)
     artefacts, skipped = find_artefacts([folder], ["engine"])
     assert [(artefact.name, artefact.device) for artefact in artefacts] == [("exported tensorrt-8.9", "cuda")]
     assert skipped == [

@@ -114,7 +114,12 @@ def test_the_head_sees_what_is_asked_for(graphs, tmp_path, monkeypatch):
     rewritten(graphs["fp32"], tmp_path / "model.onnx", asks=True)
     session = SharedCacheSession(tmp_path / "model.onnx", length=20, threads=1, piece=4)
     seen, run = [], session._run
-    monkeypatch.setattr(session, "_run", lambda ids, *, keep: seen.append(run(ids, keep=keep)) or seen[-1])
+
+    def recorded(ids, *, keep):
+        seen.append(run(ids, keep=keep))
+        return seen[-1]
+
+    monkeypatch.setattr(session, "_run", recorded)
     session.run(torch.arange(3, 14)[None])
     assert [logits.shape[1] for logits in seen] == [1, 1, 3]
     session.run(torch.arange(3, 8)[None], last_only=True)

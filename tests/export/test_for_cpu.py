@@ -6,8 +6,9 @@ import torch
 from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 from export.__main__ import main
-from export.for_cpu import CPU, write_cpu_graph
+from export.for_cpu import write_cpu_graph
 from export.huggingface import save_student
+from export.layout import CPU
 from export.runtime import OnnxSession
 from export.shared_cache import SharedCacheSession
 from export.to_onnx import export_onnx
