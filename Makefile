@@ -8,12 +8,13 @@ SERVERS := .venv-servers
 SEED   := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-servers lint style format clean-quickstart
+.PHONY: help quickstart test test-long test-servers fuzz lint style format clean-quickstart
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (12 to 17 minutes on 2 cores); SEED=n for another run"
 	@echo "make test         lint, type check and tests (10 minutes on 2 cores)"
 	@echo "make test-long    every family, several processes, every command of the pages, benchmarks (10 minutes)"
+	@echo "make fuzz         2,000 settings, files, checkpoints and folders that nobody thought of, drawn by hypothesis"
 	@echo "make test-servers serve what an export writes with vLLM, in an environment of its own (3.5 GB), and compare it with torch"
 	@echo "make lint         ruff and mypy only       make format   apply ruff's format"
 
@@ -55,6 +56,10 @@ test: style
 test-long: $(VENV)/.installed-dev
 	@echo "==> Tests of every family, of several processes, of pages and of benchmarks"
 	@$(PY) -m pytest -q -n 2 --dist loadfile -m long
+
+fuzz: $(VENV)/.installed-dev
+	@echo "==> Fuzzing"
+	@FUZZ_EXAMPLES=2000 $(PY) -m pytest -q -n 2 -m fuzz tests/test_fuzz.py --timeout=1800
 
 # vLLM wants other versions than Potstill, and its build for CPUs brings wheels that do not fit its torch.
 $(SERVERS)/.installed:

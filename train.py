@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quiet import quiet_program
+from quiet import one_sentence, program
 
 gc.disable()  # importing makes half a million objects that stay: collecting among them takes a third of the time
 # The tokenizers library warns in forked loader workers otherwise.
@@ -34,7 +34,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import callbacks
 import datamodules
 import models
-from export.checks import VerificationError
 from models.checkpoint import REFERENCES, plain_settings, read_checkpoint
 from models.ranges import check_ranges
 
@@ -42,14 +41,6 @@ gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
 
 _MOST = 100_000  # settings in a file, aliases counted as what they stand for
-USER_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    ModuleNotFoundError,
-    MisconfigurationException,
-    VerificationError,
-)
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -94,7 +85,7 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error or os.environ.get("POTSTILL_DEBUG"):
             super().error(message, ex)
         program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        self.exit(2, f"error: {_one_sentence(message)} (all options: {program} --help)\n")
+        self.exit(2, f"error: {one_sentence(message)} (all options: {program} --help)\n")
 
 
 class ConfigFile(ActionConfigFile):
@@ -333,23 +324,13 @@ def main(args: ArgsType = None) -> PotstillCLI:
     )
 
 
-def _one_sentence(message: str) -> str:
-    """Ours alone, where the parser lists it among the types that it tried."""
-    ours = re.search(r"^ *- (expected .*found .*)$", message, re.MULTILINE)
-    return ours[1] if ours else " ".join(message.split())
-
-
-@quiet_program()
+@program
 def entry_point(args: Sequence[str] | None = None) -> int:
-    """`main` for people: a user's mistake is one sentence on standard error and exit code 2, without a stack."""
+    """`main` for people, see `program`; a run that was asked to stop says so by its exit code."""
     try:
         main(None if args is None else list(args))
-    except USER_ERRORS as error:
-        if os.environ.get("POTSTILL_DEBUG"):
-            raise
-        print(f"error: {_one_sentence(str(error))}", file=sys.stderr)
-        print("(POTSTILL_DEBUG=1 shows the stack)", file=sys.stderr)
-        return 2
+    except MisconfigurationException as error:  # Lightning's, of settings
+        raise ValueError(one_sentence(str(error))) from error
     except SIGTERMException as stop:  # Lightning's own has no exit code, and would tell make and SLURM that all is well
         return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
     except KeyboardInterrupt:

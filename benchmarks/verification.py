@@ -51,9 +51,10 @@ from export.prefill import write_beside, write_prefill
 from export.runtime import OnnxSession
 from export.slice import slice_layers
 from export.to_onnx import Precision, export_onnx, precision_of
-from export.verify.exactness import FedSession, Run, compare_alone, compare_graph, compare_longest
+from export.verify.exactness import FedSession, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import compare_served, judged_by, num_tokens_for, sampled, torch_served
 from export.verify.rounding import FLOAT16, FLOAT32, Arithmetic
+from export.verify.torch_run import Run
 from models.forward import Batch, shared_copy, with_rounded_weights
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.quantization.linear import freeze_scales

@@ -12,7 +12,7 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.calibration import Calibration, batches_of, calibrate, has_scales, quantized_anew
-from export.checks import VerificationError, raise_on_failure
+from export.checks import raise_on_failure
 from export.files import only_one
 from export.huggingface import load_student, rounded
 from export.options import calibration_of, parser, settings_of
@@ -24,7 +24,7 @@ from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
 from export.verify import HeldOut
 from models.architecture import decoder_layers
-from quiet import quiet_program
+from quiet import program
 
 _HELD_OUT = 256  # conversations of --verify-on whose answers are judged
 
@@ -32,19 +32,15 @@ gc.freeze()
 gc.enable()
 
 
-@quiet_program()
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    try:
-        settings, calibration = settings_of(options), calibration_of(options)
-        check_settings(settings)
-        check_output(options.output, overwrite=options.overwrite)
-        with only_one(options.output):
-            return _export(options, settings, calibration)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, VerificationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settings, calibration = settings_of(options), calibration_of(options)
+    check_settings(settings)
+    check_output(options.output, overwrite=options.overwrite)
+    with only_one(options.output):
+        return _export(options, settings, calibration)
 
 
 def _export(options: argparse.Namespace, settings: ExportSettings, calibration: Calibration | None) -> int:

@@ -26,6 +26,7 @@ from export.benchmark_turns import cells, compare
 from export.files import check_kind, write_file
 from export.options import Parser, positive
 from progress import Bar
+from quiet import program
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -65,25 +66,22 @@ def benchmark_onnx(
     ]
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything went well."""
     options = _parser().parse_args(arguments)
-    try:
-        for path in (options.json, options.plot):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise FileNotFoundError(
-                    f"expected a folder to write {path.name} into, found none at {str(path.parent)!r}; create it"
-                )
-            if path is not None:
-                check_kind(path, folder=False)
-        if options.plot is not None and options.plot.suffix not in PICTURES:
-            raise ValueError(
-                f"expected a picture's name with {' or '.join(PICTURES)}, found {options.plot.name!r}; rename it"
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"expected a folder to write {path.name} into, found none at {str(path.parent)!r}; create it"
             )
-        result = _benchmark(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if path is not None:
+            check_kind(path, folder=False)
+    if options.plot is not None and options.plot.suffix not in PICTURES:
+        raise ValueError(
+            f"expected a picture's name with {' or '.join(PICTURES)}, found {options.plot.name!r}; rename it"
+        )
+    result = _benchmark(options)
     print(text(result))
     if options.json is not None:
         write_file(options.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))

@@ -27,6 +27,7 @@ from export.runtime import OnnxSession
 from export.shared_cache import SharedCacheSession
 from models.pretrained import load_tokenizer
 from models.sampling import Sampling, sample, seed_of, uniforms
+from quiet import program
 
 
 class Conversation:
@@ -90,36 +91,33 @@ def answer(
         yield token
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything went well."""
     options = _parser().parse_args(arguments)
-    try:
-        graph, folder = find_graph(options.folder)
-        tokenizer, ends = load_tokenizer(str(folder)), end_tokens_of(folder)
-        sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
-        conversation = Conversation(graph, length=options.length, threads=options.threads)
-        system = system_prompt_of(options.folder) if options.system is None else options.system
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        for text in [options.prompt] if options.prompt else _typed():
-            prompt = _prompt(tokenizer, [*messages, {"role": "user", "content": text}])
-            if len(prompt) >= conversation.length:
-                raise ValueError(
-                    f"expected a conversation of fewer than {conversation.length} tokens, found {len(prompt)}; ask for more with --length, "
-                    "or start anew"
-                )
-            tokens = answer(
-                conversation,
-                prompt,
-                end_tokens=ends,
-                sampling=sampling,
-                seed=options.seed,
-                limit=options.max_new_tokens,
+    graph, folder = find_graph(options.folder)
+    tokenizer, ends = load_tokenizer(str(folder)), end_tokens_of(folder)
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p)
+    conversation = Conversation(graph, length=options.length, threads=options.threads)
+    system = system_prompt_of(options.folder) if options.system is None else options.system
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for text in [options.prompt] if options.prompt else _typed():
+        prompt = _prompt(tokenizer, [*messages, {"role": "user", "content": text}])
+        if len(prompt) >= conversation.length:
+            raise ValueError(
+                f"expected a conversation of fewer than {conversation.length} tokens, found {len(prompt)}; ask for more with --length, "
+                "or start anew"
             )
-            said = _stream(tokenizer, tokens)
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tokens = answer(
+            conversation,
+            prompt,
+            end_tokens=ends,
+            sampling=sampling,
+            seed=options.seed,
+            limit=options.max_new_tokens,
+        )
+        said = _stream(tokenizer, tokens)
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
     return 0
 
 

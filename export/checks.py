@@ -134,5 +134,5 @@ def raise_on_failure(verification: Sequence[dict[str, Any]]) -> None:
     )
 
 
-class VerificationError(RuntimeError):
+class VerificationError(ValueError):
     """An exported artefact does not compute what the torch model computes."""

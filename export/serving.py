@@ -41,6 +41,7 @@ from export.layout import (
 from export.options import Parser
 from export.serving_config import ServedModel, model_config
 from models.pretrained import load_tokenizer
+from quiet import program
 
 MAX_BATCH_SIZE = 16  # the largest batch of engines built with the settings that `python -m export` starts from
 _SOURCES_OF_ENGINES = {"engine": (ENGINE_SOURCE, GRAPH), "labels_engine": (ENGINE_LABEL_SOURCE, LABEL_GRAPH)}
@@ -157,21 +158,18 @@ def _engines(export_dir: Path, suffix: str) -> list[Path]:
     return sorted(export_dir.glob(f"engine/{name}-tensorrt-*.engine"))
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything went well."""
     options = _parser().parse_args(arguments)
-    try:
-        written = write_triton(
-            options.export_dir,
-            name=options.name,
-            output=options.output,
-            max_batch_size=options.max_batch_size,
-            threads=options.threads,
-            overwrite=options.overwrite,
-        )
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    written = write_triton(
+        options.export_dir,
+        name=options.name,
+        output=options.output,
+        max_batch_size=options.max_batch_size,
+        threads=options.threads,
+        overwrite=options.overwrite,
+    )
     for model in served_models(options.export_dir):
         print(written / f"{options.name}_{model.suffix}")
     for sentence in left_out(options.export_dir):

@@ -51,6 +51,11 @@ def check_offline(module: "Distillation") -> None:
 def check_course(on_policy: OnPolicy, trainer: Trainer) -> None:
     """Raise `ValueError` for settings of stage 2 that would never take effect in this run."""
     data = getattr(trainer, "datamodule", None)
+    if 0 < trainer.max_steps <= on_policy.start:
+        raise ValueError(
+            f"expected on_policy.start below trainer.max_steps ({trainer.max_steps}), found {on_policy.start}, so that stage 2 would never "
+            "begin; lower it, or set it to -1 for stage 1 alone"
+        )
     if on_policy.replay_size and trainer.max_steps <= 0:
         raise ValueError(
             f"expected trainer.max_steps for on_policy.replay_size, found {trainer.max_steps}; the share of replayed answers "

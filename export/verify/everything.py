@@ -35,7 +35,7 @@ from export.runtime import OnnxSession
 from export.served import Served
 from export.settings import ExportSettings
 from export.to_onnx import UNQUANTIZED
-from export.verify.exactness import FedSession, Run, compare_alone, compare_graph, compare_longest
+from export.verify.exactness import FedSession, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import (
     HeldOut,
     answer_tokens,
@@ -46,6 +46,7 @@ from export.verify.faithfulness import (
     sampled,
     torch_served,
 )
+from export.verify.torch_run import Run
 from models.forward import with_rounded_weights
 from models.pretrained import end_token_ids
 

@@ -21,39 +21,33 @@ import models  # noqa: F401
 from datamodules import ChatDataModule
 from models.offline.capture import CaptureReport, CaptureSettings, capture
 from models.offline.teacher import PREFIX, is_offline, open_offline_teacher
-from quiet import quiet_program
+from quiet import program
 
 # Recipes have them and a capture does not need them; of the trainer, only its precision.
 UNUSED = ("seed_everything", "name", "root", "run_dir", "ckpt_path", "weights_only", "verbose", "checkpoint")
 
 
-@quiet_program()
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(None if arguments is None else list(arguments))
-    try:
-        reference, dtype = _teacher_of(options), _dtype_of(options)
-        settings = CaptureSettings(options.form, options.top_k, options.batch_size, options.shard_tokens)
-        datamodule = parser.instantiate(Namespace(data=options.data)).data
-        splits = options.splits or (["train", "val"] if datamodule.has_split("val") else ["train"])
-        print(f"Capturing {reference} in {str(dtype).removeprefix('torch.')} over {', '.join(splits)}", flush=True)
-        report = capture(
-            reference,
-            datamodule,
-            options.output,
-            settings,
-            splits=splits,
-            dtype=dtype,
-            device=("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device,
-            trust_remote_code=bool(options.model.init_args.get("trust_remote_code")),
-        )
-        open_offline_teacher(options.output, datamodule, splits)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        if os.environ.get("POTSTILL_DEBUG"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    reference, dtype = _teacher_of(options), _dtype_of(options)
+    settings = CaptureSettings(options.form, options.top_k, options.batch_size, options.shard_tokens)
+    datamodule = parser.instantiate(Namespace(data=options.data)).data
+    splits = options.splits or (["train", "val"] if datamodule.has_split("val") else ["train"])
+    print(f"Capturing {reference} in {str(dtype).removeprefix('torch.')} over {', '.join(splits)}", flush=True)
+    report = capture(
+        reference,
+        datamodule,
+        options.output,
+        settings,
+        splits=splits,
+        dtype=dtype,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device,
+        trust_remote_code=bool(options.model.init_args.get("trust_remote_code")),
+    )
+    open_offline_teacher(options.output, datamodule, splits)
     _print_report(report, options.output)
     return 0
 

@@ -25,7 +25,8 @@ from export.scorer import Scorer
 from export.serving import write_triton
 from export.to_onnx import export_onnx
 from export.to_tensorrt import build_engine
-from export.verify.exactness import FedSession, Run, compare_graph
+from export.verify.exactness import FedSession, compare_graph
+from export.verify.torch_run import Run
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 PROMPTS = left_padded_prompts()
