@@ -11,7 +11,7 @@ SEED   := 1
 .PHONY: help quickstart test test-long test-servers fuzz lint style format clean-quickstart
 
 help:
-	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (12 to 17 minutes on 2 cores); SEED=n for another run"
+	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (11 minutes on 2 quiet cores); SEED=n for another run"
 	@echo "make test         lint, type check and tests (10 minutes on 2 cores)"
 	@echo "make test-long    every family, several processes, every command of the pages, benchmarks (10 minutes)"
 	@echo "make fuzz         2,000 settings, files, checkpoints and folders that nobody thought of, drawn by hypothesis"
@@ -33,9 +33,9 @@ $(VENV)/.installed-%: pyproject.toml | $(PY)
 SEEDS = --seed_everything $(SEED) --data.init_args.seed $(SEED)
 
 quickstart: $(VENV)/.installed-quickstart clean-quickstart
-	@echo "==> 1/2 Fine-tuning SmolLM2-135M on two tasks: this is the teacher (3 to 6 minutes on 2 cores)"
+	@echo "==> 1/2 Fine-tuning SmolLM2-135M on two tasks: this is the teacher (3 to 5 minutes on 2 cores)"
 	@$(PY) train.py fit --config configs/quickstart_teacher.yaml --run_dir $(OUT)/teacher $(SEEDS)
-	@echo "==> 2/2 Distilling, pruning and quantizing the student (3 minutes), then exporting, verifying and measuring it (5 to 8 minutes)"
+	@echo "==> 2/2 Distilling, pruning and quantizing the student (3 minutes), then exporting, verifying and measuring it (4 to 7 minutes)"
 	@$(PY) train.py fit --config configs/quickstart.yaml --run_dir $(OUT) $(SEEDS) \
 		--model.init_args.student $(OUT)/teacher/student --model.init_args.teacher $(OUT)/teacher/student
 	@echo "        use your own data:  $(PY) train.py fit --config configs/compress.yaml --data.init_args.train my.jsonl \\"

@@ -113,7 +113,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f" at {os.fspath(error.filename)!r}" if isinstance(error.filename, str | os.PathLike) else ""
         to_do = _TO_DO.get(error.errno, "check the path")
-        return f"expected a file or folder that can be used{where}, found: {error.strerror}; {to_do}"
+        return f"expected a file or folder that is usable{where}, found: {error.strerror}; {to_do}"
     return said
 
 

@@ -15,7 +15,8 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from quiet import one_sentence, program
 
@@ -25,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -148,15 +149,16 @@ class PotstillCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Run folder, checkpointing, and the tokenizer's link from model to data."""
-        parser.add_argument("--name", default="run", help="Name of the run; its folder is <root>/<name>-<number>.")
-        parser.add_argument("--root", default="runs", help="Folder of all runs.")
-        parser.add_argument("--run_dir", default=None, help="Folder of this run instead of a new numbered one.")
+        parser.add_argument("--name", type=str, default="run", help="Name of the run; its folder is <root>/<name>-<number>.")
+        parser.add_argument("--root", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of this run instead of a new numbered one.")
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and hand it to trainer and loggers; choose how often to log, and the progress bar."""
         config = self.config[self.subcommand]
+        _refuse_nulls(config)
         # Lightning would hang on the first, and end a run of no step as if all was well on the second.
         numbers = {"accumulate_grad_batches": (1, 1e9), "limit_train_batches": (1e-9, 1e9)}
         check_ranges("trainer.", config.trainer.as_dict(), **numbers)
@@ -175,6 +177,15 @@ class PotstillCLI(LightningCLI):
             config.trainer.log_every_n_steps = _log_interval(config.trainer.log_every_n_steps, config.trainer.max_steps)
         if config.trainer.enable_progress_bar is not False and not _has_bar(config.trainer.callbacks):
             self.trainer_defaults["callbacks"].append(callbacks.TrainingProgress())
+
+    def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> Trainer:
+        """Lightning refuses some settings by their type."""
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except TypeError as error:
+            raise ValueError(
+                f"expected settings that the trainer takes, found others ({error}); change them in the recipe"
+            ) from error
 
     def before_fit(self) -> None:
         """A test split that nothing reads during training is not passed over in silence."""
@@ -217,11 +228,36 @@ class PotstillCLI(LightningCLI):
         return explicit[subcommand].model.init_args.as_dict()
 
 
-def _class_at(class_path: str) -> type[models.StudentModule]:
+def _class_at(class_path: str) -> type[Any]:
     """The class that the user has named; the parser has imported it."""
     module, _, name = class_path.rpartition(".")
-    found: type[models.StudentModule] = getattr(importlib.import_module(module), name)
+    found: type[Any] = getattr(importlib.import_module(module), name)
     return found
+
+
+def _refuse_nulls(config: Namespace) -> None:
+    """Raise `ValueError` for a null that its setting's type does not know: the parser takes one for anything."""
+    parts = {"model": config.model, "data": config.data}
+    parts |= {f"trainer.callbacks.{at}": callback for at, callback in enumerate(config.trainer.callbacks or [])}
+    typed = {f"{name}.init_args": (_class_at(part.class_path), part.get("init_args")) for name, part in parts.items()}
+    typed["checkpoint"] = callbacks.Checkpoint, config.checkpoint
+    nulls = [name for name in ("name", "root", "trainer.accumulate_grad_batches") if config.get(name) is None]
+    for place, (kind, settings) in typed.items():
+        hints: dict[str, Any] = {}
+        for base in kind.__mro__:
+            with contextlib.suppress(NameError):  # types of other libraries that exist for type checkers only
+                hints = get_type_hints(base.__init__) | hints if "__init__" in vars(base) else hints
+        for name, hint in hints.items():
+            if (
+                settings
+                and name in settings
+                and settings[name] is None
+                and hint is not Any
+                and NoneType not in get_args(hint)
+            ):
+                nulls.append(f"{place}.{name}")
+    if nulls:
+        raise ValueError(f"expected a value for {nulls[0]}, found null; leave it out for its default, or give one")
 
 
 def _relocatable(config: Namespace, folder: Path) -> Namespace:

@@ -26,6 +26,7 @@ from models.lora import merge_adapters
 from models.low_precision import admit_optimizer_states
 from models.pretrained import PACKAGE_PREFIX
 from models.student import StudentModule
+from quiet import one_sentence
 
 REFERENCES = ("student", "teacher", "trust_remote_code")
 """Settings that only the user's word may name: where a model comes from, and whether its code runs."""
@@ -75,6 +76,20 @@ def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any
             f"expected a checkpoint written by train.py at {str(path)!r}, found one without a student's structure; give the .ckpt file of "
             "a run, or a Hugging Face folder"
         )
+    for what, good in (
+        (
+            "weights that are tensors",
+            all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values()),
+        ),
+        (
+            "edits with a name each",
+            all(isinstance(edit, dict) and isinstance(edit.get("op"), str) for edit in checkpoint["edits"]),
+        ),
+    ):
+        if not good:
+            raise ValueError(
+                f"expected {what} in the checkpoint {str(path)!r}, found others; take an earlier one, or copy it again"
+            )
     return checkpoint
 
 
@@ -187,7 +202,13 @@ def load_student_checkpoint(path: Path, student: str | None = None) -> tuple[Pre
         )
     module = StudentModule(student)
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:  # names or shapes
+        raise ValueError(
+            f"expected the weights of {student!r} with its edits in the checkpoint {str(path)!r}, found others "
+            f"({one_sentence(str(error))[:200]}); name the model that it was trained from with --student"
+        ) from error
     check_finite(module.student, f"the checkpoint {str(path)!r}")
     return merge_adapters(module.student.eval()), module.tokenizer
 

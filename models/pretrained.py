@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.converted import converted_model, converted_tokenizer
 from models.folder import has_unequal_layers, load_config, load_unequal_layers
 from models.loading import check_finite, check_loaded, check_only_data
 from models.packaged import PackagedFile, fetch
+from quiet import lacks_memory
 
 PACKAGE_PREFIX = "package:"
 GGUF = ".gguf"
@@ -71,7 +71,7 @@ def load_model(
                 **options,
             )
             model, report = loaded
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:
         raise _not_loadable("model", reference, error) from error
     check_loaded(reference, report)
     check_finite(model, repr(reference))
@@ -98,7 +98,7 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTra
         if beside is not None:
             source = str(converted_tokenizer(Path(source)))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loadable("tokenizer", reference, error) from error
     tokenizer.name_or_path = reference  # what errors name
     if not tokenizer.chat_template and beside is not None and beside.is_file():
@@ -164,7 +164,10 @@ def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
     return reference, {}
 
 
-def _not_loadable(what: str, reference: str, error: Exception) -> FileNotFoundError:
+def _not_loadable(what: str, reference: str, error: Exception) -> Exception:
+    """Readers of a file that is not what it should be raise anything, bare exceptions included; only memory is another matter."""
+    if lacks_memory(error):
+        return error
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return FileNotFoundError(
         f"expected a {what} at {reference!r} (a folder, a .gguf file, {PACKAGE_PREFIX}NAME or a hub id), found none that "

@@ -172,7 +172,14 @@ class StudentModule(EvaluatedModule):
                 f"expected a checkpoint that continues this student's {known} edits, found one with another history of "
                 f"{len(edits)}; load it into a new module"
             )
-        replay(self.student, edits[known:])
+        for edit in edits[known:]:
+            try:
+                replay(self.student, [edit])
+            except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"expected edits that fit this student, found {repr(edit)[:100]}, which does not ({error}); resume with the model that the "
+                    "checkpoint was made from"
+                ) from error
         self.edits = list(edits)
         if "state_dict" in checkpoint:  # a sharding strategy has loaded the weights before, and removed them here
             _check_weights(self, checkpoint)

@@ -1,6 +1,7 @@
 """A program says its own words, and those of no library."""
 
 import csv
+import errno
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 from tiny import tiny_folder, tiny_jsonl
 
 import train
+from quiet import program, sentence
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +23,41 @@ def test_no_library_speaks_first() -> None:
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.startswith("usage: python -m export")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("expected a number, found\n  text; change it"), "expected a number, found text; change it"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out"), "usable at 'out', found: Permission denied; choose one that you may use"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "found: No space left on device; free some space"),
+        (MemoryError(), "expected enough memory, found none left"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "expected enough memory"),
+    ],
+)  # fmt: skip
+def test_an_error_that_the_user_can_mend_is_one_sentence(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @program
+    def main(_: object) -> int:
+        raise error
+
+    assert main(None) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert said in line
+    monkeypatch.setenv("POTSTILL_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(None)
+
+
+def test_our_own_mistakes_show_their_stack() -> None:
+    @program
+    def main(_: object) -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(None)
+    assert sentence(RuntimeError("a bug")) == "a bug"
 
 
 SHORT = {

@@ -151,6 +151,8 @@ def test_a_wrong_checkpoint_is_one_sentence_and_leaves_nothing(
         (["--model.init_args.generate_tokens", "-1"], "model.generate_tokens between 0 and"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches between 1 and"),
         (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches between"),
+        (["--data.init_args.batch_size", "null"], "a value for data.init_args.batch_size, found null"),
+        (["--trainer.devices", "null"], "settings that the trainer takes, found others"),
         (["--name", "../outside"], "a --name without folders, found '../outside'"),
     ],
 )
@@ -165,6 +167,27 @@ def test_a_number_out_of_its_range_is_one_sentence_and_leaves_nothing(
     assert status == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "expected" in line and named in line
+    assert sorted(os.listdir("runs")) == before
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "name",
+        "trainer.accumulate_grad_batches",
+        "checkpoint.every_n_steps",
+        "data.init_args.max_length",
+        "model.init_args.optimizer",
+    ],
+)
+def test_a_null_in_a_file_is_no_value(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, nested = sorted(os.listdir("runs")), None
+    for part in reversed(key.split(".")):
+        nested = {part: nested}  # type: ignore[assignment]
+    (tmp_path / "null.yaml").write_text(yaml.safe_dump(nested))
+    words = ["fit", "--config", SAVED, "--config", str(tmp_path / "null.yaml"), "--trainer.max_steps", "2"]
+    assert train.entry_point(words) == 2
+    assert f"error: expected a value for {key}, found null; leave it out" in capsys.readouterr().err
     assert sorted(os.listdir("runs")) == before
 
 

@@ -36,6 +36,15 @@ def test_replay_needs_a_run_with_an_end() -> None:
         check_course(OnPolicy(replay_size=10), trainer(-1))
 
 
+def test_stage_2_begins_before_the_run_ends() -> None:
+    check_course(OnPolicy(start=9), trainer())
+    check_course(OnPolicy(start=10), trainer(-1))
+    with pytest.raises(
+        ValueError, match=r"expected on_policy.start below trainer.max_steps \(10\), found 10, .*; lower it"
+    ):
+        check_course(OnPolicy(start=10), trainer())
+
+
 def test_an_adaptive_share_needs_validation() -> None:
     check_course(OnPolicy(adaptive=0.1), trainer())
     check_course(OnPolicy(), trainer(val=False))
