@@ -149,9 +149,13 @@ class PotstillCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Run folder, checkpointing, and the tokenizer's link from model to data."""
-        parser.add_argument("--name", type=str, default="run", help="Name of the run; its folder is <root>/<name>-<number>.")
+        parser.add_argument(
+            "--name", type=str, default="run", help="Name of the run; its folder is <root>/<name>-<number>."
+        )
         parser.add_argument("--root", type=str, default="runs", help="Folder of all runs.")
-        parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of this run instead of a new numbered one.")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Folder of this run instead of a new numbered one."
+        )
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
 

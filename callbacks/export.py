@@ -75,6 +75,7 @@ class ExportOnFitEnd(Callback):
         served_questions: With compare_with_teacher, held-out conversations (of test data, or of validation data) on which each graph is
             judged as it is served: KL to the teacher, and task score where the data has one; 0 for none.
         benchmark_prompt: Prompt of the benchmark, tokens.
+        benchmark_repetitions: How often the benchmark measures each graph; 0 leaves it out.
 
     Raises:
         ValueError: Settings that cannot be exported; found before training starts.
@@ -105,6 +106,7 @@ class ExportOnFitEnd(Callback):
         compare_with_teacher: bool = False,
         served_questions: int = 0,
         benchmark_prompt: int = 128,
+        benchmark_repetitions: int = 5,
     ) -> None:
         self.settings = ExportSettings(
             precision=precision,
@@ -122,6 +124,7 @@ class ExportOnFitEnd(Callback):
             past=past,
             opset=opset,
             prompt_tokens=benchmark_prompt,
+            repetitions=benchmark_repetitions,
         )
         check_settings(self.settings)
         if (

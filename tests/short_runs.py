@@ -14,7 +14,7 @@ MOVED: dict[str, dict[str, Any]] = {
     "Throughput": {"every_n_steps": 2},
     "SampleCompletions": {"num_samples": 2, "max_new_tokens": 3},
     # The small graph is what takes time; engines are compiled in the quickstart's test.
-    "ExportOnFitEnd": {"formats": ["hf", "onnx"], "verify_prompts": 1},
+    "ExportOnFitEnd": {"formats": ["hf", "onnx"], "verify_prompts": 1, "benchmark_repetitions": 0},
 }
 
 
