@@ -12,9 +12,10 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
+from typing import ParamSpec
 
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -66,6 +67,7 @@ def _is_of_use(record: logging.LogRecord) -> bool:
     return not any(line in record.getMessage() for line in LINES)
 
 
+_Arguments = ParamSpec("_Arguments")
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MemoryError)
 """What the user can mend, or the machine lacks; anything else is our mistake and shows its stack."""
 _TO_DO = {
@@ -80,17 +82,17 @@ _TO_DO = {
 }
 
 
-def program(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+def program(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     """Make a main function one for people: quiet, and a user's mistake is one sentence on standard error and exit code 2.
 
     With `POTSTILL_DEBUG=1` an error shows its stack.
     """
 
     @wraps(main)
-    def run(arguments: Sequence[str] | None = None) -> int:
+    def run(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> int:
         with quiet_program():
             try:
-                return main(arguments)
+                return main(*arguments, **named)
             except KeyboardInterrupt:
                 return 128 + signal.SIGINT
             except Exception as error:

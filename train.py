@@ -250,7 +250,7 @@ def _refuse_nulls(config: Namespace) -> None:
         hints: dict[str, Any] = {}
         for base in kind.__mro__:
             with contextlib.suppress(NameError):  # types of other libraries that exist for type checkers only
-                hints = get_type_hints(base.__init__) | hints if "__init__" in vars(base) else hints
+                hints = get_type_hints(vars(base)["__init__"]) | hints if "__init__" in vars(base) else hints
         for name, hint in hints.items():
             if (
                 settings

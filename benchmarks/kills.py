@@ -148,7 +148,7 @@ def _recipe(name: str, kills: int, moments: random.Random, on_kill: Callable[[],
     _in_a_process(partial(_train, recipe, Path("whole"), None), Path("whole.log"))
     seconds = time.monotonic() - started
     expected = _outcome([Path("whole")])
-    row = {"name": name, "kills": 0, "chains": 0, "lost": 0, "different": 0, "seconds": seconds}
+    row: dict[str, Any] = {"name": name, "kills": 0, "chains": 0, "lost": 0, "different": 0, "seconds": seconds}
     while row["kills"] < kills:
         runs: list[Path] = []
         step, newest = 0, None

@@ -245,8 +245,6 @@ def test_options_of_an_export_have_their_range(place: Path, pairs: list[tuple[st
     def stop(*_: Any) -> int:
         return 0
 
-    found, exporting._export = exporting._export, stop
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "_export", stop)
         answers(lambda: exporting.main(["student", "--output", "out", *words]), repr(words))
-    finally:
-        exporting._export = found

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,9 +182,10 @@ def test_a_number_out_of_its_range_is_one_sentence_and_leaves_nothing(
     ],
 )
 def test_a_null_in_a_file_is_no_value(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, nested = sorted(os.listdir("runs")), None
+    before = sorted(os.listdir("runs"))
+    nested: Any = None
     for part in reversed(key.split(".")):
-        nested = {part: nested}  # type: ignore[assignment]
+        nested = {part: nested}
     (tmp_path / "null.yaml").write_text(yaml.safe_dump(nested))
     words = ["fit", "--config", SAVED, "--config", str(tmp_path / "null.yaml"), "--trainer.max_steps", "2"]
     assert train.entry_point(words) == 2
