@@ -179,7 +179,7 @@ class PotstillCLI(LightningCLI):
                 logger.init_args.save_dir = str(self.run_dir.absolute())
         if config.trainer.max_steps > 0:
             config.trainer.log_every_n_steps = _log_interval(config.trainer.log_every_n_steps, config.trainer.max_steps)
-        if config.trainer.enable_progress_bar is not False and not _has_bar(config.trainer.callbacks):
+        if config.trainer.enable_progress_bar is not False and not _has_bar(_callbacks(config)):
             self.trainer_defaults["callbacks"].append(callbacks.TrainingProgress())
 
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> Trainer:
@@ -242,7 +242,7 @@ def _class_at(class_path: str) -> type[Any]:
 def _refuse_nulls(config: Namespace) -> None:
     """Raise `ValueError` for a null that its setting's type does not know: the parser takes one for anything."""
     parts = {"model": config.model, "data": config.data}
-    parts |= {f"trainer.callbacks.{at}": callback for at, callback in enumerate(config.trainer.callbacks or [])}
+    parts |= {f"trainer.callbacks.{at}": callback for at, callback in enumerate(_callbacks(config))}
     typed = {f"{name}.init_args": (_class_at(part.class_path), part.get("init_args")) for name, part in parts.items()}
     typed["checkpoint"] = callbacks.Checkpoint, config.checkpoint
     nulls = [name for name in ("name", "root", "trainer.accumulate_grad_batches") if config.get(name) is None]
@@ -288,8 +288,18 @@ def _log_interval(chosen: int | None, max_steps: int) -> int:
     return min(chosen, max_steps)
 
 
-def _has_bar(listed: list[Namespace] | None) -> bool:
-    return any("ProgressBar" in callback.class_path for callback in listed or [])
+def _callbacks(config: Namespace) -> list[Namespace]:
+    """Those that are listed; the parser takes one alone, too."""
+    listed = config.trainer.callbacks
+    return [
+        each
+        for each in (listed if isinstance(listed, list) else [listed])
+        if isinstance(each, Namespace) and "class_path" in each
+    ]
+
+
+def _has_bar(listed: list[Namespace]) -> bool:
+    return any("ProgressBar" in callback.class_path for callback in listed)
 
 
 def _run_folder(config: Namespace) -> Path:

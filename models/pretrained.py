@@ -98,6 +98,7 @@ def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTra
         if beside is not None:
             source = str(converted_tokenizer(Path(source)))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        tokenizer("a")  # of some settings it looks at the type only now
     except Exception as error:
         raise _not_loadable("tokenizer", reference, error) from error
     tokenizer.name_or_path = reference  # what errors name
