@@ -148,6 +148,7 @@ def _recipe(name: str, kills: int, moments: random.Random, on_kill: Callable[[],
     _in_a_process(partial(_train, recipe, Path("whole"), None), Path("whole.log"))
     seconds = time.monotonic() - started
     expected = _outcome([Path("whole")])
+    shutil.rmtree("whole")
     row: dict[str, Any] = {"name": name, "kills": 0, "chains": 0, "lost": 0, "different": 0, "seconds": seconds}
     while row["kills"] < kills:
         runs: list[Path] = []
@@ -167,7 +168,7 @@ def _recipe(name: str, kills: int, moments: random.Random, on_kill: Callable[[],
         if place := _difference(_outcome(runs), expected):
             row["different"] += 1
             print(f"{name}, chain {row['chains']}: different at {place}", file=sys.stderr)
-        for run in [*runs, Path("whole")] if row["kills"] >= kills else runs:
+        for run in runs:
             shutil.rmtree(run, ignore_errors=True)
     return row
 
