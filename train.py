@@ -248,17 +248,12 @@ def _refuse_nulls(config: Namespace) -> None:
     nulls = [name for name in ("name", "root", "trainer.accumulate_grad_batches") if config.get(name) is None]
     for place, (kind, settings) in typed.items():
         hints: dict[str, Any] = {}
-        for base in kind.__mro__:
+        for base in (base for base in kind.__mro__ if "__init__" in vars(base)):
             with contextlib.suppress(NameError):  # types of other libraries that exist for type checkers only
-                hints = get_type_hints(vars(base)["__init__"]) | hints if "__init__" in vars(base) else hints
-        for name, hint in hints.items():
-            if (
-                settings
-                and name in settings
-                and settings[name] is None
-                and hint is not Any
-                and NoneType not in get_args(hint)
-            ):
+                hints = get_type_hints(vars(base)["__init__"]) | hints
+        for name, value in (settings or {}).items():
+            hint = hints.get(name, Any)
+            if value is None and hint is not Any and NoneType not in get_args(hint):
                 nulls.append(f"{place}.{name}")
     if nulls:
         raise ValueError(f"expected a value for {nulls[0]}, found null; leave it out for its default, or give one")
