@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from quiet import one_sentence, program
+from program.screen import as_command, one_sentence
 
 gc.disable()  # importing makes half a million objects that stay: collecting among them takes a third of the time
 # The tokenizers library warns in forked loader workers otherwise.
@@ -36,7 +36,7 @@ import callbacks
 import datamodules
 import models
 from models.checkpoint import REFERENCES, plain_settings, read_checkpoint
-from models.ranges import check_ranges
+from program.ranges import check_ranges
 
 gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
@@ -369,7 +369,7 @@ def main(args: ArgsType = None) -> PotstillCLI:
     )
 
 
-@program
+@as_command
 def entry_point(args: Sequence[str] | None = None) -> int:
     """`main` for people, see `program`; a run that was asked to stop says so by its exit code."""
     try:

@@ -1,3 +1,3 @@
 """Side-by-side measurements; one command each, see `benchmarks/harness.py` for what they have in common."""
 
-import quiet  # noqa: F401
+import program.screen  # noqa: F401

@@ -28,10 +28,10 @@ from datamodules.chat import Conversation, Example, encode
 from datamodules.collate import collate, pad_id_of
 from models.decoder import decoder_for
 from models.forward import IGNORE, Batch
-from models.packaged import PackagedFile, cache_folder, fetch
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.rollout import rollout
 from models.sampling import Sampling, seed_of
+from program.packaged import PackagedFile, cache_folder, fetch
 
 INSTRUCTIONS = PackagedFile(
     requirement="evals==3.0.1.post1",

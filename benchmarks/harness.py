@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from export.files import write_file
 from models.interleave import interleave
+from program.files import write_file
 
 __all__ = ["interleave", "parser", "report", "spread"]
 

@@ -35,7 +35,7 @@ import train
 from benchmarks.harness import parser, report
 from models.checkpoint import read_checkpoint
 from models.pretrained import load_tokenizer
-from progress import Bar
+from program.progress import Bar
 
 PACKAGES = ("torch", "lightning", "transformers")
 TOKENIZER = "package:smollm2-135m-instruct"

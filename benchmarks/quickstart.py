@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from export.benchmark_report import machine
-from export.files import move_into_place, staging_folder
 from export.report import ratios
+from program.files import move_into_place, staging_folder
 
 ROOT = Path(__file__).parents[1]
 FIGURES, README = Path("docs/results/quickstart.json"), Path("README.md")

@@ -22,8 +22,8 @@ import torch
 from matplotlib.axes import Axes
 
 from benchmarks.students import keep_layers
-from export.files import write_file
 from models.pretrained import load_model, load_tokenizer
+from program.files import write_file
 
 Row = dict[str, Any]
 

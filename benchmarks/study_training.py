@@ -23,7 +23,7 @@ from benchmarks.study import Row, Rows, fingerprint
 from benchmarks.study_judge import Judge, TrainingClock
 from datamodules import ReasoningTasks
 from models import StudentModule
-from quiet import WARNINGS
+from program.screen import WARNINGS
 
 RECIPE = Path(__file__).parent / "study.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")

@@ -17,15 +17,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.order import StepBoundary
-from export.files import sweep, write_file
 from models.checkpoint import read_checkpoint
+from program.files import sweep, write_file
 
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGUSR1 is left for saving and requeueing
 _SAME_REQUEST = 1.0  # seconds; launchers and terminals may send a signal to a process and again to its group
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write in a temporary folder beside it, flush to disk, rename; see `export/files.py`.
+    """Write in a temporary folder beside it, flush to disk, rename; see `program/files.py`.
 
     Lightning's own way goes through the system's temporary folder, which may be another disk, where moving is copying.
     """

@@ -38,9 +38,9 @@ from models.offline import is_offline
 from models.pretrained import end_token_ids
 from models.quantization.formats import FormatName
 from models.quantization.settings import Method, PostTrainingQuantization
-from models.ranges import check_ranges
 from models.student import StudentModule
 from models.teacher import Teacher
+from program.ranges import check_ranges
 
 
 class ExportOnFitEnd(Callback):

@@ -17,7 +17,7 @@ from models.evaluation import evaluate
 from models.offline import is_offline
 from models.student import StudentModule
 from models.teacher import RememberingTeacher, Teacher
-from progress import Bar
+from program.progress import Bar
 
 
 class PhaseEvaluation(Callback):

@@ -8,11 +8,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from models.architecture import count_parameters
 from models.student import StudentModule
-from progress import Bar
+from program.progress import Bar
 
 
 class TrainingProgress(ProgressBar):
-    """Lightning's progress in bars of `progress.py`; the command line adds it unless `trainer.enable_progress_bar` is false."""
+    """Lightning's progress in bars of `program.progress`; the command line adds it unless `trainer.enable_progress_bar` is false."""
 
     def __init__(self) -> None:
         super().__init__()

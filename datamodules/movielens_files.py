@@ -63,7 +63,7 @@ def movielens_folder() -> Path:
         ValueError: A file is not the one that was published with recbole 1.2.1.
     """
     # Only here: `models` imports torch modules that this file can do without.
-    from models.packaged import PackagedFile, fetch
+    from program.packaged import PackagedFile, fetch
 
     # Found, not imported: the library needs much that we do not.
     package = importlib.util.find_spec("recbole")

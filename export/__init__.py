@@ -1,3 +1,3 @@
 """Export of a student: Hugging Face folder, ONNX, TensorRT engine, verification and benchmark."""
 
-import quiet  # noqa: F401
+import program.screen  # noqa: F401

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.calibration import Calibration, batches_of, calibrate, has_scales, quantized_anew
 from export.checks import raise_on_failure
-from export.files import only_one
 from export.huggingface import load_student, rounded
 from export.options import calibration_of, parser, settings_of
 from export.pipeline import check_cpu_format, check_formats, check_output, export_all, results_folder
@@ -24,7 +23,8 @@ from export.settings import ExportSettings, check_settings
 from export.to_onnx import UNQUANTIZED, check_exportable
 from export.verify import HeldOut
 from models.architecture import decoder_layers
-from quiet import program
+from program.files import only_one
+from program.screen import as_command
 
 _HELD_OUT = 256  # conversations of --verify-on whose answers are judged
 
@@ -32,7 +32,7 @@ gc.freeze()
 gc.enable()
 
 
-@program
+@as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)

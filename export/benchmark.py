@@ -23,10 +23,10 @@ from export.benchmark_energy import find_counters
 from export.benchmark_measure import Cell
 from export.benchmark_report import machine, plot, text, versions
 from export.benchmark_turns import cells, compare
-from export.files import check_kind, write_file
 from export.options import Parser, positive
-from progress import Bar
-from quiet import program
+from program.files import check_kind, write_file
+from program.progress import Bar
+from program.screen import as_command
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -66,7 +66,7 @@ def benchmark_onnx(
     ]
 
 
-@program
+@as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything went well."""
     options = _parser().parse_args(arguments)

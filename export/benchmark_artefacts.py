@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from export.benchmark_measure import Session, SharedCache
-from export.files import folder_bytes
 from export.layout import CPU, ENGINES, GRAPH, MODEL_ENGINE_NAME, STUDENT
 from export.runtime import OnnxSession
+from program.files import folder_bytes
 
 if TYPE_CHECKING:
     from export.to_tensorrt import Flavour

@@ -27,7 +27,7 @@ from export.runtime import OnnxSession
 from export.shared_cache import SharedCacheSession
 from models.pretrained import load_tokenizer
 from models.sampling import Sampling, sample, seed_of, uniforms
-from quiet import program
+from program.screen import as_command
 
 
 class Conversation:
@@ -91,7 +91,7 @@ def answer(
         yield token
 
 
-@program
+@as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything went well."""
     options = _parser().parse_args(arguments)

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.files import move_into_place, staging_folder
 from export.huggingface import for_saving
 from models.folder import CONFIG_FILE, why_not_plain
 from models.lora import merged
@@ -40,6 +39,7 @@ from models.quantization.cache import CACHE_GRIDS, cache_format, cache_quantizer
 from models.quantization.formats import BITS, Grid, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.renamed import CACHE
+from program.files import move_into_place, staging_folder
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig

@@ -18,13 +18,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export.cached_attention import cache_in_attention
-from export.files import move_into_place, staging_folder
 from export.head_blocks import store_embedding, store_head
 from export.integer_products import integer_products
 from export.last_logits import ask_for_logits
 from export.layout import CPU
 from export.merge_products import merge_products
 from export.skip_norms import norms_with_sums
+from program.files import move_into_place, staging_folder
 
 _OPSET = 23
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.files import move_into_place, staging_folder
 from models.folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
 from models.loading import tie_equal_head
 from models.lora import merged
@@ -27,6 +26,7 @@ from models.pretrained import load_model, load_tokenizer
 from models.quantization.cache import remove_cache_quantizers
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import FakeQuantizer
+from program.files import move_into_place, staging_folder
 
 # Settings that transformers accepts in a generation config only together with do_sample=True.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -21,7 +21,6 @@ from export.benchmark import benchmark_onnx
 from export.checks import Check
 from export.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.engines import Engines, write_engines
-from export.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 from export.for_cpu import check_cpu, write_cpu_graph
 from export.huggingface import check_plain, rounded, save_student, without_quantizers
 from export.label_graph import write_labels
@@ -51,6 +50,7 @@ from models.quantization.cache import cache_format
 from models.quantization.choice import formats_by_pattern
 from models.quantization.formats import FORMATS
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from program.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 
 
 def check_output_free(output: Path) -> None:

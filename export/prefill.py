@@ -9,9 +9,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from export.files import move_into_place, staging_folder
 from export.last_logits import keep_last_logits
 from export.layout import PREFILL
+from program.files import move_into_place, staging_folder
 
 
 def write_prefill(graph: Path) -> Path:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from progress import Bar
+from program.progress import Bar
 
 
 class Phases:

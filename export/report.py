@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.files import write_file
 from export.plots import plot_artefacts, plot_training
+from program.files import write_file
 
 Report = dict[str, Any]
 

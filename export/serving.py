@@ -28,7 +28,6 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
-from export.files import move_into_place, only_one, staging_folder
 from export.layout import (
     ENGINE_LABEL_SOURCE,
     ENGINE_SOURCE,
@@ -41,7 +40,8 @@ from export.layout import (
 from export.options import Parser
 from export.serving_config import ServedModel, model_config
 from models.pretrained import load_tokenizer
-from quiet import program
+from program.files import move_into_place, only_one, staging_folder
+from program.screen import as_command
 
 MAX_BATCH_SIZE = 16  # the largest batch of engines built with the settings that `python -m export` starts from
 _SOURCES_OF_ENGINES = {"engine": (ENGINE_SOURCE, GRAPH), "labels_engine": (ENGINE_LABEL_SOURCE, LABEL_GRAPH)}
@@ -158,7 +158,7 @@ def _engines(export_dir: Path, suffix: str) -> list[Path]:
     return sorted(export_dir.glob(f"engine/{name}-tensorrt-*.engine"))
 
 
-@program
+@as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything went well."""
     options = _parser().parse_args(arguments)

@@ -9,7 +9,7 @@ from export.for_cpu import check_cpu
 from export.to_onnx import Precision, check_engine_formats, format_for
 from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
 from models.quantization.formats import FormatName
-from models.ranges import check_ranges
+from program.ranges import check_ranges
 
 Format = Literal["hf", "onnx", "engine"]
 StudentType = Literal["bfloat16", "float32"]

@@ -26,7 +26,6 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from export.files import folder_bytes, move_into_place, staging_folder
 from export.layers import repeat_layers
 from export.trace import OPSETS, Trace, trace
 from export.weights import bind_weights
@@ -34,6 +33,7 @@ from models.architecture import decoder_layers
 from models.quantization.cache import cache_format, cache_quantizers
 from models.quantization.formats import FORMATS, FormatName, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from program.files import folder_bytes, move_into_place, staging_folder
 
 Precision = Literal["fp32", "fp16", "fp8", "mixed", FormatName]
 UNQUANTIZED = ("fp32", "fp16")

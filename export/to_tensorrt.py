@@ -18,7 +18,7 @@ from typing import Any, Literal
 import onnx
 
 from export.audit import inspect
-from export.files import move_into_place, staging_folder
+from program.files import move_into_place, staging_folder
 
 Flavour = Literal["auto", "tensorrt", "tensorrt_rtx"]
 Range = tuple[int, int, int]

@@ -1,6 +1,6 @@
 """LightningModules and everything that concerns the networks."""
 
-import quiet  # noqa: F401
+import program.screen  # noqa: F401
 from models.distillation import Distillation
 from models.ranking import RankingDistillation
 from models.sft import SFT

@@ -26,7 +26,7 @@ from models.lora import merge_adapters
 from models.low_precision import admit_optimizer_states
 from models.pretrained import PACKAGE_PREFIX
 from models.student import StudentModule
-from quiet import one_sentence
+from program.screen import one_sentence
 
 REFERENCES = ("student", "teacher", "trust_remote_code")
 """Settings that only the user's word may name: where a model comes from, and whether its code runs."""

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, m
 from transformers.utils.quantization_config import GgufConfig
 
 from models.loading import check_loaded, check_only_data, tie_equal_head
-from models.packaged import cache_folder
-from progress import Bar
+from program.packaged import cache_folder
+from program.progress import Bar
 
 modeling_gguf_pytorch_utils.tqdm = Bar  # type: ignore[attr-defined, assignment]  # its own would write a line into a log at every redraw
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from progress import Bar
+from program.progress import Bar
 
 PAUSE = 0.1  # seconds; threads of ONNX Runtime look for more work, on a core of their own, for 50 ms after the last
 

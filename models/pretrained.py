@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from models.converted import converted_model, converted_tokenizer
 from models.folder import has_unequal_layers, load_config, load_unequal_layers
 from models.loading import check_finite, check_loaded, check_only_data
-from models.packaged import PackagedFile, fetch
-from quiet import lacks_memory
+from program.packaged import PackagedFile, fetch
+from program.screen import lacks_memory
 
 PACKAGE_PREFIX = "package:"
 GGUF = ".gguf"

@@ -21,12 +21,12 @@ from models.low_precision import check_rounding
 from models.pretrained import load_model, load_tokenizer
 from models.quantization.head import untie_head
 from models.quantization.learning import add_scale_group, cover_new_groups, learned_scales, round_learned_scales
-from models.ranges import check_ranges
 from models.sampling import seed_of
 from models.sharding import check_shardable, shard
 from models.step_mean import StepMean, step_of
 from models.structure import Edit, apply_edit, replay
 from models.timing import Stopwatch
+from program.ranges import check_ranges
 
 Settings = TypeVar("Settings")
 

@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 
-import quiet  # noqa: F401
+import program.screen  # noqa: F401
 
 gc.disable()  # until the tests are collected: what is imported stays
 os.environ["OMP_NUM_THREADS"] = "1"

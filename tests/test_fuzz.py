@@ -25,7 +25,7 @@ from tiny import tiny_folder, tiny_jsonl
 import export.__main__ as exporting
 import train
 from datamodules import Conversations
-from quiet import program
+from program.screen import as_command
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 LAST = Path("runs/run-001/checkpoints/last.ckpt")
@@ -100,7 +100,7 @@ def answers(run: Callable[[], int], name: str) -> bool:
 def loads(source: Path) -> bool:
     """Whether a student is taken; what is taken computes."""
 
-    @program
+    @as_command
     def load(_: Any) -> int:
         model, tokenizer = exporting.load_any(str(source), None)
         with torch.no_grad():
@@ -176,7 +176,7 @@ def test_data_is_taken_or_its_line_is_named(place: Path, lines: list[str], good:
     text = "\n".join([*lines, '{"prompt": "1 plus 1?", "response": "2"}'] if good else lines)
     Path("drawn.jsonl").write_text(text, encoding="utf-8", errors="surrogatepass")
 
-    @program
+    @as_command
     def read(_: Any) -> int:
         data = Conversations(tokenizer="student", train="drawn.jsonl", batch_size=2)
         data.setup("fit")

@@ -18,7 +18,7 @@ from export.__main__ import load_any
 from export.__main__ import main as export
 from models import SFT, Distillation
 from models.checkpoint import plain_settings
-from models.packaged import PackagedFile, fetch
+from program.packaged import PackagedFile, fetch
 
 MARK = "code-ran"
 COMMAND = f"touch {MARK}"

@@ -21,13 +21,13 @@ import models  # noqa: F401
 from datamodules import ChatDataModule
 from models.offline.capture import CaptureReport, CaptureSettings, capture
 from models.offline.teacher import PREFIX, is_offline, open_offline_teacher
-from quiet import program
+from program.screen import as_command
 
 # Recipes have them and a capture does not need them; of the trainer, only its precision.
 UNUSED = ("seed_everything", "name", "root", "run_dir", "ckpt_path", "weights_only", "verbose", "checkpoint")
 
 
-@program
+@as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()

@@ -25,7 +25,7 @@ from models.offline import fingerprints, store
 from models.offline.forms import Columns, bytes_per_token, encode_exact, encode_top_k
 from models.pretrained import check_same_tokenizer, load_tokenizer
 from models.teacher import Teacher
-from progress import Bar
+from program.progress import Bar
 
 BYTES_PER_SAMPLE = 4 * 8  # its position, identity, offset and checksum
 

@@ -25,7 +25,7 @@ from models.pruning.importance import Total, identity
 from models.pruning.least_squares import moment
 from models.pruning.observe import evaluating, hooked, on_device
 from models.sampling import seed_of
-from progress import Bar
+from program.progress import Bar
 
 # Batches from one backward pass to the next: a matrix of the hidden size needs fewer tokens than one of all neurons.
 FISHER_EVERY = 4

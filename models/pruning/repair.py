@@ -31,7 +31,7 @@ from models.pruning.importance import Total, identity
 from models.pruning.least_squares import damped, moment, refit
 from models.pruning.observe import evaluating, hooked, input_of, on_device
 from models.structure import Edit
-from progress import Bar
+from program.progress import Bar
 
 Prefix = Literal["layerwise", "sequential"]
 

@@ -17,9 +17,10 @@ from tiny import tiny_batch, tiny_folder, tiny_gguf, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models import converted, packaged, pretrained
-from models.packaged import PackagedFile, cache_folder
+from models import converted, pretrained
 from models.pretrained import check_same_tokenizer, end_token_ids, load_model, load_tokenizer
+from program import packaged
+from program.packaged import PackagedFile, cache_folder
 
 MEMBER = "tiny_package/tiny.gguf"
 

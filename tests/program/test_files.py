@@ -15,13 +15,14 @@ from chat_doubles import byte_tokenizer
 from tiny import tiny_batch, tiny_folder, tiny_model
 
 from callbacks import AtomicCheckpointIO
-from export import benchmark, files, pipeline
+from export import benchmark, pipeline
 from export.__main__ import main
 from export.checks import Check
-from export.files import move_into_place, only_one, staging_folder, write_file
 from export.layout import FILES
 from export.settings import ExportSettings
 from export.verify import Verification
+from program import files
+from program.files import move_into_place, only_one, staging_folder, write_file
 
 
 def child(work: Callable[[], None]) -> int:

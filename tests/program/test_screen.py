@@ -13,9 +13,9 @@ import yaml
 from tiny import tiny_folder, tiny_jsonl
 
 import train
-from quiet import program, sentence
+from program.screen import as_command, sentence
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_no_library_speaks_first() -> None:
@@ -38,7 +38,7 @@ def test_no_library_speaks_first() -> None:
 def test_an_error_that_the_user_can_mend_is_one_sentence(
     error: Exception, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @program
+    @as_command
     def main(_: object) -> int:
         raise error
 
@@ -51,7 +51,7 @@ def test_an_error_that_the_user_can_mend_is_one_sentence(
 
 
 def test_our_own_mistakes_show_their_stack() -> None:
-    @program
+    @as_command
     def main(_: object) -> int:
         raise RuntimeError("a bug")
 

@@ -82,7 +82,7 @@ _TO_DO = {
 }
 
 
-def program(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
+def as_command(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     """Make a main function one for people: quiet, and a user's mistake is one sentence on standard error and exit code 2.
 
     With `POTSTILL_DEBUG=1` an error shows its stack.

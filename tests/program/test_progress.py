@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from progress import Bar
+from program.progress import Bar
 
 
 class Terminal(io.StringIO):
