@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from onnxscript.values import TracedOnnxFunction
-from tiny import tiny_batch, tiny_folder, tiny_model
 from transformers import PreTrainedModel
 
 from export.verify import faithfulness
 from models.forward import Batch
+from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_model
 
 torch.set_num_threads(1)
 

@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
-from chat_doubles import byte_tokenizer
-from short_runs import ROOT, short
-from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 import export.__main__ as export_main
@@ -29,6 +26,9 @@ from datamodules.chat import Conversation, encode
 from export import chat
 from export.options import calibration_of, parser, settings_of
 from export.settings import check_settings
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.short_runs import ROOT, short
+from tests.helpers.tiny import tiny_folder
 
 OWN = "docs/howto-own-model-and-data.md"
 PAGES = ["README.md", "docs/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("howto-*.md"))]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from short_runs import MOVED, ROOT, STEPS, short
-from tiny import tiny_folder, tiny_jsonl
 from transformers import AutoModelForCausalLM
 
 import train
 from models.checkpoint import load_student_checkpoint
+from tests.helpers.short_runs import MOVED, ROOT, STEPS, short
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 
 @pytest.fixture(scope="module")

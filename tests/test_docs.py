@@ -12,8 +12,8 @@ from models import Distillation
 from models.losses import LOSSES, Objective
 from models.on_policy import OnPolicy
 from models.sampling import Sampling
+from tests.helpers.short_runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 MIXES = [block for block in re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL) if block.startswith("model:")]
 BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")

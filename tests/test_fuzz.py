@@ -19,13 +19,13 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from same import assert_same
-from tiny import tiny_folder, tiny_jsonl
 
 import export.__main__ as exporting
 import train
 from datamodules import Conversations
 from program.screen import as_command
+from tests.helpers.same import assert_same
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 LAST = Path("runs/run-001/checkpoints/last.ckpt")

@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.short_runs import ROOT
 
 
 def test_a_new_quickstart_removes_what_the_old_one_wrote_and_nothing_else(tmp_path: Path) -> None:

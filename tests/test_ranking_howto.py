@@ -9,8 +9,8 @@ import yaml
 
 import train
 from benchmarks import ranking
+from tests.helpers.short_runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/howto-ranking.md").read_text(encoding="utf-8")
 
 

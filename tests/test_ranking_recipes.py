@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from same import assert_same
-from test_recovery import DieBetween, DieInValidation
-from tiny import tiny_folder, tiny_jsonl
-from tiny_movielens import SETTINGS as DATA
-from tiny_movielens import tiny_movielens
 from transformers import AutoModelForCausalLM
 
 import train
 from export.report import read_metrics
 from models import StudentModule
+from tests.helpers.same import assert_same
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
+from tests.helpers.tiny_movielens import SETTINGS as DATA
+from tests.helpers.tiny_movielens import tiny_movielens
+from tests.test_recovery import DieBetween, DieInValidation
 
-ROOT = Path(__file__).parent.parent
 STEPS, PRUNE, QUANTIZE, VALIDATE = 12, (2, 4), 6, 4
 CHAIN = {
     "name": "chain",

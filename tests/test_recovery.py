@@ -15,15 +15,15 @@ import pytest
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
-from same import assert_same
-from tiny import tiny_folder, tiny_jsonl
 
 import train
 from callbacks import PhaseEvaluation
 from export.report import read_metrics
 from models import Distillation
+from tests.helpers.same import assert_same
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
-ROOT = Path(__file__).parent.parent
 STEPS, PRUNE, QUANTIZE, FREEZE, VALIDATE = 10, 3, 6, 7, 4
 RECIPE = {
     "name": "chain",

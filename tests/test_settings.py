@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import tiny_folder, tiny_jsonl
 
 import train
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 LAST = "runs/sft-001/checkpoints/last.ckpt"
 SAVED = "runs/sft-001/config.yaml"

@@ -12,15 +12,15 @@ import pytest
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
-from tiny import tiny_folder, tiny_jsonl
 
 import train
 from benchmarks import quickstart
 from callbacks import Checkpoint
 from export import chat
 from export.verify import faithfulness
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_folder, tiny_jsonl
 
 import train
 from export.__main__ import load_any
@@ -19,6 +18,8 @@ from export.__main__ import main as export
 from models import SFT, Distillation
 from models.checkpoint import plain_settings
 from program.packaged import PackagedFile, fetch
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 MARK = "code-ran"
 COMMAND = f"touch {MARK}"
@@ -324,8 +325,7 @@ def test_pip_cannot_run_a_build(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_documents_open_ports_on_this_machine_only() -> None:
-    root = Path(__file__).parent.parent
-    texts = [path.read_text() for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]]
+    texts = [path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]]
     commands = [line for text in texts for line in text.splitlines() if "docker run" in line]
     ports = [word for line in commands for word in line.split() if word.count(":") and word.split(":")[-1].isdigit()]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)

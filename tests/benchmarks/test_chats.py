@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_folder
 
 from benchmarks import chats
 from export.prompts import prompts_for_verification
 from models.pretrained import load_tokenizer
+from tests.helpers.tiny import tiny_folder
 
 
 def test_conversations_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from benchmarks import kills
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.short_runs import ROOT
 
 
 def test_a_difference_is_found_wherever_it_is() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from benchmarks import onnx_decode, onnx_graphs
 from benchmarks.onnx_graphs import GRAPHS, genai_graph, our_graph
 from export.layout import CPU
 from export.shared_cache import SharedCacheSession
+from tests.helpers.tiny import tiny_model
 
 pytestmark = pytest.mark.long
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder
 
 from benchmarks import chats, pruning, pruning_arms, pruning_page, pruning_speed
 from models.forward import IGNORE
 from models.pretrained import load_model, load_tokenizer
 from models.pruning.cut import Targets
+from tests.helpers.tiny import tiny_folder
 
 pytestmark = pytest.mark.long
 

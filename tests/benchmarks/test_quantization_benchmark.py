@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder, tiny_model
 from transformers import PreTrainedModel
 
 from benchmarks import chats, onnx_decode, quantization, quantization_arms, quantization_training
@@ -19,6 +18,7 @@ from models.quantization.formats import FORMATS, format_of
 from models.quantization.lsq import scale_of
 from models.quantization.settings import PostTrainingQuantization
 from models.quantization.smoothing import STRENGTHS
+from tests.helpers.tiny import tiny_folder, tiny_model
 
 pytestmark = pytest.mark.long
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import PAIRS, tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from benchmarks import quantization_peers
 from benchmarks.quantization_peers import Peer
 from models.architecture import decoder_layers
+from tests.helpers.tiny import PAIRS, tiny_batch, tiny_model
 
 BATCHES = [tiny_batch(PAIRS[3:]), tiny_batch(PAIRS[:3])]
 GROUP = 32

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quickstart
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.short_runs import ROOT
 
 
 def _report() -> dict:

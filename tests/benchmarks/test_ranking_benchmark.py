@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_folder, tiny_model
-from tiny_movielens import tiny_movielens
 
 from benchmarks import ranking
 from benchmarks.ranking_agreement import agreement
@@ -16,6 +14,8 @@ from benchmarks.ranking_films import draw_members, draw_pairs, shuffled_films, u
 from benchmarks.ranking_load import PrefixCounter
 from benchmarks.ranking_ways import RUNTIMES, TransformersLoop, open_session, ways
 from datamodules.ranking import Candidate, candidate_of
+from tests.helpers.tiny import byte_tokenizer, tiny_folder, tiny_model
+from tests.helpers.tiny_movielens import tiny_movielens
 
 LABELS = ("n", "y")
 PREFIX = "Member 7, 31 years, likes: Alien (1979), Brazil (1985)"

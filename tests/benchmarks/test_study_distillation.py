@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from benchmarks import study_distillation, study_training
 from benchmarks.study import Rows, cell, markdown_table, write_half
 from benchmarks.study_page import Expectation, verdict
 from benchmarks.study_training import RECIPE
+from tests.helpers.tiny import tiny_folder
 
 ARMS = list(study_distillation.ARMS)
 

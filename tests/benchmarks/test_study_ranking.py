@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_folder
-from tiny_movielens import tiny_movielens
 
 from benchmarks import study_ranking
 from benchmarks.ranking_study_page import _lost, _verdict
+from tests.helpers.tiny import tiny_folder
+from tests.helpers.tiny_movielens import tiny_movielens
 
 STUDENTS, ARMS, SEEDS = ("half", "pruned_40"), ("labels", "distilled", "distilled_fp8"), (1, 2)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_folder
 
 from benchmarks import study_recovery, study_training
 from benchmarks.recovery_page import recovery_section
+from tests.helpers.tiny import tiny_folder
 
 pytestmark = pytest.mark.long
 

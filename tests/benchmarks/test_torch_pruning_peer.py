@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from masking import cut_model
-from tiny import PAIRS, tiny_batch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -14,6 +12,8 @@ from benchmarks.torch_pruning_peer import torch_pruning_edits
 from models.architecture import decoder_layers
 from models.pruning.cut import Targets
 from models.structure import Edit, replay
+from tests.helpers.masking import cut_model
+from tests.helpers.tiny import PAIRS, tiny_batch
 
 BATCHES = [tiny_batch(PAIRS[:3]), tiny_batch(PAIRS[3:])]
 

@@ -13,8 +13,6 @@ import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from same import assert_same
-from tiny import tiny_folder
 
 from callbacks import (
     ExportOnFitEnd,
@@ -36,6 +34,8 @@ from models.quantization.choice import formats_by_pattern
 from models.quantization.learning import learned_scales
 from models.quantization.post_training import quantize_after_training
 from models.quantization.settings import PostTrainingQuantization
+from tests.helpers.same import assert_same
+from tests.helpers.tiny import tiny_folder
 
 
 @pytest.fixture(scope="module")

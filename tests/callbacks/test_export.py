@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from pruning_runs import fit, make_places, pruning
 from transformers import PreTrainedModel
 
 import callbacks.export
@@ -18,6 +17,7 @@ from models.forward import answer_logits
 from models.losses import forward_kl
 from models.pretrained import load_model
 from models.teacher import Teacher
+from tests.helpers.pruning_runs import fit, make_places, pruning
 
 
 def test_the_report_holds_the_events_of_the_pruning(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from pruning_runs import fit, make_places, pruning
-from tiny import tiny_folder
 from torch import Tensor, nn
 
 from callbacks import ExportOnFitEnd, Preflight, QuantizationAwareTraining, pruning_event
@@ -21,6 +19,8 @@ from export.report import read_metrics
 from models import SFT
 from models.architecture import count_parameters, decoder_layers
 from models.structure import is_uniform
+from tests.helpers.pruning_runs import fit, make_places, pruning
+from tests.helpers.tiny import tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +154,11 @@ def test_a_repair_that_does_harm_is_undone(
     monkeypatch.setattr(PruningJudge, "__call__", lambda *_: float(next(rising)))
     monkeypatch.setattr(pruning_event, "repair_cut", spoil)
     callback = pruning(0.5)
-    callback._log = lambda trainer, figures: weights.append(  # right after the event, before the next step
-        {name: p.detach().clone() for name, p in trainer.lightning_module.student.named_parameters()}
-    )
+
+    def right_after_the_event(trainer: Trainer, figures: object) -> None:
+        weights.append({name: p.detach().clone() for name, p in trainer.lightning_module.student.named_parameters()})
+
+    monkeypatch.setattr(callback, "_log", right_after_the_event)
     fit(places, tmp_path, callback, trainer_max_steps=3)
     (event,) = callback.history
     assert event["repair_undone"] == 1

@@ -11,8 +11,6 @@ import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from pruning_runs import Save, fit, make_places, pruning
-from same import assert_same
 from transformers import PreTrainedModel
 
 import models.interleave
@@ -26,6 +24,8 @@ from models.pruning.cut import Targets
 from models.pruning.latency import Run
 from models.pruning.shape import Shape, shape_of
 from models.pruning.target_budget import Budget
+from tests.helpers.pruning_runs import Save, fit, make_places, pruning
+from tests.helpers.same import assert_same
 
 
 @pytest.fixture(scope="module")

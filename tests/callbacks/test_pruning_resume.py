@@ -8,11 +8,11 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from pruning_runs import STEPS, Save, fit, make_places, pruning
-from same import assert_same
 
 from callbacks import GradualPruning, PhaseEvaluation
 from models.architecture import decoder_layers
+from tests.helpers.pruning_runs import STEPS, Save, fit, make_places, pruning
+from tests.helpers.same import assert_same
 
 RUNS: dict[str, Callable[[], GradualPruning]] = {
     "mlp and groups": lambda: pruning(0.5, 0.5),

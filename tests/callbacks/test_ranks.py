@@ -15,16 +15,14 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from same import assert_same
-from tiny import tiny_folder, tiny_jsonl
 
 from callbacks.distributed import check_strategy, share_of_rank
 from models.quantization import scale_from_amax
+from tests.helpers.same import assert_same
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 pytestmark = pytest.mark.long
-
-ROOT = Path(__file__).parent.parent.parent
-SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
 def start(arguments: Sequence[str], place: Path) -> subprocess.Popen:
@@ -71,7 +69,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(place: Path) -> list[dict[str, Any]]:
     """What each rank wrote down, by run."""
-    run([str(SCRIPT), str(place)], place)
+    run(["-m", "tests.helpers.two_ranks", str(place)], place)
     return [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

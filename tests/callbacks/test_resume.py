@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from same import assert_same
-from tiny import tiny_folder
 
 from callbacks import AtomicCheckpointIO, Checkpoint, GradualPruning, QuantizationAwareTraining
 from datamodules import Conversations
@@ -20,6 +18,8 @@ from models.on_policy import OnPolicy
 from models.quantization import quantized_linears
 from models.quantization.cache import cache_scales
 from models.quantization.learning import SCALE_RATE, learned_scales
+from tests.helpers.same import assert_same
+from tests.helpers.tiny import tiny_folder
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 12, (3, 5), 7, 9
 

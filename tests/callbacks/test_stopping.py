@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from same import assert_same
-from tiny import tiny_folder
 
 import callbacks.checkpoint as checkpoints
 from callbacks import Checkpoint, PhaseEvaluation
 from datamodules import Conversations
 from models import SFT, Distillation, StudentModule
 from models.on_policy import OnPolicy
+from tests.helpers.same import assert_same
+from tests.helpers.tiny import tiny_folder
 
 ACCUMULATE, STEPS = 4, 5
 Moment = Callable[[Trainer, int], bool]

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_doubles import byte_tokenizer
 from transformers import PreTrainedTokenizerBase
+
+from tests.helpers.chat_doubles import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

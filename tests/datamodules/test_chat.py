@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from chat_doubles import CHATML, byte_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.chat import Conversation, Example, check_tokenizer, conversation_from, encode, readable, truncate
 from datamodules.label_prompts import frame_of
+from tests.helpers.chat_doubles import CHATML, byte_tokenizer
 
 QUESTION = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Four."}]
 TWO_TURNS = [

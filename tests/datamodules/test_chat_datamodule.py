@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from chat_doubles import Words
+
+from tests.helpers.chat_doubles import Words
 
 
 def same(a: Any, b: Any) -> bool:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
 
 from datamodules.chat import Example
 from datamodules.collate import IGNORE_INDEX, collate, pad_id_of
+from tests.helpers.chat_doubles import byte_tokenizer
 
 
 def example(ids: list[int], *spans: tuple[int, int], index: int = 0) -> Example:

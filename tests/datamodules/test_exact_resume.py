@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from chat_doubles import Words
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from datamodules.collate import Batch
+from tests.helpers.chat_doubles import Words
 
 NUM_BATCHES, NUM_EPOCHS = 4, 3  # 50 samples in batches of 14: three full ones and one of 8
 

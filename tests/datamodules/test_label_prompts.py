@@ -5,12 +5,12 @@ import random
 from typing import Any
 
 import pytest
-from chat_doubles import CHATML, byte_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datamodules.chat import Conversation, encode
 from datamodules.label_prompts import encode_prompts, frame_of, label_token_ids, message_of
+from tests.helpers.chat_doubles import CHATML, byte_tokenizer
 
 
 def merging_tokenizer(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:

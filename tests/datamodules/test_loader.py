@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_exact_resume import Recorder, save_always, trainer, words
 from torch import Tensor
 
 from datamodules.collate import IGNORE_INDEX, Batch
+from tests.datamodules.test_exact_resume import Recorder, save_always, trainer, words
 
 
 class StepRecorder(Recorder):

@@ -3,10 +3,10 @@
 from itertools import pairwise
 
 import pytest
-from tiny_movielens import tiny_movielens
 
 from datamodules.movielens import Pair, draw_members, draw_pairs, figures_of, pairs_of, split_by_time
 from datamodules.movielens_files import Rating, read_ratings
+from tests.helpers.tiny_movielens import tiny_movielens
 
 
 @pytest.fixture(scope="module", params=range(5))

@@ -4,9 +4,9 @@ import importlib.machinery
 from pathlib import Path
 
 import pytest
-from tiny_movielens import tiny_movielens
 
 from datamodules.movielens_files import Film, movielens_folder, read_ratings
+from tests.helpers.tiny_movielens import tiny_movielens
 
 
 @pytest.fixture

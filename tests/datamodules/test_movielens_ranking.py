@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_movielens import tiny_movielens
 
 from datamodules import MovieLens
 from datamodules.movielens_files import Film, Member, Rating
 from datamodules.movielens_ranking import prefix_of, prompt_of
 from datamodules.ranking import RankingExample
+from tests.helpers.tiny_movielens import tiny_movielens
 
 MEMBER = Member("7", 31, "female", "lawyer")
 KITE = Film("The Red Kite", 1995, ("Drama", "War"))

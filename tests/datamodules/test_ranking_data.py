@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from distilling import KNOWN
 from lightning.pytorch.callbacks import Callback
-from tiny import tiny_model
 from torch import Tensor
-from training import tiny_trainer
 from transformers import PreTrainedModel
 
 import train
@@ -26,8 +23,12 @@ from models.forward import answer_labels
 from models.losses import forward_kl
 from models.pretrained import load_model
 from models.student import StudentModule
+from tests.helpers.distilling import KNOWN
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_model
+from tests.helpers.training import tiny_trainer
 
-HOWTO = Path(__file__).parent.parent.parent / "docs/howto-own-model-and-data.md"
+HOWTO = ROOT / "docs/howto-own-model-and-data.md"
 LABELS = ["n", "y", "?"]
 Write = Callable[..., str]
 

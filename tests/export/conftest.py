@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tiny_models import quantized, tiny_model
 from transformers import PreTrainedModel
 
 from export.to_onnx import export_onnx
+from tests.helpers.tiny_models import quantized, tiny_model
 
 
 @pytest.fixture(scope="session")

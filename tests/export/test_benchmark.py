@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 
 from export import benchmark_energy
 from export.benchmark import main
@@ -18,6 +17,7 @@ from export.benchmark_worker import Worker
 from export.huggingface import save_student
 from export.runtime import Output
 from export.torch_session import TorchSession
+from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
 
 QUICK = ["--prompts", "4", "6", "--batches", "1", "2", "--new-tokens", "2", "--repetitions", "2", "--threads", "1"]
 

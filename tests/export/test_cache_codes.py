@@ -7,8 +7,6 @@ import pytest
 import torch
 from compressed_tensors.modeling.kvcache import KV_CACHE_ATTR
 from safetensors.torch import load_file
-from tiny import QUIRKS
-from tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from export.__main__ import main
@@ -24,6 +22,8 @@ from export.verify import verify
 from models.quantization.cache import cache_format, cache_scales
 from models.quantization.linear import quantized_linears
 from models.structure import apply_edit
+from tests.helpers.tiny import QUIRKS
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.long
 

@@ -3,7 +3,6 @@ import os
 import onnx_ir as ir
 import pytest
 import torch
-from tiny_models import left_padded_prompts, tiny_model
 
 from export.cached_attention import cache_in_attention
 from export.last_logits import ask_for_logits
@@ -13,6 +12,7 @@ from export.shared_cache import SharedCacheSession, whole_scores
 from export.skip_norms import norms_with_sums
 from export.to_onnx import export_onnx
 from export.verify import verify
+from tests.helpers.tiny_models import left_padded_prompts, tiny_model
 
 FAMILIES = {
     "llama": {},

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 
 from export import chat
 from export.__main__ import main as export_main
 from export.huggingface import save_student
 from models.pretrained import load_model, load_tokenizer
+from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
 
 QUESTION = "What is 2 plus 2?"
 

@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from export.__main__ import main
@@ -13,6 +12,7 @@ from export.huggingface import save_student
 from models.quantization import FORMATS, quantizers
 from models.quantization.linear import freeze_scales, quantized_linears
 from models.structure import apply_edit, quantize_decoder
+from tests.helpers.tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 PROMPTS = left_padded_prompts()
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -2,13 +2,13 @@
 
 import onnx
 import pytest
-from tiny import QUIRKS
-from tiny_models import left_padded_prompts, quantized, tiny_model
 from transformers import PreTrainedModel
 
 from export.to_onnx import export_onnx
 from export.verify import verify
 from models.structure import replay
+from tests.helpers.tiny import QUIRKS
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 pytestmark = pytest.mark.long
 

@@ -3,7 +3,6 @@
 import onnx
 import pytest
 import torch
-from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 from export.__main__ import main
 from export.for_cpu import write_cpu_graph
@@ -14,6 +13,7 @@ from export.shared_cache import SharedCacheSession
 from export.to_onnx import export_onnx
 from export.verify import verify
 from models.quantization import FORMATS
+from tests.helpers.tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]

@@ -6,11 +6,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from tiny_models import VOCAB, left_padded_prompts, tiny_model
 
 from export.head_blocks import round_to_nearest, store_embedding, store_head
 from export.runtime import OnnxSession
 from export.to_onnx import export_onnx
+from tests.helpers.tiny_models import VOCAB, left_padded_prompts, tiny_model
 
 
 def weight(rows=64, columns=12, seed=0):

@@ -4,7 +4,6 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.compressed import save_compressed
@@ -12,6 +11,7 @@ from export.huggingface import check_plain, load_student, rounded, save_student,
 from models.folder import SCALES_FILE, STRUCTURE_FILE
 from models.quantization.linear import quantized_linears
 from models.structure import apply_edit
+from tests.helpers.tiny_models import VOCAB, quantized, tiny_model, tiny_tokenizer
 
 TOKENS = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
 

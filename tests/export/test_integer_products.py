@@ -4,7 +4,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.for_cpu import write_cpu_graph
 from export.integer_products import integer_products
@@ -13,6 +12,7 @@ from export.runtime import OnnxSession
 from export.to_onnx import export_onnx
 from export.verify import verify
 from models.architecture import FAMILIES
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 
 @pytest.mark.parametrize("format", ["int8", "int8_static"])

@@ -9,8 +9,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from tiny_models import left_padded_prompts, quantized, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.verification_faults import PLANTED
@@ -27,6 +25,8 @@ from export.to_onnx import export_onnx
 from export.to_tensorrt import build_engine
 from export.verify.exactness import FedSession, compare_graph
 from export.verify.torch_run import Run
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 PROMPTS = left_padded_prompts()

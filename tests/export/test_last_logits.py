@@ -3,13 +3,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from tiny_models import left_padded_prompts, tiny_model
 
 from export.head_blocks import store_head
 from export.last_logits import LOGITS_TO_KEEP, ask_for_logits, keep_last_logits
 from export.runtime import OnnxSession
 from export.skip_norms import norms_with_sums
 from export.to_onnx import export_onnx
+from tests.helpers.tiny_models import left_padded_prompts, tiny_model
 
 
 def check_last_logits(tmp_path):

@@ -7,9 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 from torch import Tensor
-from training import loader, tiny_trainer
 from transformers import PreTrainedModel
 
 from callbacks import QuantizationAwareTraining
@@ -24,6 +22,8 @@ from models.decoder import decoder_for
 from models.forward import inference_copy
 from models.quantization import quantized_linears
 from models.quantization.learning import learn_scales, learned_scales, round_learned_scales
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
+from tests.helpers.training import loader, tiny_trainer
 
 pytestmark = pytest.mark.long
 

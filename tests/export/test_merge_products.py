@@ -3,12 +3,12 @@ from collections import Counter
 import onnx_ir as ir
 import pytest
 import torch
-from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.merge_products import merge_products
 from export.runtime import OnnxSession
 from export.to_onnx import export_onnx
 from export.verify import verify
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 LAYERS = 3
 

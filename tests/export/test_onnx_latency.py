@@ -1,10 +1,10 @@
 """The prefill that a budget in ONNX Runtime is about."""
 
 import torch
-from tiny import tiny_model
 
 from export.latency import onnx_run
 from models.pruning.shape import shape_of, sliced
+from tests.helpers.tiny import tiny_model
 
 
 def test_it_runs_the_whole_prefill_of_the_student() -> None:

@@ -5,7 +5,6 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from export import pipeline
@@ -14,6 +13,7 @@ from export.huggingface import load_student, rounded, save_student
 from models.pretrained import load_model
 from models.quantization import quantized_linears
 from models.structure import apply_edit
+from tests.helpers.tiny_models import quantized, tiny_model, tiny_tokenizer
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 QUICK = ["--decode-steps", "2", "--benchmark-repetitions", "1", "--prompts", "2"]

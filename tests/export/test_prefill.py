@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import left_padded_prompts
 
 from export.prefill import write_prefill
 from export.runtime import OnnxSession
+from tests.helpers.tiny_models import left_padded_prompts
 
 PROMPTS = left_padded_prompts()
 

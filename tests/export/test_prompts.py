@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny_tokenizer
 
 from export.prompts import PROMPTS, prompts_for_verification
+from tests.helpers.tiny_models import tiny_tokenizer
 
 
 def written(path, *prompts):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import onnx
 import pytest
-from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model
 
 from export.to_onnx import export_onnx, precision_of
 from export.verify import verify
 from models.quantization import FORMATS
+from tests.helpers.tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model
 
 PROMPTS = left_padded_prompts()
 TYPES = {"fp8_e4m3": onnx.TensorProto.FLOAT8E4M3FN, "int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}

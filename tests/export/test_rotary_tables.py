@@ -4,12 +4,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from test_families import LONG_ROPE
-from tiny_models import tiny_model
 
 from export.cached_attention import cache_in_attention
 from export.rotary_tables import angle_tables
 from export.to_onnx import export_onnx
+from tests.export.test_families import LONG_ROPE
+from tests.helpers.tiny_models import tiny_model
 
 
 def angles_of(graph):

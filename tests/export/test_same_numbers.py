@@ -8,13 +8,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file
-from tiny_models import quantized, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from export.__main__ import main
 from export.huggingface import load_student, save_student
 from models.quantization.linear import quantized_linears
 from models.structure import apply_edit
+from tests.helpers.tiny_models import quantized, tiny_model, tiny_tokenizer
 
 QUICK = ["--engine", "none", "--decode-steps", "1", "--prompts", "1", "--benchmark-repetitions", "0"]
 SIZES = {"layers": 2, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from tiny_models import tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.label_prompts import encode_prompts, frame_of, label_token_ids
@@ -13,6 +11,8 @@ from export.runtime import OnnxSession
 from export.scorer import Scorer
 from export.to_onnx import export_onnx
 from export.torch_session import TorchSession
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.tiny_models import tiny_model
 
 PREFIX = "Member 7, 31 years, likes: Alien (1979), Brazil (1985)"
 CANDIDATES = ["Toy Story", "Heat", "A much longer title, The Return, Part 3 (1999)", "Heat", "Up", "?"]

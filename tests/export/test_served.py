@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
@@ -13,6 +12,7 @@ from export.served import Served, clustered_mean, measure_served, wilson
 from export.to_onnx import export_onnx
 from models.forward import answer_labels, answer_lengths, answer_logits
 from models.losses import forward_kl
+from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
 
 END = [2]
 

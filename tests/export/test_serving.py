@@ -11,7 +11,6 @@ import pytest
 import torch
 import tritonclient.grpc
 from google.protobuf import text_format
-from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.utils import triton_to_np_dtype
@@ -19,8 +18,10 @@ from tritonclient.utils import triton_to_np_dtype
 from export.huggingface import save_student
 from export.runtime import OnnxSession
 from export.serving import main, write_triton
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
 
-HOWTO = (Path(__file__).parents[2] / "docs/howto-triton.md").read_text(encoding="utf-8")
+HOWTO = (ROOT / "docs/howto-triton.md").read_text(encoding="utf-8")
 TRITON_TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16"}
 LEVELS = {  # as src/onnxruntime.cc of Triton's backend maps them
     0: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,

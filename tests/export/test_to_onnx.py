@@ -4,13 +4,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.runtime import OnnxSession
 from export.to_onnx import export_onnx
 from export.trace import DecoderWithCache
 from export.verify import verify
 from models.structure import apply_edit
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 
 def check_parity(model, path, decode_steps=32):

@@ -3,7 +3,6 @@ import sys
 
 import pytest
 import torch
-from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.audit import audit
 from export.engine_runtime import EngineSession
@@ -11,6 +10,7 @@ from export.to_onnx import check_engine_formats, export_onnx
 from export.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
 from export.verify.faithfulness import compare_served, judged_by, sampled, torch_served
 from models.structure import apply_edit
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 PROFILES = [Profile((1, 1, 4), (1, 16, 32), (0, 0, 0)), Profile((1, 1, 4), (1, 1, 1), (0, 16, 64))]

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from masking import cut_model
-from tiny import tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
 from models.architecture import FAMILIES, check_family, count_parameters, decoder_layers
 from models.structure import apply_edit, is_uniform
+from tests.helpers.masking import cut_model
+from tests.helpers.tiny import tiny_model
 
 families = pytest.mark.parametrize("family", FAMILIES)
 SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

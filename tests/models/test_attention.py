@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from masking import cut_model
-from tiny import tiny_batch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
 from models.attention import NAME, attend, use_for_training
 from models.structure import apply_edit
+from tests.helpers.masking import cut_model
+from tests.helpers.tiny import tiny_batch
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

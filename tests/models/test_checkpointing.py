@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor
 
 from models import StudentModule
 from models.forward import answer_logits, checkpoint_activations, inference_copy
 from models.quantization import freeze_scales
 from models.structure import apply_edit, quantize_decoder
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from rollouts import DECODERS, KINDS, STEPS, prompts_of, roll, student_of_kind, texts
-from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +14,8 @@ from models.forward import Batch, answer_logits
 from models.low_precision import quantize_weights
 from models.quantization import freeze_scales
 from models.structure import apply_edit, quantize_decoder
+from tests.helpers.rollouts import DECODERS, KINDS, STEPS, prompts_of, roll, student_of_kind, texts
+from tests.helpers.tiny import tiny_model
 
 NEW = 5
 TOKENS_NB = torch.randint(0, 300, (NEW, 5), generator=torch.Generator().manual_seed(4))

@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
-from tiny import tiny_batch, tiny_folder
 from torch import Tensor
-from training import loader, tiny_trainer
 
 from models import Distillation
 from models.decoder import FusedDecoder
@@ -19,6 +16,9 @@ from models.on_policy import OnPolicy
 from models.pretrained import load_model
 from models.rollout import rollout_batch
 from models.sampling import Sampling
+from tests.helpers.distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
+from tests.helpers.tiny import tiny_batch, tiny_folder
+from tests.helpers.training import loader, tiny_trainer
 
 MIX = Objective(
     {"forward_kl": 1.0, "jsd": 0.5, "total_variation": 0.2, "cross_entropy": 0.7}, temperature=2.0, beta=0.3

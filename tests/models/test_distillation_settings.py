@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distilling import distil
-from tiny import tiny_folder, tiny_jsonl
-from training import EDITS, Editing, loader, tiny_trainer
 
 import train
 from models import Distillation
@@ -17,6 +14,9 @@ from models.forward import Batch, answer_logits
 from models.losses import Objective
 from models.on_policy import OnPolicy
 from models.sampling import Sampling
+from tests.helpers.distilling import distil
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
+from tests.helpers.training import EDITS, Editing, loader, tiny_trainer
 
 OBJECTIVE = Objective({"jsd": 1.0, "cross_entropy": 0.1}, temperature=1.5, beta=0.2)
 OWN = Objective({"reverse_kl": 0.5}, temperature=0.9)

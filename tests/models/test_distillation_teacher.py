@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
-from tiny import tiny_batch, tiny_folder, tiny_model
 from torch.nn import functional as F
-from training import Editing, loader, tiny_trainer
 
 from callbacks import ExportOnFitEnd
 from models import distillation
@@ -20,6 +16,10 @@ from models.losses import Objective, forward_kl
 from models.on_policy import OnPolicy
 from models.pretrained import load_model
 from models.sampling import Sampling
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
+from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_model
+from tests.helpers.training import Editing, loader, tiny_trainer
 
 
 @pytest.fixture

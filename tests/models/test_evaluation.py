@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from tiny import tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
 from models.decoder import FusedDecoder, TransformersDecoder, decoder_for
@@ -15,6 +13,8 @@ from models.pretrained import end_token_ids
 from models.quantization import freeze_scales
 from models.structure import apply_edit, quantize_decoder
 from models.teacher import Teacher
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 LONGER = [("one two three four", "five six"), ("?", "!")]
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from tiny import tiny_batch, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, configuration_utils
 
@@ -15,6 +13,8 @@ from models.architecture import FAMILIES
 from models.folder import STRUCTURE_FILE, layer_sizes, why_not_plain
 from models.pretrained import load_model, load_tokenizer
 from models.structure import apply_edit, replay
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 CUTS = [
     {"op": "narrow_mlp", "layer": 1, "keep": [3, 7, 9]},

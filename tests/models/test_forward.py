@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from models.forward import IGNORE, Batch, answer_hidden, answer_labels, answer_logits, inference_copy
 from models.quantization import fake_quantize, freeze_scales, quantized_linears
 from models.structure import apply_edit
+from tests.helpers.tiny import tiny_model
 
 NAMES = [f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from masking import CUTS, close, cut_model, logits, masked_logits
-from tiny import tiny_model
 from torch import nn
 
 from models.architecture import decoder_layers
 from models.structure import apply_edit
+from tests.helpers.masking import CUTS, close, cut_model, logits, masked_logits
+from tests.helpers.tiny import tiny_model
 
 CHANNELS = CUTS["channels"]
 

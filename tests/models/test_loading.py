@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_folder, tiny_model
 
 from callbacks import AtomicCheckpointIO
 from models.checkpoint import read_checkpoint
@@ -17,6 +16,7 @@ from models.loading import check_finite
 from models.pretrained import load_model
 from models.structure import apply_edit
 from models.student import StudentModule
+from tests.helpers.tiny import tiny_folder, tiny_model
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"

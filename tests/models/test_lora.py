@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_folder, tiny_model
 from torch import Tensor
-from training import loader, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from callbacks import GradualPruning, LoRA, QuantizationAwareTraining
@@ -21,6 +19,8 @@ from models.checkpoint import load_student_checkpoint
 from models.forward import answer_logits, inference_copy
 from models.lora import has_adapters, merge_adapters, merged, projections
 from models.structure import Edit, apply_edit, quantize_decoder
+from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_model
+from tests.helpers.training import loader, tiny_trainer
 
 pytest.importorskip("peft")
 
@@ -114,7 +114,7 @@ def test_merging_changes_no_logit(family: str) -> None:
 
 
 def test_the_exported_folder_is_plain(tmp_path: Path) -> None:
-    from chat_doubles import byte_tokenizer
+    from tests.helpers.chat_doubles import byte_tokenizer
 
     model = adapted()
     save_student(model, byte_tokenizer(), tmp_path / "student")

@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback
-from same import assert_same
-from tiny import tiny_batch
 from torch import nn
 from torch.nn import functional as F
-from training import Editing, loader, tiny_trainer
 
 from callbacks import AtomicCheckpointIO, QuantizationAwareTraining
 from models import SFT
@@ -22,6 +19,9 @@ from models.low_precision import check_rounding
 from models.pretrained import load_model
 from models.pruning.slicing import narrow_parameter
 from models.quantization.learning import SCALE_RATE, learned_scales
+from tests.helpers.same import assert_same
+from tests.helpers.tiny import tiny_batch
+from tests.helpers.training import Editing, loader, tiny_trainer
 
 optim = pytest.importorskip("torchao.optim")
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from rollouts import texts
-from tiny import tiny_batch, tiny_model
 
 from models.decoder import Decoder, decoder_for
 from models.on_policy import OnPolicy, OnPolicyAnswers
 from models.sampling import Sampling
+from tests.helpers.rollouts import texts
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 PROMPTS = tiny_batch()
 

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
 from safetensors import safe_open
-from tiny import tiny_batch, tiny_folder, tiny_gguf, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +19,8 @@ from models import converted, pretrained
 from models.pretrained import check_same_tokenizer, end_token_ids, load_model, load_tokenizer
 from program import packaged
 from program.packaged import PackagedFile, cache_folder
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_gguf, tiny_model
 
 MEMBER = "tiny_package/tiny.gguf"
 

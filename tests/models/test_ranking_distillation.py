@@ -11,12 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import KNOWN, assert_same_weights
-from losses.references import kl
-from ranking_runs import CUTS, LABELS, MIX, fit, rank, row, rows_of, write_rows
-from tiny import tiny_batch, tiny_folder
 from torch import Tensor, nn
-from training import loader, tiny_trainer
 
 from models.forward import Batch, answer_hidden, answer_logits
 from models.losses import Head, head_of
@@ -24,8 +19,13 @@ from models.losses.labels import LabelObjective
 from models.pretrained import load_model
 from models.ranking import RankingDistillation
 from models.teacher import Teacher
+from tests.helpers.distilling import KNOWN, assert_same_weights
+from tests.helpers.loss_references import kl
+from tests.helpers.ranking_runs import CUTS, LABELS, MIX, fit, rank, row, rows_of, write_rows
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_batch, tiny_folder
+from tests.helpers.training import loader, tiny_trainer
 
-ROOT = Path(__file__).parent.parent.parent
 FIGURES = ("auroc", "user_auroc", "log_loss", "ece")
 
 
@@ -101,7 +101,7 @@ def test_one_position_goes_through_the_head(place: Path, tmp_path: Path, monkeyp
 @pytest.fixture(scope="module")
 def runs(place: Path) -> dict[str, dict[str, Any]]:
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("ranking_runs.py")), str(place)],
+        [sys.executable, "-m", "tests.helpers.ranking_runs", str(place)],
         cwd=place,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rollouts import texts
-from tiny import tiny_folder, tiny_jsonl
 
 from datamodules import Conversations
 from models import Distillation
 from models.on_policy import OnPolicy
 from models.replay import ReplayBuffer
 from models.rollout import Rollout
+from tests.helpers.rollouts import texts
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 STEPS = 12
 

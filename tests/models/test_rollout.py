@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rollouts import DECODERS, KINDS, STEPS, naive, prompts_of, roll, student_of_kind, texts
-from tiny import tiny_batch, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +11,8 @@ from models.decoder import FusedDecoder, decoder_for
 from models.forward import Batch
 from models.rollout import rollout
 from models.sampling import Sampling
+from tests.helpers.rollouts import DECODERS, KINDS, STEPS, naive, prompts_of, roll, student_of_kind, texts
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 
 def ends_of(model: PreTrainedModel, batch: Batch) -> list[int]:

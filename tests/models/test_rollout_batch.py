@@ -1,12 +1,12 @@
 """Batches made of rollouts."""
 
 import torch
-from chat_doubles import byte_tokenizer
-from rollouts import prompts_of, roll
 from transformers import PreTrainedModel
 
 from models.forward import IGNORE, Batch, answer_labels
 from models.rollout import Rollout, answer_texts, pad_left, rollout_batch
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.rollouts import prompts_of, roll
 
 
 def test_rollout_batch_by_hand() -> None:

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from rollouts import naive_token
 
 from models.sampling import GREEDY, Sampling, sample, seed_of, uniforms
+from tests.helpers.rollouts import naive_token
 
 NO_ENDS = torch.tensor([], dtype=torch.long)
 LOGITS_V = torch.tensor([0.3, 2.0, -1.0, 1.2, -torch.inf, 0.9, -3.0])

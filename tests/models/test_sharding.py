@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-import two_shards
 from lightning import Trainer
-from tiny import tiny_batch, tiny_folder
 
 from callbacks import SampleCompletions
 from models import Distillation
 from models.checkpoint import load_student_checkpoint
 from models.forward import answer_logits
+from tests.helpers import two_shards
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_batch, tiny_folder
 
 pytestmark = pytest.mark.long
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_folder(folder / "student")
     tiny_folder(folder / "teacher", seed=7, hidden_size=40, intermediate_size=64)
     two_shards.main(folder, 1)
-    paths = os.pathsep.join(map(str, (HERE.parent.parent, HERE.parent, HERE)))
-    command = [sys.executable, two_shards.__file__, str(folder), "2"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.helpers.two_shards", str(folder), "2"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -3,12 +3,12 @@
 import copy
 
 import pytest
-from masking import CUTS, cut_model, logits
 
 from export.slice import slice_layers
 from models.architecture import decoder_layers
 from models.sizes import LayerConfig, is_uniform
 from models.structure import apply_edit
+from tests.helpers.masking import CUTS, cut_model, logits
 
 
 def test_a_layers_config_is_the_models_but_for_its_heads() -> None:

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from step_mean_runs import CUTS, KINDS, fit
-from tiny import tiny_batch, tiny_folder, tiny_jsonl
 from torch.nn import functional as F
-from training import loader, tiny_trainer
 
 from models import SFT, Distillation
 from models.forward import IGNORE, Batch, answer_labels, answer_logits
 from models.on_policy import OnPolicy
 from models.pretrained import load_model
 from models.step_mean import step_of
+from tests.helpers.short_runs import ROOT
+from tests.helpers.step_mean_runs import CUTS, KINDS, fit
+from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_jsonl
+from tests.helpers.training import loader, tiny_trainer
 
-ROOT = Path(__file__).parent.parent.parent
 # Answers of 1 to 61 letters: a mean of means would weigh the letters of short answers far more.
 PAIRS = [(f"question {n}", "ab" * (n * n % 31) + "c") for n in range(16)]
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(place: Path) -> dict[str, dict[str, Any]]:
     """By kind of training, then by cut; the two ranks are started as a process that starts the other."""
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("step_mean_runs.py")), str(place)],
+        [sys.executable, "-m", "tests.helpers.step_mean_runs", str(place)],
         cwd=place,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

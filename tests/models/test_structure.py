@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from masking import logits
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.architecture import count_parameters, decoder_layers
@@ -15,6 +13,8 @@ from models.forward import Batch
 from models.quantization import FakeQuantizedLinear, freeze_scales, quantized_linears
 from models.quantization.learning import learned_scales, round_learned_scales
 from models.structure import Edit, apply_edit, is_uniform, quantize_decoder, replay
+from tests.helpers.masking import logits
+from tests.helpers.tiny import tiny_model
 
 NEURONS = sorted({0, 3, *range(10, 40, 2)})
 EDITS: list[Edit] = [

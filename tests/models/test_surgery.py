@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from masking import CUTS, close, cut_model, logits, masked_logits
-from tiny import tiny_batch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
 from models.quantization import freeze_scales
 from models.structure import Edit, apply_edit, is_uniform, quantize_decoder, replay
+from tests.helpers.masking import CUTS, close, cut_model, logits, masked_logits
+from tests.helpers.tiny import tiny_batch
 
 # All axes in one student; layers differ where they can.
 MIXED = [CUTS["neurons"], CUTS["heads"], CUTS["groups"], CUTS["channels"], CUTS["layer"]]

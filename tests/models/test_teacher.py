@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder
 from torch import nn
 
 from models.forward import Batch, answer_hidden, answer_lengths, answer_logits
 from models.losses import forward_kl
 from models.pretrained import load_model
 from models.teacher import RememberingTeacher, Teacher
+from tests.helpers.tiny import tiny_folder
 
 
 @pytest.fixture

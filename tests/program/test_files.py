@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from tiny import tiny_batch, tiny_folder, tiny_model
 
 from callbacks import AtomicCheckpointIO
 from export import benchmark, pipeline
@@ -23,6 +21,8 @@ from export.settings import ExportSettings
 from export.verify import Verification
 from program import files
 from program.files import move_into_place, only_one, staging_folder, write_file
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_model
 
 
 def child(work: Callable[[], None]) -> int:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_folder, tiny_jsonl
 
 import train
 from program.screen import as_command, sentence
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 
 def test_no_library_speaks_first() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from vllm_server import serving
 
 from datamodules.reasoning import ReasoningTasks
 from export.__main__ import main
@@ -21,6 +20,7 @@ from models.decoder import decoder_for
 from models.forward import inference_copy
 from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.rollout import rollout
+from tests.helpers.vllm_server import serving
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 
@@ -112,10 +112,10 @@ def test_a_folder_is_served_as_torch_computes_it(folder, student, python, export
     with serving(python, exports / folder, tmp_path / "vllm.log") as server:
         served, theirs = server.greedy(prompts, NEW_TOKENS), server.log_probs(prompts, answers)
     same, expected = (identical(alone, others, end_token_ids(model)) for others in (served, together))
-    ours, theirs = torch.tensor(ours).mean().item(), torch.tensor(theirs).mean().item()
+    our_mean, their_mean = (torch.tensor(values).mean().item() for values in (ours, theirs))
     print(
         f"\n{folder}: {same} of {len(prompts)} greedy texts as in torch (torch at batch {BATCH}: {expected}), mean log-probability of gold "
-        f"answers {theirs:.4f} (torch {ours:.4f})"
+        f"answers {their_mean:.4f} (torch {our_mean:.4f})"
     )
     assert same >= expected - 5
-    assert theirs == pytest.approx(ours, abs=0.02)
+    assert their_mean == pytest.approx(our_mean, abs=0.02)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model
 
 from benchmarks.verification import Examined, Right
 from benchmarks.verification_faults import PLANTED
@@ -14,6 +13,7 @@ from export.to_onnx import export_onnx
 from export.verify import verify
 from export.verify.exactness import LIMIT
 from models.forward import with_rounded_weights
+from tests.helpers.tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model
 
 NAMES = {"fp16": "fp16", "fp8": "fp8", "fp8 half": "fp8-half"}  # of graphs that other tests look at, too
 FORMATS = ("int4_g64_zp", "int8")

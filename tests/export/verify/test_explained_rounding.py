@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_models import left_padded_prompts, quantized, tiny_model
 from torch import nn
 
 from export.checks import distances
 from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]

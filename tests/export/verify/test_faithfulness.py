@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.runtime import OnnxSession
 from export.served import Served
@@ -21,6 +20,7 @@ from export.verify.faithfulness import (
 from models.losses import forward_kl
 from models.quantization import quantized_linears
 from models.quantization.kernels import rounded_in_blocks
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 PROMPTS = left_padded_prompts()
 ROUNDED = quantized(tiny_model(layers=1))

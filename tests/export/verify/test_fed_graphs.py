@@ -2,11 +2,11 @@
 
 import onnx
 import pytest
-from tiny_models import quantized, tiny_model
 
 from export.for_cpu import write_cpu_graph
 from export.to_onnx import export_onnx
 from export.verify.taps import FED, fed_graph
+from tests.helpers.tiny_models import quantized, tiny_model
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 READERS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]  # the first ones of what they read

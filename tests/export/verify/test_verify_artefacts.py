@@ -6,7 +6,6 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from tiny_models import left_padded_prompts, quantized, tiny_model
 
 from export.checks import Check, Comparison, VerificationError, raise_on_failure
 from export.engines import Engines
@@ -20,6 +19,7 @@ from export.to_onnx import export_onnx
 from export.verify import verify, verify_artefacts
 from export.verify.everything import _not_run, longest_prompt
 from export.verify.exactness import LIMIT
+from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]

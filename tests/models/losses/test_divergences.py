@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from references import dense, merged_kl, single
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -18,6 +17,7 @@ from models.losses import (
     top_k_kl,
     total_variation,
 )
+from tests.helpers.loss_references import dense, merged_kl, single
 
 N, V = 7, 13
 BETAS = [0.01, 0.1, 0.5, 0.9, 0.99]

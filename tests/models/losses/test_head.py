@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch import nn
 
 from models.losses import Head, check_head, head_of
 from models.quantization.linear import FakeQuantizedLinear
+from tests.helpers.tiny import tiny_model
 
 FAMILIES = {
     "llama": {},

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from losses.references import kl, reference_logits
 from torch import Tensor
 
 from models.losses import FullTargets, Head
 from models.losses.labels import LabelObjective, label_cross_entropy, label_logits, label_objective
+from tests.helpers.loss_references import kl, reference_logits
 
 N, V, D, E = 7, 23, 6, 5
 VOCABULARY = 20  # tokens that take part; the teacher's head has more rows than the student's

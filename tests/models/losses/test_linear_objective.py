@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from references import reference, single
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +17,7 @@ from models.losses import (
     default_chunk_tokens,
     linear_objective,
 )
+from tests.helpers.loss_references import reference, single
 
 N, V, D, E = 13, 37, 8, 6
 MIX = {"forward_kl": 0.7, "jsd": 0.2, "cross_entropy": 0.1, "policy_gradient": 0.4, "top_k_kl": 0.3, "reverse_kl": 0.0}

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from references import discounted
 
 from models.losses import advantages, policy_gradient, reverse_kl
+from tests.helpers.loss_references import discounted
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.3, 0.9, 1.0])

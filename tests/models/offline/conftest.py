@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from chat_doubles import Words
 
 from models.offline import CaptureSettings, capture
+from tests.helpers.chat_doubles import Words
 
 
 @pytest.fixture

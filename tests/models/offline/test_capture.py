@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from chat_doubles import Words, byte_tokenizer
 from safetensors.torch import load_file
-from tiny import tiny_folder
 
 from models.offline import CaptureSettings, capture, store
 from models.offline.capture import shards_of
 from models.offline.fingerprints import data_fingerprint, example_identity, num_answer_tokens, row_identities
 from models.offline.teacher import OfflineTeacher
 from models.teacher import Teacher
+from tests.helpers.chat_doubles import Words, byte_tokenizer
+from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder
 
-ROOT = Path(__file__).parents[3]
 Captured = Callable[..., Path]
 
 

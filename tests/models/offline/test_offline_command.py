@@ -9,8 +9,7 @@ import yaml
 import train
 from models.offline import OfflineTeacher, store
 from models.offline.__main__ import _parser, main
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers.short_runs import ROOT
 
 
 @pytest.fixture

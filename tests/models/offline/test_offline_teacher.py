@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_doubles import CHATML, Words, byte_tokenizer
-from tiny import tiny_folder
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +18,8 @@ from models.offline.forms import bytes_per_token, decode_top_k, encode_top_k, to
 from models.pretrained import load_model
 from models.rollout import Rollout, rollout_batch
 from models.teacher import Teacher
+from tests.helpers.chat_doubles import CHATML, Words, byte_tokenizer
+from tests.helpers.tiny import tiny_folder
 
 Captured = Callable[..., Path]
 

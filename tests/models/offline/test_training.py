@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from chat_doubles import Words
-from distilling import KNOWN, distil
 from lightning import Callback, LightningModule, Trainer
-from tiny import tiny_jsonl
 from torch import Tensor
-from training import loader, tiny_trainer
 
 import train
 from callbacks import ExportOnFitEnd, PhaseEvaluation
@@ -27,6 +23,10 @@ from models.losses import FullTargets, Objective, Targets, head_of, top_k_kl
 from models.offline import store
 from models.on_policy import OnPolicy
 from models.teacher import Teacher
+from tests.helpers.chat_doubles import Words
+from tests.helpers.distilling import KNOWN, distil
+from tests.helpers.tiny import tiny_jsonl
+from tests.helpers.training import loader, tiny_trainer
 
 Captured = Callable[..., Path]
 STEPS = 10  # more than two epochs of 7 micro-batches, two a step

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from masking import cut_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
@@ -10,6 +9,7 @@ from models.architecture import FAMILIES, count_parameters
 from models.pruning.budget import flops, parameters
 from models.pruning.shape import Shape, shape_of, sliced
 from models.renamed import CACHE
+from tests.helpers.masking import cut_model
 
 UNEVEN = {("neurons", 0): 16, ("query_heads", 1): 4, ("kv_groups", 2): 3, ("hidden", 0): 24}
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -13,6 +12,7 @@ from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch, answer_logits
 from models.pruning.curvature import FISHER_EVERY, Curvature, LayerCurvature, collect_curvature
 from models.sampling import seed_of
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 OTHER = [("one two three four", "five six"), ("?", "!")]
 

@@ -8,8 +8,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from masking import close, cut_model, logits, masked_logits
-from tiny import tiny_batch
 from transformers import PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
@@ -19,6 +17,8 @@ from models.pruning.cut import PruningSettings, ScoreName, Targets, plan_cut, re
 from models.pruning.shape import LayerShape, WidthAxis, shape_of
 from models.pruning.target_budget import Limit
 from models.structure import Edit, apply_edit, replay
+from tests.helpers.masking import close, cut_model, logits, masked_logits
+from tests.helpers.tiny import tiny_batch
 
 SCORES = get_args(ScoreName)
 BATCHES = [tiny_batch(), tiny_batch([("one two three four", "five six"), ("?", "!")])]

@@ -5,8 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from masking import close, cut_model, logits
-from tiny import tiny_batch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -15,6 +13,8 @@ from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch, answer_labels, answer_logits
 from models.pruning.depth import block_influence, layers_to_drop, removal_loss, search_block, without_layers
 from models.surgery import drop_layers
+from tests.helpers.masking import close, cut_model, logits
+from tests.helpers.tiny import tiny_batch
 
 LONGER = [("one two three four", "five six"), ("?", "!")]
 

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_model
 
 import models.interleave
 from models.pruning.latency import compare, meet_latency, torch_run
 from models.pruning.shape import LayerShape, Shape
 from models.pruning.uniform import evenly_sparse
 from models.renamed import CACHE
+from tests.helpers.tiny import tiny_model
 
 DENSE = Shape(hidden=64, head_dim=16, vocabulary=500, layers=(LayerShape(1024, 4, 4),) * 3)
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from naive_least_squares import METRICS, RIDGE, D, P, draw, explicit, inputs_of, metric, problem
 
 from models.pruning.least_squares import Elimination, Removal, damped, eliminate, moment, refit
+from tests.helpers.naive_least_squares import METRICS, RIDGE, D, P, draw, explicit, inputs_of, metric, problem
 
 
 @pytest.mark.parametrize("kind", METRICS)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from naive_least_squares import METRICS, P, draw, explicit, inputs_of, metric, problem
 from torch import Tensor
 
 from models.pruning.least_squares import Elimination, eliminate
 from models.pruning.local_search import local_search
+from tests.helpers.naive_least_squares import METRICS, P, draw, explicit, inputs_of, metric, problem
 
 Cost = Callable[[set[int]], float]
 SEEDS = range(30, 36)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from masking import cut_model
-from tiny import tiny_batch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,6 +10,8 @@ from models.pruning.curvature import Curvature, LayerCurvature, collect_curvatur
 from models.pruning.importance import ImportanceScores
 from models.pruning.ranking import METRIC_DAMPING, OsscarRanking, ScoreRanking
 from models.pruning.scores import random_scores, top_indices
+from tests.helpers.masking import cut_model
+from tests.helpers.tiny import tiny_batch
 
 RIDGE = 0.01
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from masking import close, cut_model, logits
-from tiny import tiny_batch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +13,8 @@ from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch
 from models.pruning.repair import Prefix, repair
 from models.structure import Edit, replay
+from tests.helpers.masking import close, cut_model, logits
+from tests.helpers.tiny import tiny_batch
 
 BATCHES = [tiny_batch(), tiny_batch([("one two three four", "five six"), ("?", "!")])]
 PREFIXES: tuple[Prefix, ...] = ("layerwise", "sequential")

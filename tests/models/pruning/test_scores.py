@@ -6,8 +6,6 @@ from itertools import chain
 
 import pytest
 import torch
-from masking import cut_model
-from tiny import tiny_batch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +13,8 @@ from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch
 from models.pruning.importance import ImportanceScores
 from models.pruning.scores import SCORES, random_scores, top_indices
+from tests.helpers.masking import cut_model
+from tests.helpers.tiny import tiny_batch
 
 LONGER = [("one two three four", "five six"), ("?", "!")]
 WITH_DATA = ["wanda", "activation", "taylor"]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from masking import cut_model, logits
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from models.architecture import FAMILIES
 from models.pruning.shape import Key, LayerShape, levels, shape_of, sliced
+from tests.helpers.masking import cut_model, logits
+from tests.helpers.tiny import tiny_model
 
 KEPT: dict[Key, int] = {
     ("neurons", 0): 16,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch
 from models.pruning.scores import ImportanceScores, taylor_scores
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 STEP = 0.01
 

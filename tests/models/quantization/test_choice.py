@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
 from models.forward import answer_logits
@@ -12,6 +11,7 @@ from models.losses import forward_kl
 from models.quantization import freeze_scales, quantized_linears
 from models.quantization.choice import format_costs, formats_by_pattern, formats_by_sensitivity, quantization_edits
 from models.structure import replay
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 
 @pytest.fixture

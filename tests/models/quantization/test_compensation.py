@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from models.quantization.linear import quantized_linears
 from models.quantization.post_training import quantize_after_training
 from models.quantization.sensitivity import readers_of
 from models.quantization.settings import Method, PostTrainingQuantization
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 BATCHES = [tiny_batch(), tiny_batch([("one two three four", "five six"), ("?", "!")])]
 

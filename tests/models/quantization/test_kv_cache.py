@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -27,6 +26,7 @@ from models.quantization.post_training import quantize_after_training
 from models.quantization.settings import PostTrainingQuantization
 from models.renamed import CACHE
 from models.structure import apply_edit
+from tests.helpers.tiny import tiny_model
 
 IDS_BT = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 

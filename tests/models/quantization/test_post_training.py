@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from models.quantization import post_training as module
 from models.quantization.post_training import quantize_after_training
 from models.quantization.settings import PostTrainingQuantization
 from models.structure import replay
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 BATCHES = [tiny_batch(), tiny_batch([("one two three four", "five six"), ("?", "!")])]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 32}

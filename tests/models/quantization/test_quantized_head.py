@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_doubles import byte_tokenizer
-from tiny import tiny_batch, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,6 +20,8 @@ from models.quantization.post_training import quantize_after_training
 from models.quantization.rounding import gptq
 from models.quantization.settings import PostTrainingQuantization
 from models.structure import apply_edit, replay
+from tests.helpers.chat_doubles import byte_tokenizer
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 BATCHES = [tiny_batch(), tiny_batch([("one two three four", "five six"), ("?", "!")])]
 HEAD = {"op": "fake_quantize", "format": "int4_g32", "modules": ["lm_head"]}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,6 +9,7 @@ from models.architecture import FAMILIES, decoder_layers
 from models.forward import answer_logits
 from models.quantization.sensitivity import readers_of, token_weights
 from models.sampling import seed_of
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 STEP = 1e-2  # norms compute in float32
 

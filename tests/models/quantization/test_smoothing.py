@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from models.quantization.formats import FORMATS, Format, Grid
 from models.quantization.kernels import kernel_block, rounded_in_blocks
 from models.quantization.rounding import nearest
 from models.quantization.smoothing import Pair, best_factors, fold, pairs_of, smoothing_factors
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 families = pytest.mark.parametrize("family", FAMILIES)
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}}  # Qwen2 has them in any case

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from models.quantization import freeze_scales
 from models.rollout import Rollout, rollout
 from models.sampling import Sampling, uniforms
 from models.structure import apply_edit, quantize_decoder, replay
+from tests.helpers.tiny import tiny_model
 
 STEPS = 12
 DECODERS = [TransformersDecoder, FusedDecoder]

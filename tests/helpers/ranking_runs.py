@@ -1,4 +1,4 @@
-"""Runs that `test_ranking_distillation.py` compares; as a script, the ones on two ranks: `python ranking_runs.py PLACE`.
+"""Runs that `test_ranking_distillation.py` compares; as a script, the ones on two ranks: `python -m tests.helpers.ranking_runs PLACE`.
 
 16 samples make one epoch and one optimizer step, however it is cut; there are 7 samples to judge, which two ranks cannot share evenly.
 """

@@ -1,4 +1,4 @@
-"""Runs that `test_step_mean.py` compares; as a script, the ones on two ranks: `python step_mean_runs.py PLACE`.
+"""Runs that `test_step_mean.py` compares; as a script, the ones on two ranks: `python -m tests.helpers.step_mean_runs PLACE`.
 
 16 samples make one epoch, and one optimizer step is an epoch, however it is cut.
 """

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import gguf
 import torch
-from chat_doubles import byte_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from models.forward import Batch
+from tests.helpers.chat_doubles import byte_tokenizer
 
 VOCAB = 300
 PAIRS = [("2+2?", "Four."), ("Capital of France?", "Paris"), ("Say hi twice", "hi hi"), ("a", "bcd"), ("xyz" * 5, "no")]

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from tiny import tiny_batch
 from torch.utils.data import DataLoader
 
 from models.forward import Batch
 from models.quantization import freeze_scales
 from models.structure import Edit
+from tests.helpers.tiny import tiny_batch
 
 EDITS: dict[int, list[Edit]] = {
     2: [

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from losses.references import reference
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,6 +11,7 @@ from models import Distillation
 from models.forward import IGNORE, Batch, answer_hidden, answer_labels
 from models.losses import FullTargets, Objective, head_of
 from models.on_policy import OnPolicy
+from tests.helpers.loss_references import reference
 
 KNOWN = 260  # tokens of the tokenizer; the tiny models' heads have 300 rows
 SGD = partial(torch.optim.SGD, lr=0.1)

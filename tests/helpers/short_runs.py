@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 #: What each callback of a recipe needs to act within STEPS steps on a tiny model; nothing else of the recipe is changed.
 MOVED: dict[str, dict[str, Any]] = {

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from tiny import tiny_folder, tiny_jsonl
 
 from callbacks import GradualPruning
 from datamodules import Conversations
 from models import Distillation
+from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 STEPS = 7
 

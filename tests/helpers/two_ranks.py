@@ -1,6 +1,6 @@
 """What `test_ranks.py` starts: two processes train one student together, and each writes down what it has.
 
-`python two_ranks.py PLACE`, where PLACE holds `student/`, `teacher/` and `data.jsonl`.
+`python -m tests.helpers.two_ranks PLACE`, where PLACE holds `student/`, `teacher/` and `data.jsonl`.
 """
 
 import sys

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tiny import tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
 from models.forward import Batch
 from models.structure import Edit
+from tests.helpers.tiny import tiny_batch, tiny_model
 
 # Of a model that `cut_model` makes: 3 layers of 48 neurons and 8 heads on 4 groups, 32 channels.
 CUTS: dict[str, Edit] = {

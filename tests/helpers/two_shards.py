@@ -1,4 +1,4 @@
-"""What `test_sharding.py` starts: `python two_shards.py PLACE PROCESSES`, where PLACE holds `student/` and `teacher/`.
+"""What `test_sharding.py` starts: `python -m tests.helpers.two_shards PLACE PROCESSES`, where PLACE holds `student/` and `teacher/`.
 
 Both processes see the same batches, so that the mean over them is what one process computes.
 """
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from tiny import tiny_batch
 from torch.distributed.tensor import DTensor
-from training import loader
 
 from models import Distillation
 from models.forward import answer_logits, inference_copy
 from models.on_policy import OnPolicy
+from tests.helpers.tiny import tiny_batch
+from tests.helpers.training import loader
 
 STEPS = 3
 
