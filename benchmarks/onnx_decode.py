@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks.chats import answered, held_out_prompts
 from benchmarks.harness import interleave, parser, report, spread
 from benchmarks.onnx_graphs import GRAPHS, MODEL, Graph, genai_graph, our_graph
-from export.shared_cache import SharedCacheSession
+from export.sessions.shared_cache import SharedCacheSession
 from models.pretrained import load_model, load_tokenizer
 
 PAST = 128

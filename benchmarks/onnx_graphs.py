@@ -7,7 +7,7 @@
 | `int4`    | `int4_g128`: 4-bit blocks of 128, QuantEase                        | `int4_g64`, QuantEase        |
 | `prefill` | `int8`: products of whole numbers, QuantEase; the last position only | 8-bit blocks, to nearest   |
 
-Students are quantized by `models/quantization/post_training.py` and written by `export/for_cpu.py`.
+Students are quantized by `models/quantization/post_training.py` and written by `export/cpu_graph/to_cpu.py`.
 """
 
 import json
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.chats import answered, calibration_prompts
-from export.for_cpu import write_cpu_graph
+from export.cpu_graph.to_cpu import write_cpu_graph
 from export.layout import CPU
-from export.to_onnx import Precision, export_onnx
+from export.onnx_graph.to_onnx import Precision, export_onnx
 from models.forward import Batch
 from models.pretrained import load_model, load_tokenizer
 from models.quantization.choice import UNQUANTIZED, formats_by_pattern

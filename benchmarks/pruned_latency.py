@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.harness import parser, report
-from export.latency import onnx_run
+from export.sessions.timed_prefill import onnx_run
 from models.pretrained import load_model
 from models.pruning.budget import flops, parameters
 from models.pruning.latency import Run, compare, meet_latency, torch_run

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.study import Row, Rows, machine
-from export.latency import onnx_run
+from export.sessions.timed_prefill import onnx_run
 from models.pretrained import load_model
 from models.pruning.budget import flops, parameters
 from models.pruning.latency import Run, compare, torch_run

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from benchmarks.harness import interleave, spread
 from benchmarks.onnx_decode import NEW, decoding, prefilling
 from benchmarks.quantization_arms import Arm
-from export.for_cpu import write_cpu_graph
+from export.cpu_graph.to_cpu import write_cpu_graph
 from export.layout import CPU
-from export.to_onnx import export_onnx
+from export.onnx_graph.to_onnx import export_onnx
 from program.files import folder_bytes
 
 PLAIN = "fp32"

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.benchmark_report import machine
+from export.benchmark.report import machine
 from export.report import ratios
 from program.files import move_into_place, staging_folder
 

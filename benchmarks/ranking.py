@@ -36,7 +36,7 @@ from benchmarks.ranking_plot import plot_latency
 from benchmarks.ranking_ways import RUNTIMES, Score, TransformersLoop, open_session, ways
 from benchmarks.study import Row
 from datamodules.ranking import Candidate
-from export.scorer import CacheSession, Scorer
+from export.serving.scorer import CacheSession, Scorer
 from models.pretrained import load_model
 
 RATIO_AT = 50  # candidates; more of them are repeated less often

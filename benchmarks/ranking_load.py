@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from export.runtime import Output
-from export.scorer import CacheSession
+from export.serving.scorer import CacheSession
+from export.sessions.onnx_session import Output
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.label_prompts import encode_prompts, frame_of, label_token_ids
-from export.last_logits import keep_last_logits
-from export.runtime import OnnxSession
-from export.scorer import CacheSession, Scorer
-from export.to_onnx import export_onnx
-from export.torch_session import TorchSession
+from export.onnx_graph.last_logits import keep_last_logits
+from export.onnx_graph.to_onnx import export_onnx
+from export.serving.scorer import CacheSession, Scorer
+from export.sessions.onnx_session import OnnxSession
+from export.sessions.torch_session import TorchSession
 
 RUNTIMES = ("torch", "onnx")
 Score = Callable[[str, Sequence[str]], Tensor]  # prefix and candidates -> (N, C), float32

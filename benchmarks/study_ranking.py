@@ -34,7 +34,7 @@ from benchmarks.study import Row, Rows, fingerprint, flat
 from benchmarks.study_training import quiet
 from callbacks import QuantizationAwareTraining
 from datamodules.movielens_ranking import MovieLens
-from export.huggingface import save_student
+from export.folders.student import save_student
 from models import RankingDistillation
 from models.architecture import count_parameters, decoder_layers
 from models.losses.labels import LabelObjective

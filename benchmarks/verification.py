@@ -41,16 +41,16 @@ from benchmarks.verification_faults import PLANTED, Fault
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from export.calibration import quantized_anew
-from export.checks import Check
-from export.for_cpu import write_cpu_graph
-from export.head_blocks import with_stored_head
-from export.huggingface import load_student
-from export.label_graph import write_labels
+from export.cpu_graph.head_blocks import with_stored_head
+from export.cpu_graph.to_cpu import write_cpu_graph
+from export.folders.student import load_student
 from export.layout import CPU, GRAPH
-from export.prefill import write_beside, write_prefill
-from export.runtime import OnnxSession
-from export.slice import slice_layers
-from export.to_onnx import Precision, export_onnx, precision_of
+from export.onnx_graph.labels import write_labels
+from export.onnx_graph.layer_kinds import slice_layers
+from export.onnx_graph.prefill import write_beside, write_prefill
+from export.onnx_graph.to_onnx import Precision, export_onnx, precision_of
+from export.sessions.onnx_session import OnnxSession
+from export.verify.checks import Check
 from export.verify.exactness import FedSession, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import compare_served, judged_by, num_tokens_for, sampled, torch_served
 from export.verify.rounding import FLOAT16, FLOAT32, Arithmetic
@@ -98,7 +98,7 @@ class Right:
 
     @property
     def for_cpu(self) -> bool:
-        """Whether it is a graph of `export.for_cpu`."""
+        """Whether it is a graph of `export.cpu_graph.to_cpu`."""
         return self.path.name == CPU
 
     @property

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from export.graph_edits import Inserter
+from export.onnx_graph.edits import Inserter
 
 Fault = Callable[[ir.Model], None]
 LAYER = 1  # that a fault is planted in

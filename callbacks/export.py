@@ -21,16 +21,16 @@ from callbacks.served import examples_of, held_out_of
 from datamodules.base import ChatDataModule
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
-from export.benchmark_worker import peak_bytes
+from export.benchmark.worker import peak_bytes
 from export.calibration import quantized_anew
-from export.checks import raise_on_failure
+from export.onnx_graph.to_onnx import UNQUANTIZED, Precision, format_for
+from export.phases import Phases
 from export.pipeline import export_all
-from export.progress import Phases
 from export.report import closing, summary, write_report
-from export.runtime import OnnxSession
+from export.sessions.onnx_session import OnnxSession
 from export.settings import ExportSettings, check_settings
-from export.to_onnx import UNQUANTIZED, Precision, format_for
 from export.verify import check_tokens
+from export.verify.checks import raise_on_failure
 from models.allocator import give_back_freed_memory
 from models.architecture import decoder_layers
 from models.forward import Batch

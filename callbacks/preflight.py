@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from callbacks.export import ExportOnFitEnd
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from export.compressed import check_compressible_formats
+from export.folders.compressed import check_compressible_formats
+from export.onnx_graph.layer_kinds import layer_kinds, slice_layers
+from export.onnx_graph.to_onnx import export_onnx
 from export.pipeline import check_cpu_format, check_output_free, is_compressed
 from export.settings import ExportSettings
-from export.slice import layer_kinds, slice_layers
-from export.to_onnx import export_onnx
 from models.architecture import DecoderLayer, count_parameters, decoder_layers, head_name
 from models.lora import merge_adapters
 from models.pruning.cut import Targets

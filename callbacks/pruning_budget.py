@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from callbacks.pruning_plan import shape_after
-from export.latency import onnx_run
+from export.sessions.timed_prefill import onnx_run
 from models.pruning.cut import Targets
 from models.pruning.latency import Latency, Run, meet_latency, torch_run
 from models.pruning.shape import Shape, shape_of, sliced

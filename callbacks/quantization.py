@@ -12,7 +12,7 @@ from callbacks.data import data_of
 from callbacks.distributed import check_strategy, edit_on_all_ranks, synchronize_anew
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
-from export.progress import Phases
+from export.phases import Phases
 from models.architecture import decoder_layers
 from models.quantization import freeze_inputs, freeze_weights, merge_observations, quantized_linears
 from models.quantization.cache import CacheFormat

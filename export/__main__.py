@@ -12,16 +12,16 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.calibration import Calibration, batches_of, calibrate, has_scales, quantized_anew
-from export.checks import raise_on_failure
-from export.huggingface import load_student, rounded
+from export.folders.student import load_student, rounded
+from export.onnx_graph.to_onnx import UNQUANTIZED, check_exportable
 from export.options import calibration_of, parser, settings_of
+from export.phases import Phases
 from export.pipeline import check_cpu_format, check_formats, check_output, export_all, results_folder
-from export.progress import Phases
-from export.prompts import prompts_for_verification
 from export.report import write_report
 from export.settings import ExportSettings, check_settings
-from export.to_onnx import UNQUANTIZED, check_exportable
 from export.verify import HeldOut
+from export.verify.checks import raise_on_failure
+from export.verify.prompts import prompts_for_verification
 from models.architecture import decoder_layers
 from program.files import only_one
 from program.screen import as_command

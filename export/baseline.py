@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from export.progress import Phases
+from export.onnx_graph.to_onnx import export_onnx
+from export.phases import Phases
 from export.settings import ExportSettings
-from export.to_onnx import export_onnx
 
 BASELINE = "baseline"
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.chat import encode, truncate
 from datamodules.collate import collate, pad_id_of
 from datamodules.files import read_conversations
-from export.huggingface import without_quantizers
+from export.folders.student import without_quantizers
 from models.forward import Batch
 from models.lora import merged
 from models.quantization.cache import CacheFormat

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from export.layout import COMPRESSED, CPU_GRAPH, GRAPH, STUDENT
 from export.options import positive
-from export.runtime import OnnxSession
-from export.shared_cache import SharedCacheSession
+from export.sessions.onnx_session import OnnxSession
+from export.sessions.shared_cache import SharedCacheSession
 from models.pretrained import load_tokenizer
 from models.sampling import Sampling, sample, seed_of, uniforms
 from program.screen import as_command

@@ -1,11 +1,11 @@
 """Where an export puts its files.
 
 OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
-OUTPUT/compressed/                 of quantized students: the same as codes and scales, see `export/compressed.py`
+OUTPUT/compressed/                 of quantized students: the same as codes and scales, see `export/folders/compressed.py`
 OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
 OUTPUT/onnx/prefill.onnx           only if asked for: the same weights, logits of the last position
 OUTPUT/onnx/labels.onnx            only if asked for: the same weights, log-probabilities of labels
-OUTPUT/onnx/cpu.onnx (+ .data)     only if asked for: the same student for ONNX Runtime on a CPU, see `export/for_cpu.py`
+OUTPUT/onnx/cpu.onnx (+ .data)     only if asked for: the same student for ONNX Runtime on a CPU, see `export/cpu_graph/to_cpu.py`
 OUTPUT/onnx/engine-source.onnx     only for quantized engines: the same graph with float16 between the matrix products
 OUTPUT/onnx/engine-source-labels.onnx  only for quantized engines with labels: on the weights of engine-source.onnx
 OUTPUT/engine/model-*.engine       compiled, one for each package and target

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from export.calibration import Calibration
+from export.onnx_graph.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
 from export.settings import ExportSettings, StudentType
-from export.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
 from models.quantization.cache import CacheFormat
 from models.quantization.choice import UNQUANTIZED as NO_FORMAT
 from models.quantization.formats import FORMATS

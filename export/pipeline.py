@@ -17,13 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.label_prompts import label_token_ids
-from export.benchmark import benchmark_onnx
-from export.checks import Check
-from export.compressed import check_compressible, check_compressible_formats, save_compressed
-from export.engines import Engines, write_engines
-from export.for_cpu import check_cpu, write_cpu_graph
-from export.huggingface import check_plain, rounded, save_student, without_quantizers
-from export.label_graph import write_labels
+from export.benchmark.graphs import benchmark_onnx
+from export.cpu_graph.to_cpu import check_cpu, write_cpu_graph
+from export.engine.write import Engines, write_engines
+from export.folders.compressed import check_compressible, check_compressible_formats, save_compressed
+from export.folders.student import check_plain, rounded, save_student, without_quantizers
 from export.layout import (
     COMPRESSED,
     CPU_GRAPH,
@@ -37,12 +35,14 @@ from export.layout import (
     STUDENT,
     WRITTEN,
 )
-from export.prefill import write_prefill
-from export.progress import Phases
-from export.served import Served
+from export.onnx_graph.labels import write_labels
+from export.onnx_graph.prefill import write_prefill
+from export.onnx_graph.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
+from export.phases import Phases
 from export.settings import ExportSettings, check_settings
-from export.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
 from export.verify import HeldOut, Verification, verify_artefacts
+from export.verify.checks import Check
+from export.verify.served import Served
 from models.folder import why_not_plain
 from models.loading import check_finite
 from models.lora import merged

@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
-from export.for_cpu import check_cpu
-from export.to_onnx import Precision, check_engine_formats, format_for
-from export.to_tensorrt import Flavour, Range, check_target, import_tensorrt
+from export.cpu_graph.to_cpu import check_cpu
+from export.engine.to_tensorrt import Flavour, Range, check_target, import_tensorrt
+from export.onnx_graph.to_onnx import Precision, check_engine_formats, format_for
 from models.quantization.formats import FormatName
 from program.ranges import check_ranges
 

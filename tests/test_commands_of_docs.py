@@ -18,8 +18,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import export.__main__ as export_main
-import export.benchmark as benchmark_main
-import export.serving as serving_main
+import export.benchmark.__main__ as benchmark_main
+import export.serving.__main__ as serving_main
 import models.offline.__main__ as offline_main
 import train
 from datamodules.chat import Conversation, encode
@@ -49,10 +49,10 @@ ELSEWHERE = {
     "python train.py fit --config configs/distill.yaml --config configs/fsdp.yaml": "several GPUs; test_configs.py has two processes",
     "python train.py fit --config configs/ranking": "tests/test_ranking_recipes.py",
     "python train.py test --config configs/ranking": "tests/test_ranking_recipes.py",
-    "python -m export runs/compress-001/checkpoints/last.ckpt --output exported-sm89": "tests/export/test_to_tensorrt.py",
-    "python -m export package:smollm2-135m-instruct": "tests/export/test_to_tensorrt.py",
+    "python -m export runs/compress-001/checkpoints/last.ckpt --output exported-sm89": "tests/export/engine/test_to_tensorrt.py",
+    "python -m export package:smollm2-135m-instruct": "tests/export/engine/test_to_tensorrt.py",
     "python -m export.chat runs/quickstart": "tests/test_train.py",
-    "python -m export.benchmark exported": "tests/export/test_benchmark.py",
+    "python -m export.benchmark exported": "tests/export/benchmark/test_benchmark.py",
     "python -m benchmarks.chats": "tests/benchmarks/test_chats.py",
     "python -m benchmarks.memory": "tests/benchmarks/test_memory_benchmark.py",
     "python -m benchmarks.ranking": "tests/benchmarks/test_ranking_benchmark.py",
@@ -60,8 +60,8 @@ ELSEWHERE = {
 }
 #: Programs in Python that do not run here.
 CLIENTS = {
-    "tritonclient": "tests/export/test_serving.py",
-    "export.scorer": "test_ranking_howto.py looks at what it prints",
+    "tritonclient": "tests/export/serving/test_serving.py",
+    "export.serving.scorer": "test_ranking_howto.py looks at what it prints",
 }
 #: Words of commands: the tiny tokenizer has no labels of one token but letters.
 REPLACED = {"package:smollm2-135m-instruct": "my-model", "no": "n", "yes": "y"}

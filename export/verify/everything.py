@@ -17,11 +17,9 @@ import onnx
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.audit import audit
-from export.checks import Check
-from export.engine_runtime import EngineSession, why_not_runnable
-from export.engines import Engines
-from export.head_blocks import with_stored_head
+from export.cpu_graph.head_blocks import with_stored_head
+from export.engine.audit import audit
+from export.engine.write import Engines
 from export.layout import (
     CPU_GRAPH,
     ENGINE_LABEL_SOURCE,
@@ -30,11 +28,12 @@ from export.layout import (
     LABEL_GRAPH,
     PREFILL_GRAPH,
 )
-from export.progress import Phases
-from export.runtime import OnnxSession
-from export.served import Served
+from export.onnx_graph.to_onnx import UNQUANTIZED
+from export.phases import Phases
+from export.sessions.engine_session import EngineSession, why_not_runnable
+from export.sessions.onnx_session import OnnxSession
 from export.settings import ExportSettings
-from export.to_onnx import UNQUANTIZED
+from export.verify.checks import Check
 from export.verify.exactness import FedSession, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import (
     HeldOut,
@@ -46,6 +45,7 @@ from export.verify.faithfulness import (
     sampled,
     torch_served,
 )
+from export.verify.served import Served
 from export.verify.torch_run import Run
 from models.forward import with_rounded_weights
 from models.pretrained import end_token_ids

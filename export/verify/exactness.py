@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from export.checks import Check, Comparison
-from export.head_blocks import with_stored_head
-from export.label_graph import LABEL_TOKENS, LOG_PROBS
-from export.runtime import OnnxSession, Output, new_entries
-from export.slice import layer_kinds
-from export.trace import cache_names
+from export.cpu_graph.head_blocks import with_stored_head
+from export.onnx_graph.labels import LABEL_TOKENS, LOG_PROBS
+from export.onnx_graph.layer_kinds import layer_kinds
+from export.onnx_graph.trace import cache_names
+from export.sessions.onnx_session import OnnxSession, Output, new_entries
+from export.verify.checks import Check, Comparison
 from export.verify.rounding import operands
 from export.verify.taps import FED, Entrance, FedGraph, Product, coarser_types, fed_graph, layer_of
 from export.verify.torch_run import Run, Step
@@ -57,7 +57,7 @@ def verify(
         input_ids_BT: Left-padded prompts, int64.
         attention_mask_BT: 1 for tokens, 0 for padding, int64.
         decode_steps: Tokens behind the prompts.
-        for_cpu: A graph of `export.for_cpu`.
+        for_cpu: A graph of `export.cpu_graph.to_cpu`.
     """
     model = with_rounded_weights(model)
     graph = onnx.load(path, load_external_data=False)
@@ -123,7 +123,7 @@ class FedSession:
         path: Written by `export_onnx`, or made from such a file.
         threads: Threads in ONNX Runtime; None: its choice.
         layers: Decoder layers to compute, without the head; None: all, and the head.
-        for_cpu: A graph of `export.for_cpu`: keys behind padding are turned by their place in the cache, and left out.
+        for_cpu: A graph of `export.cpu_graph.to_cpu`: keys behind padding are turned by their place in the cache, and left out.
     """
 
     def __init__(

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.benchmark_measure import Session
-from export.checks import Check, Status, Verdict
-from export.label_graph import LOG_PROBS
-from export.served import Served, TeacherLogits, clustered_mean, measure_served
-from export.torch_session import TorchSession
+from export.benchmark.measure import Session
+from export.onnx_graph.labels import LOG_PROBS
+from export.sessions.torch_session import TorchSession
+from export.verify.checks import Check, Status, Verdict
+from export.verify.served import Served, TeacherLogits, clustered_mean, measure_served
 from models.decoder import decoder_for
 from models.evaluation import Scorer
 from models.forward import IGNORE, Batch, answer_hidden, shared_copy

@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
-from export.checks import distances
-from export.runtime import position_ids
-from export.trace import cache_names
+from export.onnx_graph.trace import cache_names
+from export.sessions.onnx_session import position_ids
+from export.verify.checks import distances
 from models.architecture import decoder_layers, head_name
 from models.pruning.observe import hooked
 from models.quantization.linear import FakeQuantizedLinear

@@ -6,7 +6,7 @@ have read (`entering`), and the result of the product (`products`).  So each com
 not grow from layer to layer, and no difference is carried across a rounding decision of a quantizer, which is fed as well: in
 front of it stands torch's own value.  All operators, quantizers included, are still the file's own.
 
-A graph of `export.for_cpu` has joined products and products of whole numbers; they are found in the same way.
+A graph of `export.cpu_graph.to_cpu` has joined products and products of whole numbers; they are found in the same way.
 """
 
 import re

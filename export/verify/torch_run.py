@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from export.runtime import position_ids
-from export.to_onnx import rope_types
-from export.trace import cache_tensors
+from export.onnx_graph.to_onnx import rope_types
+from export.onnx_graph.trace import cache_tensors
+from export.sessions.onnx_session import position_ids
 from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding
 from models.architecture import decoder_layers, head_name
 from models.losses.head import logits_of

@@ -4,7 +4,7 @@ Time does not follow from counts: small matrices, the head, attention and what t
 students of candidate shapes are timed next to the dense model.  A run of one and a run of the other take turns, every pair gives one
 ratio, and the median of the pairs counts, so that a change of the machine's load meets both.
 
-How a shape becomes something to time is the caller's choice: `torch_run` here, `onnx_run` in `export/latency.py`, or any other.
+How a shape becomes something to time is the caller's choice: `torch_run` here, `onnx_run` in `export/sessions/timed_prefill.py`, or any other.
 
 Legend: B prompts, T tokens.
 """

@@ -4,7 +4,7 @@
 
 The arguments are those of ONNX's QuantizeLinear: a scale for all of x, for each slice along an axis, or for each block of
 neighbours along the last axis.  The division is done in float32 whatever the dtype of x, and ties go to the even code.  The function is a custom
-operator, so `torch.export` keeps it whole and `export/trace.py` writes it as QuantizeLinear / DequantizeLinear, which compute the
+operator, so `torch.export` keeps it whole and `export/onnx_graph/trace.py` writes it as QuantizeLinear / DequantizeLinear, which compute the
 same bits.
 
 FP8 E4M3 ("fn": finite, with NaN, without infinities; FP8 Formats for Deep Learning, arXiv 2209.05433) has a maximum of 448, a

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import chats
-from export.prompts import prompts_for_verification
+from export.verify.prompts import prompts_for_verification
 from models.pretrained import load_tokenizer
 from tests.helpers.tiny import tiny_folder
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import onnx_decode, onnx_graphs
 from benchmarks.onnx_graphs import GRAPHS, genai_graph, our_graph
 from export.layout import CPU
-from export.shared_cache import SharedCacheSession
+from export.sessions.shared_cache import SharedCacheSession
 from tests.helpers.tiny import tiny_model
 
 pytestmark = pytest.mark.long

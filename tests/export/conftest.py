@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from export.to_onnx import export_onnx
+from export.onnx_graph.to_onnx import export_onnx
 from tests.helpers.tiny_models import quantized, tiny_model
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from export import pipeline
 from export.__main__ import main
-from export.huggingface import load_student, rounded, save_student
+from export.folders.student import load_student, rounded, save_student
 from models.pretrained import load_model
 from models.quantization import quantized_linears
 from models.structure import apply_edit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, configuration_utils
 
-from export.huggingface import save_student
+from export.folders.student import save_student
 from models.architecture import FAMILIES
 from models.folder import STRUCTURE_FILE, layer_sizes, why_not_plain
 from models.pretrained import load_model, load_tokenizer

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from callbacks import GradualPruning, LoRA, QuantizationAwareTraining
-from export.huggingface import save_student
-from export.to_onnx import export_onnx
+from export.folders.student import save_student
+from export.onnx_graph.to_onnx import export_onnx
 from export.verify import verify
 from models import SFT
 from models.architecture import count_parameters

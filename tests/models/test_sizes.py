@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from export.slice import slice_layers
+from export.onnx_graph.layer_kinds import slice_layers
 from models.architecture import decoder_layers
 from models.sizes import LayerConfig, is_uniform
 from models.structure import apply_edit

@@ -15,10 +15,10 @@ import torch
 from callbacks import AtomicCheckpointIO
 from export import benchmark, pipeline
 from export.__main__ import main
-from export.checks import Check
 from export.layout import FILES
 from export.settings import ExportSettings
 from export.verify import Verification
+from export.verify.checks import Check
 from program import files
 from program.files import move_into_place, only_one, staging_folder, write_file
 from tests.helpers.chat_doubles import byte_tokenizer

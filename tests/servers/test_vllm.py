@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.reasoning import ReasoningTasks
 from export.__main__ import main
-from export.huggingface import load_student
+from export.folders.student import load_student
 from models.decoder import decoder_for
 from models.forward import inference_copy
 from models.pretrained import end_token_ids, load_model, load_tokenizer

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.verification import Examined, Right
 from benchmarks.verification_faults import PLANTED
-from export.for_cpu import write_cpu_graph
-from export.to_onnx import export_onnx
+from export.cpu_graph.to_cpu import write_cpu_graph
+from export.onnx_graph.to_onnx import export_onnx
 from export.verify import verify
 from export.verify.exactness import LIMIT
 from models.forward import with_rounded_weights

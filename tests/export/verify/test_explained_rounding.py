@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.checks import distances
+from export.verify.checks import distances
 from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from export.runtime import OnnxSession
-from export.served import Served
-from export.to_onnx import export_onnx
+from export.onnx_graph.to_onnx import export_onnx
+from export.sessions.onnx_session import OnnxSession
 from export.verify import faithfulness
 from export.verify.faithfulness import (
     MARGIN,
@@ -17,6 +16,7 @@ from export.verify.faithfulness import (
     torch_served,
     without_rounded_inputs,
 )
+from export.verify.served import Served
 from models.losses import forward_kl
 from models.quantization import quantized_linears
 from models.quantization.kernels import rounded_in_blocks

@@ -3,8 +3,8 @@
 import onnx
 import pytest
 
-from export.for_cpu import write_cpu_graph
-from export.to_onnx import export_onnx
+from export.cpu_graph.to_cpu import write_cpu_graph
+from export.onnx_graph.to_onnx import export_onnx
 from export.verify.taps import FED, fed_graph
 from tests.helpers.tiny_models import quantized, tiny_model
 

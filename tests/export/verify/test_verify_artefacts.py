@@ -7,16 +7,16 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export.checks import Check, Comparison, VerificationError, raise_on_failure
-from export.engines import Engines
-from export.for_cpu import write_cpu_graph
-from export.label_graph import write_labels
+from export.cpu_graph.to_cpu import write_cpu_graph
+from export.engine.write import Engines
 from export.layout import GRAPH
-from export.prefill import write_prefill
-from export.progress import Phases
+from export.onnx_graph.labels import write_labels
+from export.onnx_graph.prefill import write_prefill
+from export.onnx_graph.to_onnx import export_onnx
+from export.phases import Phases
 from export.settings import ExportSettings
-from export.to_onnx import export_onnx
 from export.verify import verify, verify_artefacts
+from export.verify.checks import Check, Comparison, VerificationError, raise_on_failure
 from export.verify.everything import _not_run, longest_prompt
 from export.verify.exactness import LIMIT
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from export.huggingface import load_student, save_student
+from export.folders.student import load_student, save_student
 from models.architecture import FAMILIES
 from models.forward import answer_hidden, answer_labels, answer_logits, inference_copy
 from models.losses import Objective, forward_kl, linear_objective

@@ -1,0 +1,1 @@
+"""Speed, memory, size and energy of exports side by side: `python -m export.benchmark`."""

@@ -1,0 +1,98 @@
+"""Artefacts measured in turns: in every repetition each gets its turn at each cell, so a change of the load meets all of them."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from export.benchmark.artefacts import Artefact
+from export.benchmark.measure import Cell, spread
+from export.benchmark.worker import Answer, Worker
+from models.interleave import PAUSE
+
+_MS = 1000
+
+
+def cells(prompts: Sequence[int], batches: Sequence[int], new_tokens: int) -> list[Cell]:
+    """Every prompt length with the smallest batch, and every batch with the shortest prompt."""
+    lengths = [Cell(min(batches), prompt, new_tokens) for prompt in sorted(set(prompts))]
+    sizes = [Cell(batch, min(prompts), new_tokens) for batch in sorted(set(batches))]
+    return list(dict.fromkeys(lengths + sizes))
+
+
+def compare(
+    artefacts: Sequence[Artefact],
+    cells: Sequence[Cell],
+    *,
+    repetitions: int,
+    threads: int | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Measure every artefact at every cell, each artefact in a process of its own.
+
+    Args:
+        artefacts: What to measure; all stay loaded until the end.
+        cells: Where.
+        repetitions: Counted repetitions; one before them warms up. It goes artefact by artefact, so that what a GPU lacks
+            after it is what this artefact took.
+        threads: Threads on the CPU; None: the runtime's choice.
+        on_step: Called `len(artefacts) * len(cells) * (repetitions + 1)` times.
+
+    Returns:
+        One row an artefact and cell: `name`, the cell's sizes, and median, smallest and largest of
+        `time_to_first_token_ms`, `time_per_output_token_ms` and `tokens_per_second`; `peak_bytes` of the process (which keeps
+        what the cells of the warm-up took), `device_bytes` on a GPU, `joules_per_1000_tokens` (a median); or a `reason` if it could not be measured.
+    """
+    samples: dict[tuple[Artefact, Cell], list[Answer]] = {}
+    reasons: dict[tuple[Artefact, Cell], str] = {}
+    device_bytes: dict[tuple[Artefact, Cell], int | None] = {}
+
+    def turn(worker: Worker, artefact: Artefact, cell: Cell) -> Answer | None:
+        on_step()
+        if (artefact, cell) in reasons:
+            return None
+        time.sleep(PAUSE)
+        answer = worker.measure(cell)
+        if "error" in answer:
+            reasons[artefact, cell] = answer["error"]
+            return None
+        return answer
+
+    length = max(cell.prompt_tokens + cell.new_tokens for cell in cells)
+    with ExitStack() as stack:
+        workers = {}
+        for artefact in artefacts:
+            workers[artefact] = stack.enter_context(Worker(artefact, threads, length))
+            for cell in cells:
+                answer = turn(workers[artefact], artefact, cell)
+                device_bytes[artefact, cell] = answer["device_bytes"] if answer else None
+        for _ in range(repetitions):
+            for cell in cells:
+                for artefact, worker in workers.items():
+                    answer = turn(worker, artefact, cell)
+                    if answer:
+                        samples.setdefault((artefact, cell), []).append(answer)
+
+    def row(artefact: Artefact, cell: Cell) -> dict[str, Any]:
+        sizes = {"name": artefact.name, "batch": cell.batch, "prompt_tokens": cell.prompt_tokens}
+        key = (artefact, cell)
+        if key in reasons:
+            return sizes | {"reason": reasons[key]}
+        return sizes | _figures(samples[key], cell) | {"device_bytes": device_bytes[key]}
+
+    return [row(artefact, cell) for artefact in artefacts for cell in cells]
+
+
+def _figures(answers: Sequence[Answer], cell: Cell) -> dict[str, Any]:
+    decode = [answer["decode_seconds"] for answer in answers]
+    peaks = [answer["peak_bytes"] for answer in answers if answer["peak_bytes"] is not None]
+    joules = [answer["joules"] for answer in answers if answer["joules"] is not None]
+    tokens = cell.batch * (cell.new_tokens + 1)
+    energy = spread("joules_per_1000_tokens", [1000 * value / tokens for value in joules]) if joules else {}
+    return {
+        **spread("time_to_first_token_ms", [_MS * answer["first_seconds"] for answer in answers]),
+        **spread("time_per_output_token_ms", [_MS * seconds / cell.new_tokens for seconds in decode]),
+        **spread("tokens_per_second", [cell.batch * cell.new_tokens / seconds for seconds in decode]),
+        "peak_bytes": max(peaks, default=None),
+        "joules_per_1000_tokens": energy.get("joules_per_1000_tokens"),
+    }

@@ -1,0 +1,1 @@
+"""TensorRT engines: compiled from the graph, and read again to see which products are quantized."""

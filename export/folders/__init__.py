@@ -1,0 +1,1 @@
+"""The student as a Hugging Face folder: in floating point, and in codes and scales."""

@@ -1,0 +1,1 @@
+"""Running what was exported, token by token: one interface for torch, ONNX Runtime and engines."""

@@ -1,0 +1,40 @@
+"""What `models/pruning/latency.py` times for a budget in ONNX Runtime: the prefill of a model's exported graph, on the CPU.
+
+Legend: B prompts, T tokens.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from export.onnx_graph.to_onnx import Precision, export_onnx
+from export.sessions.onnx_session import OnnxSession
+from models.pruning.latency import Run
+
+
+def onnx_run(
+    model: PreTrainedModel, *, batch: int, length: int, precision: Precision = "fp32", threads: int | None = None
+) -> Run:
+    """Export a model to a temporary folder and load the graph.
+
+    Args:
+        model: Causal language model; it is not changed.
+        batch: Prompts at a time.
+        length: Tokens of each.
+        precision: Of the graph.
+        threads: Threads of one operator; None: ONNX Runtime's choice.
+
+    Returns:
+        One prefill, from an empty cache to logits at all positions.
+
+    Raises:
+        ValueError: The model cannot be exported in this precision.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, precision=precision)
+        session = OnnxSession(path, threads=threads)  # keeps the weights, also when their file has gone
+    ids_BT = torch.ones(batch, length, dtype=torch.long)
+    return lambda: session.run(ids_BT, ids_BT)

@@ -1,0 +1,68 @@
+"""The prompts that an exported file is verified on: the user's own, or a few that come along."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.chat import Conversation, encode
+from datamodules.files import read_conversations
+
+PROMPTS = (
+    "What is 7 plus 5?",
+    "Name the capital of France.",
+    "Write one short sentence about rain.",
+    "Is the statement 'all cats are animals' true or false? Answer with one word and then give the reason for your answer.",
+    "List three colours.",
+    "A train leaves at 9:40 and arrives at 11:05. How long does the journey take? Think step by step, then answer.",
+    "Translate 'good morning' into Spanish.",
+    "Summarize in one sentence: the sun warms the sea, water rises as vapour, cools down, forms clouds and falls as rain.",
+)
+
+
+def prompts_for_verification(
+    tokenizer: PreTrainedTokenizerBase, conversations: Path | None, number: int
+) -> dict[str, Tensor]:
+    """The first prompts as a left-padded batch.
+
+    Args:
+        tokenizer: One without chat template gets the last message before each answer as it is.
+        conversations: JSONL or Parquet file with `messages`, or `prompt` and `response`; None: `PROMPTS`.
+        number: How many.
+
+    Returns:
+        `prompt_ids` (B, P) and `prompt_mask` (B, P).
+
+    Raises:
+        FileNotFoundError, ValueError: The file is missing or broken, or there are not so many.
+    """
+    if conversations is None:
+        found = [_conversation(prompt) for prompt in PROMPTS]
+    else:
+        found = read_conversations(str(conversations), default_split="train")
+    if number > len(found):
+        place = "that come along" if conversations is None else f"in {str(conversations)!r}"
+        raise ValueError(
+            f"expected at most {len(found)} prompts to verify on, those {place}, found --prompts {number}; ask for fewer, or name a "
+            "longer file with --verify-on"
+        )
+    if tokenizer.chat_template:
+        rows = [example.input_ids[: example.prompt_length].long() for example in encode(tokenizer, found[:number])]
+    else:
+        rows = [torch.tensor(tokenizer(each.prompt[-1]["content"])["input_ids"]) for each in found[:number]]
+    masks = [torch.ones_like(row) for row in rows]
+    pad_id = tokenizer.pad_token_id or 0
+    return {"prompt_ids": _left_padded(rows, pad_id), "prompt_mask": _left_padded(masks, 0)}
+
+
+def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+
+def _conversation(prompt: str) -> Conversation:
+    return Conversation(
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": "."}], "export/verify/prompts.py"
+    )
