@@ -35,7 +35,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import callbacks
 import datamodules
 import models
-from models.checkpoint import REFERENCES, plain_settings, read_checkpoint
+from models.loading.checkpoint import REFERENCES, plain_settings, read_checkpoint
 from program.ranges import check_ranges
 
 gc.freeze()  # nor is any of them looked at again, in training or at exit

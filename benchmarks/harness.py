@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from models.interleave import interleave
+from models.hardware.interleave import interleave
 from program.files import write_file
 
 __all__ = ["interleave", "parser", "report", "spread"]

@@ -33,8 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from benchmarks.harness import parser, report
-from models.checkpoint import read_checkpoint
-from models.pretrained import load_tokenizer
+from models.loading.checkpoint import read_checkpoint
+from models.loading.reference import load_tokenizer
 from program.progress import Bar
 
 PACKAGES = ("torch", "lightning", "transformers")

@@ -23,7 +23,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from benchmarks.harness import interleave, parser, report, spread
-from models.pretrained import load_model, load_tokenizer
+from models.loading.reference import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/distill.yaml"

@@ -31,7 +31,7 @@ from benchmarks.chats import answered, held_out_prompts
 from benchmarks.harness import interleave, parser, report, spread
 from benchmarks.onnx_graphs import GRAPHS, MODEL, Graph, genai_graph, our_graph
 from export.sessions.shared_cache import SharedCacheSession
-from models.pretrained import load_model, load_tokenizer
+from models.loading.reference import load_model, load_tokenizer
 
 PAST = 128
 PIECE = 256  # tokens that ours runs at once

@@ -7,7 +7,7 @@
 | `int4`    | `int4_g128`: 4-bit blocks of 128, QuantEase                        | `int4_g64`, QuantEase        |
 | `prefill` | `int8`: products of whole numbers, QuantEase; the last position only | 8-bit blocks, to nearest   |
 
-Students are quantized by `models/quantization/post_training.py` and written by `export/cpu_graph/to_cpu.py`.
+Students are quantized by `models/post_training/calibrate.py` and written by `export/cpu_graph/to_cpu.py`.
 """
 
 import json
@@ -23,10 +23,10 @@ from export.cpu_graph.to_cpu import write_cpu_graph
 from export.layout import CPU
 from export.onnx_graph.to_onnx import Precision, export_onnx
 from models.forward import Batch
-from models.pretrained import load_model, load_tokenizer
-from models.quantization.choice import UNQUANTIZED, formats_by_pattern
-from models.quantization.post_training import quantize_after_training
-from models.quantization.settings import Method, PostTrainingQuantization
+from models.loading.reference import load_model, load_tokenizer
+from models.post_training.calibrate import quantize_after_training
+from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern
+from models.post_training.settings import Method, PostTrainingQuantization
 
 MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES, CALIBRATION_BATCHES = 128, 8

@@ -11,11 +11,11 @@ from typing import Any
 
 from benchmarks.harness import parser, report
 from export.sessions.timed_prefill import onnx_run
-from models.pretrained import load_model
-from models.pruning.budget import flops, parameters
-from models.pruning.latency import Run, compare, meet_latency, torch_run
-from models.pruning.shape import Shape, shape_of, sliced
-from models.pruning.uniform import evenly_sparse
+from models.loading.reference import load_model
+from models.pruning.budget.costs import flops, parameters
+from models.pruning.budget.latency import Run, compare, meet_latency, torch_run
+from models.pruning.budget.uniform import evenly_sparse
+from models.structure.shape import Shape, shape_of, sliced
 
 BACKENDS = {"torch": torch_run, "onnxruntime": onnx_run}
 

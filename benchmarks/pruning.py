@@ -32,12 +32,12 @@ from benchmarks.pruning_page import write_page
 from benchmarks.pruning_speed import speeds
 from benchmarks.study import Row, Rows, flat, machine
 from models.architecture import count_parameters
-from models.evaluation import evaluate
-from models.pretrained import load_model, load_tokenizer
+from models.evaluation.answers import evaluate
+from models.loading.reference import load_model, load_tokenizer
 from models.pruning.cut import PruningSettings, Targets, plan_cut, rank_units, repair_cut
-from models.pruning.ranking import Ranking
-from models.pruning.shape import shape_of
-from models.structure import Edit, replay
+from models.pruning.scores.removal_order import Ranking
+from models.structure.edits import Edit, replay
+from models.structure.shape import shape_of
 from models.teacher import RememberingTeacher, Teacher
 
 MODEL = "package:smollm2-135m-instruct"

@@ -1,7 +1,7 @@
 """How fast is each student of the pruning study?  Speed depends on sizes alone, so every shape is timed once, beside the dense model.
 
 The prefill of one prompt of 128 tokens with logits at all positions, in float32, in torch and in ONNX Runtime; runs of both models
-take turns, see `models/pruning/latency.py`.
+take turns, see `models/pruning/budget/latency.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from benchmarks.study import Row, Rows, machine
 from export.sessions.timed_prefill import onnx_run
-from models.pretrained import load_model
-from models.pruning.budget import flops, parameters
-from models.pruning.latency import Run, compare, torch_run
-from models.pruning.shape import LayerShape, Shape, shape_of, sliced
+from models.loading.reference import load_model
+from models.pruning.budget.costs import flops, parameters
+from models.pruning.budget.latency import Run, compare, torch_run
+from models.structure.shape import LayerShape, Shape, shape_of, sliced
 
 BATCH, LENGTH = 1, 128
 REPETITIONS = 30

@@ -36,10 +36,10 @@ from benchmarks.quantization_peers import Peer
 from benchmarks.quantization_training import DISTILLED, LEARNED, ON_ALL, STEPS, WAYS, learning_rate, trained_row
 from benchmarks.study import Row, Rows, flat
 from benchmarks.study_training import quiet
-from models.evaluation import evaluate
+from models.evaluation.answers import evaluate
 from models.forward import Batch
-from models.pretrained import load_model, load_tokenizer
-from models.quantization.choice import UNQUANTIZED, bits_of
+from models.loading.reference import load_model, load_tokenizer
+from models.post_training.format_choice import UNQUANTIZED, bits_of
 from models.quantization.formats import FORMATS
 from models.teacher import RememberingTeacher, Teacher
 

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from benchmarks.quantization_peers import Peer
 from models.architecture import decoder_layers, head_name
 from models.forward import Batch
+from models.post_training.calibrate import quantize_after_training
+from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern
+from models.post_training.settings import Method, PostTrainingQuantization
+from models.post_training.smoothing import STRENGTHS
 from models.quantization.cache import CacheFormat
-from models.quantization.choice import UNQUANTIZED, formats_by_pattern
 from models.quantization.formats import FORMATS
-from models.quantization.post_training import quantize_after_training
 from models.quantization.scales import Search
-from models.quantization.settings import Method, PostTrainingQuantization
-from models.quantization.smoothing import STRENGTHS
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Arm:
 
     Args:
         format: Name of a format in `models/quantization/formats.py`, or `none`.
-        method: See `models.quantization.post_training`.
+        method: See `models.post_training.calibrate`.
         search: How scales of weights and of inputs are found, see the same.
         smoothing: Whether channels are smoothed first, see the same; None: where it helps.
         sensitive: The same.
@@ -73,7 +73,7 @@ class HeadArm:
 
     Args:
         head: Its format.
-        method: See `models.quantization.post_training`.
+        method: See `models.post_training.calibrate`.
         sensitive: The same.
         format: Of the decoder's projections: none.
     """

@@ -28,10 +28,10 @@ from benchmarks.chats import SAMPLING, answered, calibration_prompts
 from benchmarks.quantization_arms import Arm
 from benchmarks.study import Row
 from models.distillation import Distillation
+from models.generation.on_policy import OnPolicy
 from models.losses import Objective
-from models.on_policy import OnPolicy
-from models.quantization.choice import bits_of
-from models.quantization.learning import learn_scales
+from models.post_training.format_choice import bits_of
+from models.quantization.learned_scales import learn_scales
 
 DISTILLED = "QAT, distillation"
 LEARNED = "QAT, distillation, learned scales"

@@ -37,7 +37,7 @@ from benchmarks.ranking_ways import RUNTIMES, Score, TransformersLoop, open_sess
 from benchmarks.study import Row
 from datamodules.ranking import Candidate
 from export.serving.scorer import CacheSession, Scorer
-from models.pretrained import load_model
+from models.loading.reference import load_model
 
 RATIO_AT = 50  # candidates; more of them are repeated less often
 WARM_UP = 10  # candidates

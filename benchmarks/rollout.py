@@ -1,4 +1,4 @@
-"""Sampling answers: `models.rollout.rollout` against `transformers`' own `generate`, same weights, prompts and lengths.
+"""Sampling answers: `models.generation.rollout.rollout` against `transformers`' own `generate`, same weights, prompts and lengths.
 
     python -m benchmarks.rollout [--model REFERENCE] [--json FILE]
 
@@ -8,11 +8,11 @@ Both sample in bfloat16 with a key/value cache, without end tokens, so that both
 import torch
 
 from benchmarks.harness import interleave, parser, report, spread
-from models.decoder import decoder_for
-from models.forward import inference_copy
-from models.pretrained import load_model
-from models.rollout import rollout
-from models.sampling import Sampling
+from models.copies import inference_copy
+from models.generation.decoder import decoder_for
+from models.generation.rollout import rollout
+from models.generation.sampling import Sampling
+from models.loading.reference import load_model
 
 PROMPT_TOKENS = 32
 

@@ -22,7 +22,7 @@ import torch
 from matplotlib.axes import Axes
 
 from benchmarks.students import keep_layers
-from models.pretrained import load_model, load_tokenizer
+from models.loading.reference import load_model, load_tokenizer
 from program.files import write_file
 
 Row = dict[str, Any]

@@ -25,9 +25,9 @@ from benchmarks.study import Row, flat, write_half
 from benchmarks.study_page import write_page
 from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from models import SFT, Distillation, StudentModule
+from models.generation.on_policy import OnPolicy
+from models.loading.reference import load_model
 from models.losses import Objective
-from models.on_policy import OnPolicy
-from models.pretrained import load_model
 
 TIME_REFERENCE = "two_stage"
 

@@ -13,13 +13,14 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from datamodules import ReasoningTasks
-from models.decoder import decoder_for
-from models.evaluation import evaluate
-from models.forward import answer_logits, inference_copy
+from models.copies import inference_copy
+from models.evaluation.answers import evaluate
+from models.forward import answer_logits
+from models.generation.decoder import decoder_for
+from models.generation.rollout import rollout, rollout_batch
+from models.generation.sampling import Sampling, seed_of
+from models.loading.reference import end_token_ids
 from models.losses import forward_kl, reverse_kl
-from models.pretrained import end_token_ids
-from models.rollout import rollout, rollout_batch
-from models.sampling import Sampling, seed_of
 from models.student import StudentModule
 from models.teacher import RememberingTeacher, Teacher
 
@@ -56,7 +57,7 @@ class Judge:
         return {f"val_{name}": figures[name] for name in ("kl", "top1_agreement")}
 
     def on_test(self, student: PreTrainedModel) -> dict[str, float]:
-        """On gold answers what `models.evaluation.evaluate` says, and on the student's own answers `own_kl`, `own_reverse_kl`."""
+        """On gold answers what `models.evaluation.answers.evaluate` says, and on the student's own answers `own_kl`, `own_reverse_kl`."""
         student = student.to(self.device)  # type: ignore[arg-type]
         figures = evaluate(
             student,

@@ -37,11 +37,11 @@ from datamodules.movielens_ranking import MovieLens
 from export.folders.student import save_student
 from models import RankingDistillation
 from models.architecture import count_parameters, decoder_layers
+from models.loading.reference import load_model, load_tokenizer
 from models.losses.labels import LabelObjective
-from models.pretrained import load_model, load_tokenizer
+from models.pruning.budget.latency import compare, torch_run
 from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut
-from models.pruning.latency import compare, torch_run
-from models.structure import replay
+from models.structure.edits import replay
 from models.teacher import RememberingTeacher
 
 RECIPE = Path(__file__).parent.parent / "configs/ranking.yaml"

@@ -22,7 +22,7 @@ from benchmarks.study import Row, check_teacher, flat
 from benchmarks.study_training import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from callbacks import GradualPruning
 from models import Distillation
-from models.on_policy import OnPolicy
+from models.generation.on_policy import OnPolicy
 
 OUT = Path("docs/results/pruning/recovery")
 

@@ -25,11 +25,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
+from models.calibration.observe import on_device
 from models.forward import Batch, answer_hidden, answer_labels
 from models.losses import Objective, head_of, linear_objective
 from models.pruning.cut import Targets
-from models.pruning.observe import on_device
-from models.structure import Edit
+from models.structure.edits import Edit
 
 _CROSS_ENTROPY = Objective({"cross_entropy": 1.0})
 

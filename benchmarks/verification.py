@@ -55,11 +55,12 @@ from export.verify.exactness import FedSession, compare_alone, compare_graph, co
 from export.verify.faithfulness import compare_served, judged_by, num_tokens_for, sampled, torch_served
 from export.verify.rounding import FLOAT16, FLOAT32, Arithmetic
 from export.verify.torch_run import Run
-from models.forward import Batch, shared_copy, with_rounded_weights
-from models.pretrained import end_token_ids, load_model, load_tokenizer
+from models.copies import shared_copy, with_rounded_weights
+from models.forward import Batch
+from models.loading.reference import end_token_ids, load_model, load_tokenizer
+from models.post_training.settings import PostTrainingQuantization
 from models.quantization.linear import freeze_scales
-from models.quantization.settings import PostTrainingQuantization
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 
 MODEL, LAYERS = "package:smollm2-135m-instruct", [0, 1, 2, 3]
 STUDENT = Path("runs/quickstart/student")

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.order import StepBoundary
-from models.checkpoint import read_checkpoint
+from models.loading.checkpoint import read_checkpoint
 from program.files import sweep, write_file
 
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGUSR1 is left for saving and requeueing

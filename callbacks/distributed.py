@@ -12,7 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
-from models.structure import Edit
+from models.structure.edits import Edit
 from models.student import StudentModule
 
 T = TypeVar("T")

@@ -31,13 +31,13 @@ from export.sessions.onnx_session import OnnxSession
 from export.settings import ExportSettings, check_settings
 from export.verify import check_tokens
 from export.verify.checks import raise_on_failure
-from models.allocator import give_back_freed_memory
 from models.architecture import decoder_layers
 from models.forward import Batch
+from models.hardware.cpu_training import give_back_freed_memory
+from models.loading.reference import end_token_ids
 from models.offline import is_offline
-from models.pretrained import end_token_ids
+from models.post_training.settings import Method, PostTrainingQuantization
 from models.quantization.formats import FormatName
-from models.quantization.settings import Method, PostTrainingQuantization
 from models.student import StudentModule
 from models.teacher import Teacher
 from program.ranges import check_ranges

@@ -21,10 +21,10 @@ from callbacks.pruning_judge import PruningJudge
 from callbacks.pruning_plan import PruningPlan, Sparsities, When, steps_of
 from models.architecture import count_parameters
 from models.distillation import Distillation
+from models.pruning.budget.schedule import Course
+from models.pruning.budget.target import Budget
 from models.pruning.cut import Allocation, Depth, PruningSettings, Repair, ScoreName, Targets
-from models.pruning.schedule import Course
-from models.pruning.shape import shape_of
-from models.pruning.target_budget import Budget
+from models.structure.shape import shape_of
 from models.student import StudentModule
 
 DEFAULTS = PruningSettings()

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from models.lora import Projection, check_peft, projections
+from models.structure.adapters import Projection, check_peft, projections
 from models.student import StudentModule
 
 

@@ -13,7 +13,7 @@ from callbacks.order import StepBoundary, check_order
 from callbacks.quantization import QuantizationAwareTraining
 from datamodules.base import ChatDataModule
 from models.architecture import count_parameters
-from models.evaluation import evaluate
+from models.evaluation.answers import evaluate
 from models.offline import is_offline
 from models.student import StudentModule
 from models.teacher import RememberingTeacher, Teacher

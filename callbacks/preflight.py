@@ -24,12 +24,12 @@ from export.onnx_graph.to_onnx import export_onnx
 from export.pipeline import check_cpu_format, check_output_free, is_compressed
 from export.settings import ExportSettings
 from models.architecture import DecoderLayer, count_parameters, decoder_layers, head_name
-from models.lora import merge_adapters
+from models.post_training.format_choice import formats_by_pattern, quantization_edits
 from models.pruning.cut import Targets
 from models.quantization import FORMATS, freeze_scales
 from models.quantization.cache import CacheFormat
-from models.quantization.choice import formats_by_pattern, quantization_edits
-from models.structure import Edit, apply_edit, quantize_decoder, replay
+from models.structure.adapters import merge_adapters
+from models.structure.edits import Edit, apply_edit, quantize_decoder, replay
 from models.student import StudentModule
 from models.teacher import Teacher
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from callbacks.pruning_plan import shape_after
 from export.sessions.timed_prefill import onnx_run
+from models.pruning.budget.latency import Latency, Run, meet_latency, torch_run
+from models.pruning.budget.target import Budget
+from models.pruning.budget.uniform import Sizes, evenly_sparse
 from models.pruning.cut import Targets
-from models.pruning.latency import Latency, Run, meet_latency, torch_run
-from models.pruning.shape import Shape, shape_of, sliced
-from models.pruning.target_budget import Budget
-from models.pruning.uniform import Sizes, evenly_sparse
+from models.structure.shape import Shape, shape_of, sliced
 from models.student import StudentModule
 
 

@@ -10,7 +10,7 @@ from callbacks.data import data_of
 from callbacks.distributed import share_of_rank
 from datamodules.base import ChatDataModule
 from datamodules.collate import Batch as LoadedBatch
-from models.evaluation import evaluate
+from models.evaluation.answers import evaluate
 from models.forward import Batch
 from models.student import StudentModule
 from models.teacher import RememberingTeacher, Teacher

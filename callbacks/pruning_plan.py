@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from models.pruning.budget.schedule import Course, event_steps, sparsity_after, units_to_keep
+from models.pruning.budget.target import Budget, Limit
+from models.pruning.budget.uniform import Sizes, largest_within, smallest
 from models.pruning.cut import Targets
-from models.pruning.schedule import Course, event_steps, sparsity_after, units_to_keep
-from models.pruning.shape import Key, Shape, WidthAxis
-from models.pruning.target_budget import Budget, Limit
-from models.pruning.uniform import Sizes, largest_within, smallest
+from models.structure.shape import Key, Shape, WidthAxis
 
 When = Literal["steps", "plateau"]
 

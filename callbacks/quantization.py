@@ -14,14 +14,14 @@ from callbacks.gradual_pruning import GradualPruning
 from callbacks.order import StepBoundary, check_order
 from export.phases import Phases
 from models.architecture import decoder_layers
+from models.post_training.calibrate import calibrate_quantizers
+from models.post_training.format_choice import formats_by_pattern, quantization_edits
+from models.post_training.settings import Method, PostTrainingQuantization
 from models.quantization import freeze_inputs, freeze_weights, merge_observations, quantized_linears
 from models.quantization.cache import CacheFormat
-from models.quantization.choice import formats_by_pattern, quantization_edits
 from models.quantization.formats import FormatName
-from models.quantization.learning import check_can_follow, learned_scales
-from models.quantization.post_training import calibrate_quantizers
+from models.quantization.learned_scales import check_can_follow, learned_scales
 from models.quantization.scales import Search
-from models.quantization.settings import Method, PostTrainingQuantization
 from models.student import StudentModule
 
 

@@ -8,9 +8,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_only
 
 from callbacks.data import data_of
-from models.decoder import decoder_for
-from models.evaluation import generate_texts
-from models.pretrained import end_token_ids
+from models.evaluation.answers import generate_texts
+from models.generation.decoder import decoder_for
+from models.loading.reference import end_token_ids
 from models.student import StudentModule
 
 

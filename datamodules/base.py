@@ -126,7 +126,7 @@ class ChatDataModule(LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer behind the reference; its chat template and end token were checked."""
-        from models.pretrained import (
+        from models.loading.reference import (
             load_tokenizer,
         )  # only here: `models` imports torch modules this file can do without
 

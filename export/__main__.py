@@ -100,7 +100,7 @@ def load_any(reference: str, student: str | None = None) -> tuple[PreTrainedMode
     """
     path = Path(reference).expanduser()
     if path.suffix == ".ckpt":
-        from models.checkpoint import load_student_checkpoint  # heavy: the whole of Lightning
+        from models.loading.checkpoint import load_student_checkpoint  # heavy: the whole of Lightning
 
         return load_student_checkpoint(path, student)
     if student is not None:

@@ -16,13 +16,13 @@ from datamodules.collate import collate, pad_id_of
 from datamodules.files import read_conversations
 from export.folders.student import without_quantizers
 from models.forward import Batch
-from models.lora import merged
+from models.post_training.calibrate import quantize_after_training
+from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
+from models.post_training.settings import PostTrainingQuantization
 from models.quantization.cache import CacheFormat
-from models.quantization.choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
 from models.quantization.linear import freeze_scales
-from models.quantization.post_training import quantize_after_training
 from models.quantization.quantizers import FakeQuantizer
-from models.quantization.settings import PostTrainingQuantization
+from models.structure.adapters import merged
 
 BATCH_SIZE = 8
 _SENSITIVITY_BATCHES = 4

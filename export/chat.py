@@ -25,8 +25,8 @@ from export.layout import COMPRESSED, CPU_GRAPH, GRAPH, STUDENT
 from export.options import positive
 from export.sessions.onnx_session import OnnxSession
 from export.sessions.shared_cache import SharedCacheSession
-from models.pretrained import load_tokenizer
-from models.sampling import Sampling, sample, seed_of, uniforms
+from models.generation.sampling import Sampling, sample, seed_of, uniforms
+from models.loading.reference import load_tokenizer
 from program.screen import as_command
 
 

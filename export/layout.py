@@ -1,6 +1,6 @@
 """Where an export puts its files.
 
-OUTPUT/student/                    Hugging Face folder, see `models/folder.py` for students of unequal layers
+OUTPUT/student/                    Hugging Face folder, see `models/loading/student_folder.py` for students of unequal layers
 OUTPUT/compressed/                 of quantized students: the same as codes and scales, see `export/folders/compressed.py`
 OUTPUT/onnx/model.onnx (+ .data)   graph with the cache in and out
 OUTPUT/onnx/prefill.onnx           only if asked for: the same weights, logits of the last position

@@ -7,10 +7,10 @@ from typing import NoReturn, get_args
 from export.calibration import Calibration
 from export.onnx_graph.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
 from export.settings import ExportSettings, StudentType
+from models.post_training.format_choice import UNQUANTIZED as NO_FORMAT
+from models.post_training.settings import Method, PostTrainingQuantization
 from models.quantization.cache import CacheFormat
-from models.quantization.choice import UNQUANTIZED as NO_FORMAT
 from models.quantization.formats import FORMATS
-from models.quantization.settings import Method, PostTrainingQuantization
 
 _CALIBRATION_OPTIONS = ("--method", "--calibration-conversations", "--layer-formats", "--average-bits", "--kv-cache")
 

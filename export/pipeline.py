@@ -43,13 +43,13 @@ from export.settings import ExportSettings, check_settings
 from export.verify import HeldOut, Verification, verify_artefacts
 from export.verify.checks import Check
 from export.verify.served import Served
-from models.folder import why_not_plain
-from models.loading import check_finite
-from models.lora import merged
+from models.loading.contents import check_finite
+from models.loading.student_folder import why_not_plain
+from models.post_training.format_choice import formats_by_pattern
 from models.quantization.cache import cache_format
-from models.quantization.choice import formats_by_pattern
 from models.quantization.formats import FORMATS
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
+from models.structure.adapters import merged
 from program.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 
 

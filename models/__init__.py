@@ -2,7 +2,7 @@
 
 import program.screen  # noqa: F401
 from models.distillation import Distillation
-from models.ranking import RankingDistillation
+from models.ranking_distillation import RankingDistillation
 from models.sft import SFT
 from models.student import StudentModule
 

@@ -14,10 +14,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from models.checks import check_course, check_hidden_states, check_offline, check_policy_gradient
-from models.decoder import decoder_for
-from models.evaluation import AnswerMetrics
+from models.evaluation.answers import AnswerMetrics
 from models.forward import Batch, answer_hidden, answer_labels, answer_lengths, answer_states
+from models.generation.decoder import decoder_for
+from models.generation.on_policy import OnPolicy, OnPolicyAnswers, Source, check_course, check_policy_gradient
+from models.generation.rollout import Rollout, rollout_batch
+from models.generation.sampling import Sampling
+from models.loading.reference import end_token_ids, vocabulary_size
 from models.losses import (
     Objective,
     Targets,
@@ -26,11 +29,9 @@ from models.losses import (
     hidden_state_loss,
     linear_objective,
 )
+from models.losses.hidden_states import check_hidden_states
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
-from models.on_policy import OnPolicy, OnPolicyAnswers, Source
-from models.pretrained import end_token_ids, vocabulary_size
-from models.rollout import Rollout, rollout_batch
-from models.sampling import Sampling
+from models.offline.teacher import check_offline
 from models.step_mean import step_of
 from models.student import StudentModule, settings_of
 from models.teacher import Teacher, TeacherDtype, load_teacher
@@ -88,7 +89,14 @@ class Distillation(StudentModule):
         self.hidden_state_layers = {int(ours): int(theirs) for ours, theirs in (hidden_state_layers or {}).items()}
         check_hidden_states(hidden_state_weight, self.hidden_state_layers)
         check_policy_gradient(self.objectives, self.own_answers.settings)
-        check_offline(self)
+        check_offline(
+            self.teacher_reference,
+            {
+                "on_policy.start": self.own_answers.settings.start >= 0,
+                "hidden_state_layers": bool(self.hidden_state_layers),
+                "teacher_dtype": self.teacher_dtype != "auto",
+            },
+        )
         self._source: Source = "dataset"  # of this optimizer step's answers
         self._rolled: list[tuple[Batch, Rollout]] = []  # the student's own, of all micro-batches of this optimizer step
         self._teacher_metrics: AnswerMetrics | None = AnswerMetrics()

@@ -3,21 +3,16 @@
 Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary, D hidden.
 """
 
-import copy
-import itertools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from models.lora import merge_adapters
-from models.losses.head import logits_of
-from models.quantization.linear import quantized_linears
-from models.sharding import call_gathered, is_sharded, whole_copy
+from models.hardware.sharding import call_gathered
+from models.losses.output_head import logits_of
 
 Batch = dict[str, Any]
 IGNORE = -100
@@ -81,40 +76,3 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # transformers' public name for this changed within version 5, and it also hooks the embeddings, which only re-entrant
     # checkpoints need.
     model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
-
-
-def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model on the same tensors: its modules can be changed and exchanged, and `model` stays as it is."""
-    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    copied: PreTrainedModel = copy.deepcopy(model, tensors)  # type: ignore[arg-type]
-    return copied
-
-
-@torch.no_grad()
-def with_rounded_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model in evaluation mode that rounds no weight any more: quantized ones are stored as they round; others are shared."""
-    rounded = shared_copy(model).eval()
-    for linear in quantized_linears(rounded).values():
-        linear.weight = nn.Parameter(linear.weight_quantizer(linear.weight), requires_grad=False)
-        linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]
-    return rounded
-
-
-@torch.no_grad()
-def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy of a model for generation: evaluation mode, weights in `dtype`, fake-quantized weights rounded once and for all,
-    LoRA adapters merged, no activation checkpoints.  Of a sharded model every process gets the whole copy, and all must ask.
-
-    Only parameters change type.  Buffers keep float32: rotary frequencies in bfloat16 would turn by wrong angles, and
-    quantization scales would put values on another grid.
-    """
-    if is_sharded(model):
-        return whole_copy(model, dtype).eval()
-    duplicate = merge_adapters(copy.deepcopy(model).eval()).requires_grad_(False)
-    duplicate._set_gradient_checkpointing(False)
-    for linear in quantized_linears(duplicate).values():
-        linear.weight.data = linear.weight_quantizer(linear.weight)
-        linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]
-    for parameter in duplicate.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return duplicate

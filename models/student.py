@@ -11,21 +11,20 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_scheduler
 
-from models.allocator import keep_freed_memory
 from models.architecture import check_family
-from models.attention import use_for_training
-from models.evaluated import EvaluatedModule
+from models.evaluation.module import EvaluatedModule
 from models.forward import Batch, checkpoint_activations
+from models.generation.sampling import seed_of
+from models.hardware.cpu_training import keep_freed_memory, use_for_training
+from models.hardware.low_precision import check_rounding
+from models.hardware.sharding import check_shardable, shard
+from models.loading.reference import load_model, load_tokenizer
 from models.losses import check_head, head_of
-from models.low_precision import check_rounding
-from models.pretrained import load_model, load_tokenizer
-from models.quantization.head import untie_head
-from models.quantization.learning import add_scale_group, cover_new_groups, learned_scales, round_learned_scales
-from models.sampling import seed_of
-from models.sharding import check_shardable, shard
+from models.quantization.learned_scales import add_scale_group, cover_new_groups, learned_scales, round_learned_scales
+from models.quantization.output_head import untie_head
 from models.step_mean import StepMean, step_of
-from models.structure import Edit, apply_edit, replay
-from models.timing import Stopwatch
+from models.stopwatch import Stopwatch
+from models.structure.edits import Edit, apply_edit, replay
 from program.ranges import check_ranges
 
 Settings = TypeVar("Settings")

@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.forward import Batch, answer_hidden, answer_lengths, answer_states
+from models.hardware.low_precision import quantize_weights
+from models.hardware.sharding import shard
+from models.loading.reference import check_same_tokenizer, load_model, load_tokenizer
 from models.losses import FullTargets, Targets, check_head, head_of, logits_of
-from models.low_precision import quantize_weights
-from models.pretrained import check_same_tokenizer, load_model, load_tokenizer
-from models.sharding import shard
 
 TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
@@ -27,7 +27,7 @@ class Teacher:
     """A frozen model that answers with next-token logits.
 
     Args:
-        reference: Model reference, see `models/pretrained.py`.
+        reference: Model reference, see `models/loading/reference.py`.
         dtype: Floating point type of the weights, and of the computation.
         int8: Keep the linear layers of the decoder in 8 bits with one scale per output; the head stays in `dtype`.
         trust_remote_code: Run Python code that comes with the model.
@@ -104,7 +104,7 @@ def load_teacher(
     """A teacher that a student with this tokenizer can learn from.
 
     Args:
-        reference: Model reference, see `models/pretrained.py`.
+        reference: Model reference, see `models/loading/reference.py`.
         tokenizer: The student's.
         dtype: Of the teacher's weights; auto is `inference_dtype`, int8 keeps its decoder layers in 8 bits.
         inference_dtype: Of the computation where `dtype` names none.

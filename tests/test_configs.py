@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import train
-from models.checkpoint import load_student_checkpoint
+from models.loading.checkpoint import load_student_checkpoint
 from tests.helpers.short_runs import MOVED, ROOT, STEPS, short
 from tests.helpers.tiny import tiny_folder, tiny_jsonl
 

@@ -9,9 +9,9 @@ import yaml
 
 import train
 from models import Distillation
+from models.generation.on_policy import OnPolicy
+from models.generation.sampling import Sampling
 from models.losses import LOSSES, Objective
-from models.on_policy import OnPolicy
-from models.sampling import Sampling
 from tests.helpers.short_runs import ROOT
 
 RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import train
 from export.__main__ import load_any
 from export.__main__ import main as export
 from models import SFT, Distillation
-from models.checkpoint import plain_settings
+from models.loading.checkpoint import plain_settings
 from program.packaged import PackagedFile, fetch
 from tests.helpers.short_runs import ROOT
 from tests.helpers.tiny import tiny_folder, tiny_jsonl

@@ -104,7 +104,7 @@ def open_session(artefact: Artefact, threads: int | None, length: int) -> Sessio
 
         return EngineSession(path, _flavour(path))
     from export.sessions.torch_session import TorchSession
-    from models.pretrained import load_model
+    from models.loading.reference import load_model
 
     if threads is not None:
         torch.set_num_threads(threads)

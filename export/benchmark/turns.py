@@ -8,7 +8,7 @@ from typing import Any
 from export.benchmark.artefacts import Artefact
 from export.benchmark.measure import Cell, spread
 from export.benchmark.worker import Answer, Worker
-from models.interleave import PAUSE
+from models.hardware.interleave import PAUSE
 
 _MS = 1000
 

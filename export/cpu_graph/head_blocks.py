@@ -5,7 +5,7 @@ one operator that reads the codes, if the session leaves its option `session.dis
 float32 when the file is loaded).
 
 A head that is tied to the embedding is stored once: rows for the embedding, transposed by the runtime at load for the product.  A head
-that was quantized with the student (`models/quantization/head.py`) keeps the codes it has, and the embedding gets its own.
+that was quantized with the student (`models/quantization/output_head.py`) keeps the codes it has, and the embedding gets its own.
 
 Letters: K features that the head reads, N columns (tokens), b features of a block, B = K / b blocks.
 """
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from export.onnx_graph.edits import Inserter, constant, take_place
-from models.forward import shared_copy
+from models.copies import shared_copy
 
 BLOCK_SIZES = (64, 32, 16)
 

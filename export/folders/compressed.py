@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.folders.student import for_saving
-from models.folder import CONFIG_FILE, why_not_plain
-from models.lora import merged
+from models.architecture import CACHE
+from models.loading.student_folder import CONFIG_FILE, why_not_plain
 from models.quantization.cache import CACHE_GRIDS, cache_format, cache_quantizers
 from models.quantization.formats import BITS, Grid, format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
-from models.renamed import CACHE
+from models.structure.adapters import merged
 from program.files import move_into_place, staging_folder
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ a quarter of a step for the largest code of 8 bits, and the next rounding takes 
 
 What is exported holds the same numbers everywhere, because weights are rounded to the type of the folder first (`rounded`).
 
-A student whose layers have different sizes is saved in a form that only Potstill loads, see `models/folder.py`.
+A student whose layers have different sizes is saved in a form that only Potstill loads, see `models/loading/student_folder.py`.
 """
 
 import copy
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
-from models.loading import tie_equal_head
-from models.lora import merged
-from models.pretrained import load_model, load_tokenizer
+from models.loading.contents import tie_equal_head
+from models.loading.reference import load_model, load_tokenizer
+from models.loading.student_folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
 from models.quantization.cache import remove_cache_quantizers
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import FakeQuantizer
+from models.structure.adapters import merged
 from program.files import move_into_place, staging_folder
 
 # Settings that transformers accepts in a generation config only together with do_sample=True.

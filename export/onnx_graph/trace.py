@@ -28,9 +28,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from export.onnx_graph.cache_codes import store_codes
 from export.onnx_graph.layer_kinds import layer_kinds, slice_layers
-from models.architecture import decoder_layers
+from models.architecture import CACHE, decoder_layers
 from models.quantization.linear import FakeQuantizer
-from models.renamed import CACHE
 
 OPSETS = (21, 22, 23)
 CODES = {"fp8_e4m3": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8, "int4": ir.DataType.INT4}

@@ -35,7 +35,7 @@ from export.layout import (
     TRITON_FILES,
 )
 from export.serving.config import ServedModel, model_config
-from models.pretrained import load_tokenizer
+from models.loading.reference import load_tokenizer
 from program.files import move_into_place, only_one, staging_folder
 
 MAX_BATCH_SIZE = 16  # the largest batch of engines built with the settings that `python -m export` starts from

@@ -1,4 +1,4 @@
-"""What `models/pruning/latency.py` times for a budget in ONNX Runtime: the prefill of a model's exported graph, on the CPU.
+"""What `models/pruning/budget/latency.py` times for a budget in ONNX Runtime: the prefill of a model's exported graph, on the CPU.
 
 Legend: B prompts, T tokens.
 """
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from export.onnx_graph.to_onnx import Precision, export_onnx
 from export.sessions.onnx_session import OnnxSession
-from models.pruning.latency import Run
+from models.pruning.budget.latency import Run
 
 
 def onnx_run(

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from export.onnx_graph.trace import cache_tensors
 from export.sessions.onnx_session import Output, position_ids
-from models.renamed import CACHE
+from models.architecture import CACHE
 
 
 class TorchSession:

@@ -47,8 +47,8 @@ from export.verify.faithfulness import (
 )
 from export.verify.served import Served
 from export.verify.torch_run import Run
-from models.forward import with_rounded_weights
-from models.pretrained import end_token_ids
+from models.copies import with_rounded_weights
+from models.loading.reference import end_token_ids
 
 PROMPTS_AT_ONCE = 4  # what enters and leaves the layers of a prompt of 100 tokens of SmolLM2-135M is 100 MB
 

@@ -31,7 +31,7 @@ from export.verify.rounding import operands
 from export.verify.taps import FED, Entrance, FedGraph, Product, coarser_types, fed_graph, layer_of
 from export.verify.torch_run import Run, Step
 from models.architecture import head_name
-from models.forward import with_rounded_weights
+from models.copies import with_rounded_weights
 from models.quantization.cache import cache_quantizers, cache_scales
 from models.quantization.quantizers import InputQuantizer
 

@@ -30,18 +30,19 @@ from export.onnx_graph.labels import LOG_PROBS
 from export.sessions.torch_session import TorchSession
 from export.verify.checks import Check, Status, Verdict
 from export.verify.served import Served, TeacherLogits, clustered_mean, measure_served
-from models.decoder import decoder_for
-from models.evaluation import Scorer
-from models.forward import IGNORE, Batch, answer_hidden, shared_copy
+from models.calibration.observe import hooked
+from models.copies import shared_copy
+from models.evaluation.answers import Scorer
+from models.forward import IGNORE, Batch, answer_hidden
+from models.generation.decoder import decoder_for
+from models.generation.rollout import rollout, rollout_batch
+from models.generation.sampling import Sampling
+from models.loading.reference import end_token_ids
 from models.losses import forward_kl, head_of
-from models.pretrained import end_token_ids
-from models.pruning.observe import hooked
+from models.post_training.kernels import kernel_block, rounded_in_blocks
 from models.quantization.cache import remove_cache_quantizers
 from models.quantization.formats import format_of
-from models.quantization.kernels import kernel_block, rounded_in_blocks
 from models.quantization.linear import quantized_linears, rounds_inputs
-from models.rollout import rollout, rollout_batch
-from models.sampling import Sampling
 
 MARGIN, MARGIN_UNROUNDED = 0.02, 0.001  # nats per token; the second of models that round nothing
 SCORE_MARGIN = 0.05

@@ -31,11 +31,10 @@ from transformers import DynamicCache, PreTrainedModel
 from export.onnx_graph.trace import cache_names
 from export.sessions.onnx_session import position_ids
 from export.verify.checks import distances
-from models.architecture import decoder_layers, head_name
-from models.pruning.observe import hooked
+from models.architecture import CACHE, decoder_layers, head_name
+from models.calibration.observe import hooked
 from models.quantization.linear import FakeQuantizedLinear
 from models.quantization.quantizers import InputQuantizer
-from models.renamed import CACHE
 
 DRAWS = 2
 _HEAD_TOKENS = 16  # the head is one product: a few tokens say what its errors are

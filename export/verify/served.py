@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from export.benchmark.measure import Session
-from models.evaluation import Scorer
+from models.evaluation.answers import Scorer
 from models.forward import IGNORE, Batch
+from models.generation.rollout import Rollout, answer_texts
 from models.losses import forward_kl
-from models.rollout import Rollout, answer_texts
 
 TeacherLogits = Callable[[int, Batch, Tensor], Tensor]
 """(number of the batch, batch, (n,) positions among its answer tokens in the order of `answer_labels`) -> logits (n, V)."""

@@ -15,12 +15,11 @@ from export.onnx_graph.to_onnx import rope_types
 from export.onnx_graph.trace import cache_tensors
 from export.sessions.onnx_session import position_ids
 from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding
-from models.architecture import decoder_layers, head_name
-from models.losses.head import logits_of
-from models.pruning.observe import hooked
+from models.architecture import CACHE, decoder_layers, head_name
+from models.calibration.observe import hooked
+from models.losses.output_head import logits_of
 from models.quantization.linear import FakeQuantizedLinear
 from models.quantization.quantizers import InputQuantizer
-from models.renamed import CACHE
 
 _EXPLAINED_TOKENS = 256  # of the prompts: enough for every kind of token, few enough to draw errors for in seconds
 _TOKENS_AT_ONCE = 8  # of torch behind the prompts: its weights are read once for all of them

@@ -4,6 +4,14 @@
 states without holding all logits, with the gradients of `closed_form`.
 """
 
+from models.losses.chunked import (
+    FullTargets,
+    Targets,
+    TopKTargets,
+    check_stored_top_k,
+    default_chunk_tokens,
+    linear_objective,
+)
 from models.losses.divergences import (
     forward_kl,
     generalized_jsd,
@@ -13,17 +21,9 @@ from models.losses.divergences import (
     top_k_kl,
     total_variation,
 )
-from models.losses.head import Head, check_head, head_of, logits_of
 from models.losses.hidden_states import hidden_state_loss
-from models.losses.linear import (
-    FullTargets,
-    Targets,
-    TopKTargets,
-    check_stored_top_k,
-    default_chunk_tokens,
-    linear_objective,
-)
 from models.losses.objective import LOSSES, Objective
+from models.losses.output_head import Head, check_head, head_of, logits_of
 from models.losses.policy_gradient import advantages, policy_gradient
 
 __all__ = [

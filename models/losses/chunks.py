@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models.losses.head import Head
+from models.losses.output_head import Head
 
 ROWS = 2048  # of the weight's gradient, at a time, where products are in half precision
 

@@ -14,7 +14,7 @@ Throughout, P is the teacher and Q the student, both after dividing the logits b
 
 Logits are upcast to float32 (float64 stays) before the softmax: log-probabilities in bfloat16 alone cost percents of gradient
 accuracy.  The teacher receives no gradient.  These functions are the definitions, differentiable by autograd; training goes
-through `models.losses.linear`, which computes the same values and gradients without ever holding all logits.
+through `models.losses.chunked`, which computes the same values and gradients without ever holding all logits.
 
 Legend: N answer tokens, V vocabulary, K most probable tokens of the teacher.
 """

@@ -3,6 +3,8 @@
 Legend: N tokens, D hidden.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,3 +29,12 @@ def hidden_state_loss(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
         for states_ND in (student_ND, teacher_ND.detach())
     )
     return (student_ND - teacher_ND).square().sum(-1)
+
+
+def check_hidden_states(weight: float, layers: Mapping[int, int]) -> None:
+    """Raise `ValueError` for a weight without layers or layers without a weight."""
+    if (weight > 0) != bool(layers):
+        raise ValueError(
+            f"expected model.hidden_state_weight and model.hidden_state_layers together, found {weight} and "
+            f"{dict(layers) or None}; set both, or neither"
+        )

@@ -20,10 +20,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from models.losses.chunked import FullTargets, linear_objective
 from models.losses.divergences import forward_kl
-from models.losses.head import Head
-from models.losses.linear import FullTargets, linear_objective
 from models.losses.objective import Objective
+from models.losses.output_head import Head
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.base import ChatDataModule
 from datamodules.chat import Example
 from datamodules.collate import collate, pad_id_of
-from models.losses.head import Head, check_head, head_of
+from models.loading.reference import check_same_tokenizer, load_tokenizer
+from models.losses.output_head import Head, check_head, head_of
 from models.offline import fingerprints, store
 from models.offline.forms import Columns, bytes_per_token, encode_exact, encode_top_k
-from models.pretrained import check_same_tokenizer, load_tokenizer
 from models.teacher import Teacher
 from program.progress import Bar
 
@@ -79,7 +79,7 @@ def capture(
     """Write the teacher's answers to the splits into a folder, or finish a capture that was begun there.
 
     Args:
-        reference: Of the teacher, see `models/pretrained.py`.
+        reference: Of the teacher, see `models/loading/reference.py`.
         datamodule: The data that training will use, with the student's tokenizer.
         folder: Where to.
         settings: See `CaptureSettings`.

@@ -20,7 +20,7 @@ Legend: N answer tokens, E the teacher's hidden size, K kept tokens, V vocabular
 import torch
 from torch import Tensor
 
-from models.losses.head import Head
+from models.losses.output_head import Head
 
 Columns = dict[str, Tensor]  # each (N, width)
 Layout = dict[str, tuple[torch.dtype, int]]  # type and width of every column

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.losses.head import Head
+from models.losses.output_head import Head
 from models.offline.fingerprints import combined, readable, tensor_bytes
 from models.offline.forms import Columns, Layout, exact_layout, top_k_layout
 

@@ -6,7 +6,7 @@ own answers are, is refused.  Where a `Teacher` computes, it reads, so memory ho
 Legend: N answer tokens, E the teacher's hidden size, V vocabulary, K kept tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from datamodules.base import ChatDataModule
 from models.forward import Batch
-from models.losses.head import Head
-from models.losses.linear import FullTargets, Targets, TopKTargets
+from models.losses.chunked import FullTargets, Targets, TopKTargets
+from models.losses.output_head import Head
 from models.offline import fingerprints, store
 from models.offline.forms import Columns, decode_top_k
 
@@ -174,4 +174,20 @@ def _check_splits(
         raise ValueError(
             f"expected the split {missing[0]} in the captured teacher in {str(folder)!r}, found {', '.join(available)}; "
             f"capture it too (--splits {' '.join([*available, missing[0]])}) into another folder"
+        )
+
+
+def check_offline(reference: str, live: Mapping[str, bool]) -> None:
+    """Raise `ValueError` if a captured teacher is asked about answers it has not seen, or for more than its answers.
+
+    Args:
+        reference: The teacher's; nothing is checked where it names a model.
+        live: Settings that need a model, by name, and whether they are in use.
+    """
+    if not is_offline(reference):
+        return
+    for name in (name for name, used in live.items() if used):
+        raise ValueError(
+            f"expected a live teacher for model.{name}, found {reference!r}, which holds final answers to the data only; leave {name} "
+            "out, or name the teacher's model"
         )

@@ -9,16 +9,16 @@ from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
 from models.forward import Batch
-from models.pruning.curvature import collect_curvature
+from models.pruning.budget.target import Limit
 from models.pruning.depth import block_influence, layers_to_drop, removal_loss, search_block
-from models.pruning.importance import Total, identity
 from models.pruning.narrowing import narrow_layers
-from models.pruning.ranking import OsscarRanking, Ranking, ScoreRanking
 from models.pruning.repair import repair
-from models.pruning.scores import SCORES, top_indices
-from models.pruning.shape import Key, Shape, shape_of
-from models.pruning.target_budget import Limit
-from models.structure import Edit
+from models.pruning.scores.curvature import collect_curvature
+from models.pruning.scores.first_order import SCORES, top_indices
+from models.pruning.scores.importance import Total, identity
+from models.pruning.scores.removal_order import OsscarRanking, Ranking, ScoreRanking
+from models.structure.edits import Edit
+from models.structure.shape import Key, Shape, shape_of
 
 ScoreName = Literal["osscar", "activation", "taylor", "wanda", "magnitude", "random"]
 Repair = Literal["none", "layerwise", "sequential"]

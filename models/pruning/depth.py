@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
+from models.calibration.observe import Observer, evaluating, observe, on_device
 from models.forward import Batch, answer_labels, answer_logits
-from models.pruning.importance import Total, identity
-from models.pruning.observe import Observer, evaluating, observe, on_device
-from models.pruning.slicing import checked_indices
+from models.pruning.scores.importance import Total, identity
+from models.structure.slicing import checked_indices
 
 
 def block_influence(model: PreTrainedModel, batches: Iterable[Batch], *, total: Total = identity) -> Tensor:

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from models.architecture import DecoderLayer
-from models.pruning.allocation import Curve, allocate
-from models.pruning.budget import Measure
-from models.pruning.least_squares import Removal
-from models.pruning.ranking import Ranking
-from models.pruning.shape import Key, Shape, WidthAxis
-from models.pruning.target_budget import Limit
-from models.structure import Edit
+from models.pruning.budget.allocation import Curve, allocate
+from models.pruning.budget.costs import Measure
+from models.pruning.budget.target import Limit
+from models.pruning.scores.osscar import Removal
+from models.pruning.scores.removal_order import Ranking
+from models.structure.edits import Edit
+from models.structure.shape import Key, Shape, WidthAxis
 
 Rounds = dict[Key, list[Removal]]
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
+from models.calibration.least_squares import damped, moment, refit
+from models.calibration.observe import evaluating, hooked, input_of, on_device
 from models.forward import Batch
-from models.pruning.importance import Total, identity
-from models.pruning.least_squares import damped, moment, refit
-from models.pruning.observe import evaluating, hooked, input_of, on_device
-from models.structure import Edit
+from models.pruning.scores.importance import Total, identity
+from models.structure.edits import Edit
 from program.progress import Bar
 
 Prefix = Literal["layerwise", "sequential"]

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.architecture import decoder_layers
+from models.architecture import CACHE, decoder_layers
 from models.quantization.formats import Grid
 from models.quantization.quantizers import InputQuantizer
-from models.renamed import CACHE
 
 CacheFormat = Literal["fp8_e4m3", "int8"]
 CACHE_GRIDS: dict[str, Grid] = {"fp8_e4m3": Grid("fp8_e4m3"), "int8": Grid("int8")}

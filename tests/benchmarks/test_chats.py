@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import chats
 from export.verify.prompts import prompts_for_verification
-from models.pretrained import load_tokenizer
+from models.loading.reference import load_tokenizer
 from tests.helpers.tiny import tiny_folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from benchmarks import pruned_latency
-from models.pruning.latency import Latency, Met, Run, torch_run
+from models.pruning.budget.latency import Latency, Met, Run, torch_run
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])

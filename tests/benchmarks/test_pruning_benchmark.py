@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import chats, pruning, pruning_arms, pruning_page, pruning_speed
 from models.forward import IGNORE
-from models.pretrained import load_model, load_tokenizer
+from models.loading.reference import load_model, load_tokenizer
 from models.pruning.cut import Targets
 from tests.helpers.tiny import tiny_folder
 

@@ -13,11 +13,11 @@ from benchmarks.quantization_arms import Arm, HeadArm, best
 from benchmarks.quantization_peers import Peer
 from benchmarks.quantization_training import WAYS
 from models.forward import Batch
+from models.post_training.settings import PostTrainingQuantization
+from models.post_training.smoothing import STRENGTHS
 from models.quantization import quantized_linears
 from models.quantization.formats import FORMATS, format_of
 from models.quantization.lsq import scale_of
-from models.quantization.settings import PostTrainingQuantization
-from models.quantization.smoothing import STRENGTHS
 from tests.helpers.tiny import tiny_folder, tiny_model
 
 pytestmark = pytest.mark.long

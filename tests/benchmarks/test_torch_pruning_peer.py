@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from benchmarks.torch_pruning_peer import torch_pruning_edits
 from models.architecture import decoder_layers
 from models.pruning.cut import Targets
-from models.structure import Edit, replay
+from models.structure.edits import Edit, replay
 from tests.helpers.masking import cut_model
 from tests.helpers.tiny import PAIRS, tiny_batch
 

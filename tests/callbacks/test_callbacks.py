@@ -27,13 +27,13 @@ from datamodules import Conversations
 from export.report import read_metrics
 from models import SFT, Distillation
 from models.architecture import count_parameters, decoder_layers
-from models.evaluation import evaluate
-from models.on_policy import OnPolicy
+from models.evaluation.answers import evaluate
+from models.generation.on_policy import OnPolicy
+from models.post_training.calibrate import quantize_after_training
+from models.post_training.format_choice import formats_by_pattern
+from models.post_training.settings import PostTrainingQuantization
 from models.quantization import quantized_linears
-from models.quantization.choice import formats_by_pattern
-from models.quantization.learning import learned_scales
-from models.quantization.post_training import quantize_after_training
-from models.quantization.settings import PostTrainingQuantization
+from models.quantization.learned_scales import learned_scales
 from tests.helpers.same import assert_same
 from tests.helpers.tiny import tiny_folder
 
@@ -369,7 +369,7 @@ def test_preflight_rehearses_the_export(
 def test_the_teacher_stays_what_it_was(folders: dict[str, str], tmp_path: Path) -> None:
     pruning = GradualPruning(0.5, start_step=1, end_step=1, multiple=8, calibration_batches=1)
     trainer = fit(folders, tmp_path, pruning, QuantizationAwareTraining(3, 1))
-    from models.pretrained import load_model
+    from models.loading.reference import load_model
 
     original = load_model(folders["teacher"]).state_dict()
     after = trainer.lightning_module.teacher.model.state_dict()

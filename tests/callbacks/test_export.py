@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 import callbacks.export
 from callbacks import ExportOnFitEnd, PhaseEvaluation, Preflight, QuantizationAwareTraining
 from models.forward import answer_logits
+from models.loading.reference import load_model
 from models.losses import forward_kl
-from models.pretrained import load_model
 from models.teacher import Teacher
 from tests.helpers.pruning_runs import fit, make_places, pruning
 

@@ -18,7 +18,7 @@ from datamodules import Conversations
 from export.report import read_metrics
 from models import SFT
 from models.architecture import count_parameters, decoder_layers
-from models.structure import is_uniform
+from models.structure.edits import is_uniform
 from tests.helpers.pruning_runs import fit, make_places, pruning
 from tests.helpers.tiny import tiny_folder
 

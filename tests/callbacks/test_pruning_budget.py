@@ -13,17 +13,17 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import PreTrainedModel
 
-import models.interleave
+import models.hardware.interleave
 import train
 from callbacks import GradualPruning, pruning_budget
 from callbacks.pruning_budget import PruningBudget
 from export.report import read_metrics
-from models.pretrained import load_model
-from models.pruning.budget import flops, parameters
+from models.loading.reference import load_model
+from models.pruning.budget.costs import flops, parameters
+from models.pruning.budget.latency import Run
+from models.pruning.budget.target import Budget
 from models.pruning.cut import Targets
-from models.pruning.latency import Run
-from models.pruning.shape import Shape, shape_of
-from models.pruning.target_budget import Budget
+from models.structure.shape import Shape, shape_of
 from tests.helpers.pruning_runs import Save, fit, make_places, pruning
 from tests.helpers.same import assert_same
 
@@ -84,7 +84,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(
-        models.interleave, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
+        models.hardware.interleave, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
     )
     monkeypatch.setattr(pruning_budget, "torch_run", clock.prepare)
     return clock
@@ -187,11 +187,11 @@ def test_candidates_really_run_on_the_backend(
     def compare(dense_run: Run, student_run: Run, *, repetitions: int) -> Any:
         outputs.append((dense_run(), student_run()))
         ratio = parameters(seen[-1][0]) / parameters(seen[0][0])
-        return models.pruning.latency.Latency(1.0, ratio, ratio, (ratio, ratio))
+        return models.pruning.budget.latency.Latency(1.0, ratio, ratio, (ratio, ratio))
 
     monkeypatch.setattr(pruning_budget, "torch_run", watched(pruning_budget.torch_run))
     monkeypatch.setattr(pruning_budget, "onnx_run", watched(pruning_budget.onnx_run))
-    monkeypatch.setattr("models.pruning.latency.compare", compare)
+    monkeypatch.setattr("models.pruning.budget.latency.compare", compare)
     whole = dense(places)
     least = whole.keeping({("layer", 3): 0}).evenly({"neurons": 8, "kv_groups": 1})  # is measured first, and will do
     budget = Budget("latency", parameters(least) / parameters(whole), length=6, backend=backend)

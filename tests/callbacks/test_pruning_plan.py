@@ -7,11 +7,11 @@ import pytest
 
 from callbacks.plateau import Plateau
 from callbacks.pruning_plan import PruningPlan, Sparsities, deadlines, shape_after
-from models.pruning.budget import flops, parameters
+from models.pruning.budget.costs import flops, parameters
+from models.pruning.budget.schedule import sparsity_after
+from models.pruning.budget.target import Budget
 from models.pruning.cut import Targets
-from models.pruning.schedule import sparsity_after
-from models.pruning.shape import LayerShape, Shape
-from models.pruning.target_budget import Budget
+from models.structure.shape import LayerShape, Shape
 
 DENSE = Shape(hidden=32, head_dim=8, vocabulary=300, layers=(LayerShape(48, 4, 2),) * 4)
 

@@ -14,10 +14,10 @@ from lightning import Callback, LightningModule, Trainer
 from callbacks import AtomicCheckpointIO, Checkpoint, GradualPruning, QuantizationAwareTraining
 from datamodules import Conversations
 from models import Distillation
-from models.on_policy import OnPolicy
+from models.generation.on_policy import OnPolicy
 from models.quantization import quantized_linears
 from models.quantization.cache import cache_scales
-from models.quantization.learning import SCALE_RATE, learned_scales
+from models.quantization.learned_scales import SCALE_RATE, learned_scales
 from tests.helpers.same import assert_same
 from tests.helpers.tiny import tiny_folder
 

@@ -18,7 +18,7 @@ import callbacks.checkpoint as checkpoints
 from callbacks import Checkpoint, PhaseEvaluation
 from datamodules import Conversations
 from models import SFT, Distillation, StudentModule
-from models.on_policy import OnPolicy
+from models.generation.on_policy import OnPolicy
 from tests.helpers.same import assert_same
 from tests.helpers.tiny import tiny_folder
 

@@ -20,8 +20,8 @@ from datamodules.collate import IGNORE_INDEX, Batch
 from datamodules.ranking import candidate_from, most_probable
 from models import SFT, Distillation
 from models.forward import answer_labels
+from models.loading.reference import load_model
 from models.losses import forward_kl
-from models.pretrained import load_model
 from models.student import StudentModule
 from tests.helpers.distilling import KNOWN
 from tests.helpers.short_runs import ROOT

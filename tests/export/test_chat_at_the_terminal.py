@@ -6,7 +6,7 @@ import torch
 from export import chat
 from export.__main__ import main as export_main
 from export.folders.student import save_student
-from models.pretrained import load_model, load_tokenizer
+from models.loading.reference import load_model, load_tokenizer
 from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
 
 QUESTION = "What is 2 plus 2?"

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from export import pipeline
 from export.__main__ import main
 from export.folders.student import load_student, rounded, save_student
-from models.pretrained import load_model
+from models.loading.reference import load_model
 from models.quantization import quantized_linears
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny_models import quantized, tiny_model, tiny_tokenizer
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")

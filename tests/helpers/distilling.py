@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from models import Distillation
 from models.forward import IGNORE, Batch, answer_hidden, answer_labels
+from models.generation.on_policy import OnPolicy
 from models.losses import FullTargets, Objective, head_of
-from models.on_policy import OnPolicy
 from tests.helpers.loss_references import reference
 
 KNOWN = 260  # tokens of the tokenizer; the tiny models' heads have 300 rows

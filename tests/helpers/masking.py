@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
 from models.forward import Batch
-from models.structure import Edit
+from models.structure.edits import Edit
 from tests.helpers.tiny import tiny_batch, tiny_model
 
 # Of a model that `cut_model` makes: 3 layers of 48 neurons and 8 heads on 4 groups, 32 channels.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.pruning.least_squares import Elimination
+from models.pruning.scores.osscar import Elimination
 
 P, D, RIDGE = 24, 7, 0.01
 METRICS = ("no metric", "metric", "metric of few samples")

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules import Ranking
 from models.losses.labels import LabelObjective
-from models.ranking import RankingDistillation
+from models.ranking_distillation import RankingDistillation
 
 LABELS = ("n", "y", "?")
 MIX = LabelObjective(0.5, label_kl=1.0, full_kl=0.3, temperature=1.5)

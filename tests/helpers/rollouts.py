@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.decoder import Decoder, FusedDecoder, TransformersDecoder, decoder_for
 from models.forward import Batch, answer_hidden
+from models.generation.decoder import Decoder, FusedDecoder, TransformersDecoder, decoder_for
+from models.generation.rollout import Rollout, rollout
+from models.generation.sampling import Sampling, uniforms
 from models.quantization import freeze_scales
-from models.rollout import Rollout, rollout
-from models.sampling import Sampling, uniforms
-from models.structure import apply_edit, quantize_decoder, replay
+from models.structure.edits import apply_edit, quantize_decoder, replay
 from tests.helpers.tiny import tiny_model
 
 STEPS = 12

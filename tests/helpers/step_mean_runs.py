@@ -15,8 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules import Conversations
 from models import SFT, Distillation
+from models.generation.on_policy import OnPolicy
 from models.losses import Objective
-from models.on_policy import OnPolicy
 
 MIX = Objective({"forward_kl": 1.0, "reverse_kl": 0.5, "cross_entropy": 0.1})
 LAYERS = {"hidden_state_weight": 0.3, "hidden_state_layers": {0: 0}}

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from models.quantization.linear import freeze_scales
-from models.structure import apply_edit, quantize_decoder
+from models.structure.edits import apply_edit, quantize_decoder
 
 VOCAB = 128
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from models.forward import Batch
 from models.quantization import freeze_scales
-from models.structure import Edit
+from models.structure.edits import Edit
 from tests.helpers.tiny import tiny_batch
 
 EDITS: dict[int, list[Edit]] = {

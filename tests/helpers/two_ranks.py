@@ -25,8 +25,8 @@ from callbacks import (
 )
 from datamodules import Conversations
 from models import Distillation
-from models.evaluation import evaluate
-from models.on_policy import OnPolicy
+from models.evaluation.answers import evaluate
+from models.generation.on_policy import OnPolicy
 from models.pruning.cut import plan_cut, repair_cut
 from models.quantization import quantized_linears
 

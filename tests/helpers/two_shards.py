@@ -15,8 +15,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from models import Distillation
-from models.forward import answer_logits, inference_copy
-from models.on_policy import OnPolicy
+from models.copies import inference_copy
+from models.forward import answer_logits
+from models.generation.on_policy import OnPolicy
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.training import loader
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from models.architecture import FAMILIES, check_family, count_parameters, decoder_layers
-from models.structure import apply_edit, is_uniform
+from models.structure.edits import apply_edit, is_uniform
 from tests.helpers.masking import cut_model
 from tests.helpers.tiny import tiny_model
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from models import StudentModule
-from models.forward import answer_logits, checkpoint_activations, inference_copy
+from models.copies import inference_copy
+from models.forward import answer_logits, checkpoint_activations
 from models.quantization import freeze_scales
-from models.structure import apply_edit, quantize_decoder
+from models.structure.edits import apply_edit, quantize_decoder
 from tests.helpers.tiny import tiny_batch, tiny_model
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from models import Distillation
-from models.decoder import FusedDecoder
 from models.forward import Batch, answer_labels
+from models.generation.decoder import FusedDecoder
+from models.generation.on_policy import OnPolicy
+from models.generation.rollout import rollout_batch
+from models.generation.sampling import Sampling
+from models.loading.reference import load_model
 from models.losses import Objective
-from models.on_policy import OnPolicy
-from models.pretrained import load_model
-from models.rollout import rollout_batch
-from models.sampling import Sampling
 from tests.helpers.distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
 from tests.helpers.tiny import tiny_batch, tiny_folder
 from tests.helpers.training import loader, tiny_trainer

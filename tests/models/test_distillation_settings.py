@@ -9,11 +9,11 @@ import yaml
 
 import train
 from models import Distillation
-from models.checkpoint import load_student_checkpoint
 from models.forward import Batch, answer_logits
+from models.generation.on_policy import OnPolicy
+from models.generation.sampling import Sampling
+from models.loading.checkpoint import load_student_checkpoint
 from models.losses import Objective
-from models.on_policy import OnPolicy
-from models.sampling import Sampling
 from tests.helpers.distilling import distil
 from tests.helpers.tiny import tiny_folder, tiny_jsonl
 from tests.helpers.training import EDITS, Editing, loader, tiny_trainer

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from callbacks import ExportOnFitEnd
 from models import distillation
-from models.decoder import Decoder, decoder_for
 from models.forward import Batch, answer_labels, answer_logits
+from models.generation.decoder import Decoder, decoder_for
+from models.generation.on_policy import OnPolicy
+from models.generation.sampling import Sampling
+from models.loading.reference import load_model
 from models.losses import Objective, forward_kl
-from models.on_policy import OnPolicy
-from models.pretrained import load_model
-from models.sampling import Sampling
 from tests.helpers.chat_doubles import byte_tokenizer
 from tests.helpers.distilling import KNOWN, OWN, SGD, assert_same_weights, distil, loss_by_hand
 from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_model

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.forward import IGNORE, Batch, answer_hidden, answer_labels, answer_logits, inference_copy
+from models.copies import inference_copy
+from models.forward import IGNORE, Batch, answer_hidden, answer_labels, answer_logits
 from models.quantization import fake_quantize, freeze_scales, quantized_linears
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny import tiny_model
 
 NAMES = [f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from models.forward import Batch, answer_hidden, answer_logits
+from models.loading.reference import load_model
 from models.losses import Head, head_of
 from models.losses.labels import LabelObjective
-from models.pretrained import load_model
-from models.ranking import RankingDistillation
+from models.ranking_distillation import RankingDistillation
 from models.teacher import Teacher
 from tests.helpers.distilling import KNOWN, assert_same_weights
 from tests.helpers.loss_references import kl

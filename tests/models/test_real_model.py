@@ -7,13 +7,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from models.architecture import count_parameters
-from models.decoder import FusedDecoder, TransformersDecoder
-from models.evaluation import generate_texts
-from models.forward import Batch, answer_logits, inference_copy
+from models.copies import inference_copy
+from models.evaluation.answers import generate_texts
+from models.forward import Batch, answer_logits
+from models.generation.decoder import FusedDecoder, TransformersDecoder
+from models.loading.reference import end_token_ids, load_model, load_tokenizer
 from models.losses import forward_kl
-from models.pretrained import end_token_ids, load_model, load_tokenizer
 from models.quantization import freeze_scales
-from models.structure import apply_edit, quantize_decoder
+from models.structure.edits import apply_edit, quantize_decoder
 
 REFERENCE = "package:smollm2-135m-instruct"
 PAIRS = [

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from models import SFT, Distillation
 from models.forward import IGNORE, Batch, answer_labels, answer_logits
-from models.on_policy import OnPolicy
-from models.pretrained import load_model
+from models.generation.on_policy import OnPolicy
+from models.loading.reference import load_model
 from models.step_mean import step_of
 from tests.helpers.short_runs import ROOT
 from tests.helpers.step_mean_runs import CUTS, KINDS, fit

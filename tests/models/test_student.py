@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from models import SFT, Distillation, StudentModule
 from models.architecture import decoder_layers
-from models.checkpoint import load_student_checkpoint
-from models.decoder import Decoder, decoder_for
 from models.forward import Batch, answer_labels, answer_logits
+from models.generation.decoder import Decoder, decoder_for
+from models.loading.checkpoint import load_student_checkpoint
+from models.loading.reference import load_model
 from models.losses.chunks import ChunkedLogits
-from models.pretrained import load_model
 from models.quantization import quantized_linears
 from tests.helpers.chat_doubles import Words
 from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_model
@@ -345,7 +345,7 @@ def test_the_student_is_copied_for_generated_answers_only(
         copied.append(model)
         return decoder_for(model, dtype)
 
-    monkeypatch.setattr("models.evaluated.decoder_for", spying)
+    monkeypatch.setattr("models.evaluation.module.decoder_for", spying)
     tiny = data(student_folder, eval_batch_size=8)
     module = sft(student_folder, generate_tokens=tokens)
     for stage in ("validate", "test"):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from models.forward import Batch, answer_hidden, answer_lengths, answer_logits
+from models.loading.reference import load_model
 from models.losses import forward_kl
-from models.pretrained import load_model
 from models.teacher import RememberingTeacher, Teacher
 from tests.helpers.tiny import tiny_folder
 

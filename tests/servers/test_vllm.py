@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from datamodules.reasoning import ReasoningTasks
 from export.__main__ import main
 from export.folders.student import load_student
-from models.decoder import decoder_for
-from models.forward import inference_copy
-from models.pretrained import end_token_ids, load_model, load_tokenizer
-from models.rollout import rollout
+from models.copies import inference_copy
+from models.generation.decoder import decoder_for
+from models.generation.rollout import rollout
+from models.loading.reference import end_token_ids, load_model, load_tokenizer
 from tests.helpers.vllm_server import serving
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]

@@ -9,7 +9,7 @@ from export.engine.to_tensorrt import Profile, build_engine, check_target, impor
 from export.onnx_graph.to_onnx import check_engine_formats, export_onnx
 from export.sessions.engine_session import EngineSession
 from export.verify.faithfulness import compare_served, judged_by, sampled, torch_served
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")

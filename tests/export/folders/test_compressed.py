@@ -11,7 +11,7 @@ from export.folders.compressed import save_compressed
 from export.folders.student import save_student
 from models.quantization import FORMATS, quantizers
 from models.quantization.linear import freeze_scales, quantized_linears
-from models.structure import apply_edit, quantize_decoder
+from models.structure.edits import apply_edit, quantize_decoder
 from tests.helpers.tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 PROMPTS = left_padded_prompts()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from export.__main__ import main
 from export.folders.student import load_student, save_student
 from models.quantization.linear import quantized_linears
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny_models import quantized, tiny_model, tiny_tokenizer
 
 QUICK = ["--engine", "none", "--decode-steps", "1", "--prompts", "1", "--benchmark-repetitions", "0"]

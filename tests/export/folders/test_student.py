@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.folders.compressed import save_compressed
 from export.folders.student import check_plain, load_student, rounded, save_student, without_quantizers
-from models.folder import SCALES_FILE, STRUCTURE_FILE
+from models.loading.student_folder import SCALES_FILE, STRUCTURE_FILE
 from models.quantization.linear import quantized_linears
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny_models import VOCAB, quantized, tiny_model, tiny_tokenizer
 
 TOKENS = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))

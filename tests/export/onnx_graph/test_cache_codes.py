@@ -21,7 +21,7 @@ from export.sessions.torch_session import TorchSession
 from export.verify import verify
 from models.quantization.cache import cache_format, cache_scales
 from models.quantization.linear import quantized_linears
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny import QUIRKS
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from export.onnx_graph.to_onnx import export_onnx
 from export.verify import verify
-from models.structure import replay
+from models.structure.edits import replay
 from tests.helpers.tiny import QUIRKS
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 

@@ -17,11 +17,11 @@ from export.onnx_graph.trace import DecoderWithCache, _dynamic_shapes, _example
 from export.verify import verify
 from models import SFT
 from models.architecture import count_parameters
-from models.checkpoint import load_student_checkpoint
-from models.decoder import decoder_for
-from models.forward import inference_copy
+from models.copies import inference_copy
+from models.generation.decoder import decoder_for
+from models.loading.checkpoint import load_student_checkpoint
 from models.quantization import quantized_linears
-from models.quantization.learning import learn_scales, learned_scales, round_learned_scales
+from models.quantization.learned_scales import learn_scales, learned_scales, round_learned_scales
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 from tests.helpers.training import loader, tiny_trainer
 

@@ -9,7 +9,7 @@ from export.onnx_graph.to_onnx import export_onnx
 from export.onnx_graph.trace import DecoderWithCache
 from export.sessions.onnx_session import OnnxSession
 from export.verify import verify
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 

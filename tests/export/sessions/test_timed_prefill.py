@@ -3,7 +3,7 @@
 import torch
 
 from export.sessions.timed_prefill import onnx_run
-from models.pruning.shape import shape_of, sliced
+from models.structure.shape import shape_of, sliced
 from tests.helpers.tiny import tiny_model
 
 

@@ -12,7 +12,7 @@ from export.cpu_graph.to_cpu import write_cpu_graph
 from export.onnx_graph.to_onnx import export_onnx
 from export.verify import verify
 from export.verify.exactness import LIMIT
-from models.forward import with_rounded_weights
+from models.copies import with_rounded_weights
 from tests.helpers.tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model
 
 NAMES = {"fp16": "fp16", "fp8": "fp8", "fp8 half": "fp8-half"}  # of graphs that other tests look at, too

@@ -18,8 +18,8 @@ from export.verify.faithfulness import (
 )
 from export.verify.served import Served
 from models.losses import forward_kl
+from models.post_training.kernels import rounded_in_blocks
 from models.quantization import quantized_linears
-from models.quantization.kernels import rounded_in_blocks
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 PROMPTS = left_padded_prompts()

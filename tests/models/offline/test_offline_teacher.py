@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.forward import Batch, answer_hidden, answer_labels
-from models.losses.head import Head, head_of
-from models.losses.linear import FullTargets, TopKTargets, linear_objective
+from models.generation.rollout import Rollout, rollout_batch
+from models.loading.reference import load_model
+from models.losses.chunked import FullTargets, TopKTargets, linear_objective
 from models.losses.objective import Objective
+from models.losses.output_head import Head, head_of
 from models.offline import is_offline, open_offline_teacher
 from models.offline.forms import bytes_per_token, decode_top_k, encode_top_k, top_k_layout
-from models.pretrained import load_model
-from models.rollout import Rollout, rollout_batch
 from models.teacher import Teacher
 from tests.helpers.chat_doubles import CHATML, Words, byte_tokenizer
 from tests.helpers.tiny import tiny_folder

@@ -19,9 +19,9 @@ from datamodules import Conversations
 from export.__main__ import main as export_main
 from models import Distillation
 from models.forward import Batch, answer_hidden
+from models.generation.on_policy import OnPolicy
 from models.losses import FullTargets, Objective, Targets, head_of, top_k_kl
 from models.offline import store
-from models.on_policy import OnPolicy
 from models.teacher import Teacher
 from tests.helpers.chat_doubles import Words
 from tests.helpers.distilling import KNOWN, distil

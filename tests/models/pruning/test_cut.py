@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch
-from models.pruning.budget import Measure, flops, parameters
+from models.pruning.budget.costs import Measure, flops, parameters
+from models.pruning.budget.target import Limit
 from models.pruning.cut import PruningSettings, ScoreName, Targets, plan_cut, repair_cut
-from models.pruning.shape import LayerShape, WidthAxis, shape_of
-from models.pruning.target_budget import Limit
-from models.structure import Edit, apply_edit, replay
+from models.structure.edits import Edit, apply_edit, replay
+from models.structure.shape import LayerShape, WidthAxis, shape_of
 from tests.helpers.masking import close, cut_model, logits, masked_logits
 from tests.helpers.tiny import tiny_batch
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch, answer_labels, answer_logits
 from models.pruning.depth import block_influence, layers_to_drop, removal_loss, search_block, without_layers
-from models.surgery import drop_layers
+from models.structure.layers import drop_layers
 from tests.helpers.masking import close, cut_model, logits
 from tests.helpers.tiny import tiny_batch
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from models.architecture import FAMILIES, decoder_layers
 from models.forward import Batch
 from models.pruning.repair import Prefix, repair
-from models.structure import Edit, replay
+from models.structure.edits import Edit, replay
 from tests.helpers.masking import close, cut_model, logits
 from tests.helpers.tiny import tiny_batch
 

@@ -8,9 +8,11 @@ import torch
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from models.architecture import FAMILIES
-from models.forward import inference_copy
-from models.fused_decoder import FusedDecoder
+from models.architecture import CACHE, FAMILIES
+from models.copies import inference_copy
+from models.generation.fused_decoder import FusedDecoder
+from models.post_training.calibrate import quantize_after_training
+from models.post_training.settings import PostTrainingQuantization
 from models.quantization import fake_quantize, merge_observations
 from models.quantization.cache import (
     KeyQuantizer,
@@ -22,10 +24,7 @@ from models.quantization.cache import (
 )
 from models.quantization.formats import Grid
 from models.quantization.linear import freeze_scales, rounds_inputs
-from models.quantization.post_training import quantize_after_training
-from models.quantization.settings import PostTrainingQuantization
-from models.renamed import CACHE
-from models.structure import apply_edit
+from models.structure.edits import apply_edit
 from tests.helpers.tiny import tiny_model
 
 IDS_BT = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))

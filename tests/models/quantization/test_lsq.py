@@ -19,7 +19,7 @@ from models.quantization import (
     freeze_scales,
 )
 from models.quantization.formats import RANGES
-from models.quantization.learning import (
+from models.quantization.learned_scales import (
     SCALE_RATE,
     add_scale_group,
     cover_new_groups,

@@ -10,16 +10,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from export.folders.student import load_student, save_student
 from models.architecture import FAMILIES
-from models.forward import answer_hidden, answer_labels, answer_logits, inference_copy
+from models.copies import inference_copy
+from models.forward import answer_hidden, answer_labels, answer_logits
 from models.losses import Objective, forward_kl, linear_objective
-from models.losses.head import check_head, head_of
+from models.losses.output_head import check_head, head_of
+from models.post_training.calibrate import quantize_after_training
+from models.post_training.format_choice import formats_by_pattern
+from models.post_training.head import uncertainty
+from models.post_training.rounding import gptq
+from models.post_training.settings import PostTrainingQuantization
 from models.quantization import FakeQuantizedLinear, format_of, freeze_scales, quantized_linears
-from models.quantization.choice import formats_by_pattern
-from models.quantization.head import uncertainty
-from models.quantization.post_training import quantize_after_training
-from models.quantization.rounding import gptq
-from models.quantization.settings import PostTrainingQuantization
-from models.structure import apply_edit, replay
+from models.structure.edits import apply_edit, replay
 from tests.helpers.chat_doubles import byte_tokenizer
 from tests.helpers.tiny import tiny_batch, tiny_model
 

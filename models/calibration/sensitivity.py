@@ -1,0 +1,67 @@
+"""How much the predictions of a model notice an error at each token, for every tensor that linear layers read.
+
+Rounding weights changes the outputs of a linear layer at token t by e_t.  To second order that costs 1/2 (g_t . e_t)^2 nats on
+average, with the gradient g_t of the log-likelihood of labels that the model draws itself.  A Gram matrix that weighs each token's
+input with |g_t|^2 therefore counts errors where they matter, and not where inputs are merely large, as at the first token of a text
+(the idea of GuidedQuant, arXiv 2505.07004, with one weight a token instead of one for each group of outputs).
+
+Legend: B samples, T tokens, N answer tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from models.architecture import DecoderLayer, decoder_layers
+from models.calibration.observe import evaluating, hooked
+from models.forward import Batch, answer_hidden
+from models.generation.sampling import seed_of
+from models.losses.output_head import logits_of
+
+
+def readers_of(layer: DecoderLayer) -> list[list[nn.Module]]:
+    """The linear layers of a decoder layer in the order in which data meets them; those that read the same tensor together."""
+    attention = [getattr(layer.attention, name) for name in layer.family.qkv]
+    mlp = [getattr(layer.mlp, name) for name in layer.family.gate_up]
+    return [attention, [layer.o_proj], mlp, [layer.down_proj]]
+
+
+def token_weights(model: PreTrainedModel, batch: Batch, *, seed: int = 0) -> list[list[Tensor]]:
+    """For every decoder layer, and in it for each entry of `readers_of`: |g_t|^2 over the outputs of these layers, (B, T) float32.
+
+    Padding has weight 0.  The model, its mode and its gradients are left unchanged.
+
+    Args:
+        model: The model before it is quantized.
+        batch: One calibration batch on the model's device, with `labels`.
+        seed: Of the labels that are drawn.
+    """
+    readers = [group for layer in decoder_layers(model) for group in readers_of(layer)]
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def note(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # the first layers of a frozen model
+            output = output.detach().requires_grad_()
+        outputs[linear] = output
+        return output
+
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        hooked(linear.register_forward_hook(note) for group in readers for linear in group),
+    ):
+        logits_NV = logits_of(model, answer_hidden(model, batch)).float()
+        generator = torch.Generator(device=logits_NV.device).manual_seed(seed_of("sensitivity", seed))
+        labels_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
+        gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+    mask_BT = batch["attention_mask"].bool()
+    weights = [_squares(group, gradients).masked_fill(~mask_BT, 0.0) for group in readers]
+    return [weights[start : start + 4] for start in range(0, len(weights), 4)]
+
+
+def _squares(linears: Sequence[nn.Module], gradients: dict[nn.Module, Tensor]) -> Tensor:
+    return torch.stack([gradients[linear].float().square().sum(-1) for linear in linears]).sum(0)

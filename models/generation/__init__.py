@@ -1,0 +1,1 @@
+"""Answers of the student's own: decoding, sampling, rollouts, and which steps learn from them."""

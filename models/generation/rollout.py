@@ -1,0 +1,113 @@
+"""Sampling answers from a model: a left-padded batch, a decoder with its cache, and random numbers that belong to each sample.
+
+A rollout is a pure function of (weights, prompt, seed) for every sample alone, so that a resumed run, another micro-batching or
+another number of ranks samples the same tokens without any saved random state.  Sampling is never differentiated.
+
+Legend: B samples, P prompt tokens, G generated tokens, T = P + G.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.forward import IGNORE, Batch
+from models.generation.decoder import Decoder
+from models.generation.sampling import GREEDY, Sampling, sample, uniforms
+
+# Rows that have ended leave the batch when they are this share of it: taking them out copies the cache.
+_ENDED_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Generated tokens (B, G) and their mask (B, G): 1 up to and including the first end token, 0 after it."""
+
+    tokens_BG: Tensor
+    mask_BG: Tensor
+
+
+@torch.no_grad()
+def rollout(
+    decoder: Decoder,
+    prompts_BP: Tensor,
+    mask_BP: Tensor,
+    *,
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    vocabulary: int | None = None,
+) -> Rollout:
+    """Sample one answer for every prompt; answers that have ended cost nothing more.
+
+    Args:
+        decoder: The model's weights and cache, see `models.generation.decoder.decoder_for`.
+        prompts_BP: Left-padded prompt tokens.
+        mask_BP: 1 for prompt tokens, 0 for padding.
+        max_new_tokens: Number of tokens at most.
+        end_tokens: Tokens that end an answer.
+        sampling: Temperature and truncation.
+        seeds: One for every sample; not needed at temperature 0.
+        vocabulary: Sample only the first so many tokens, for heads padded beyond what a teacher knows; None takes all.
+
+    Raises:
+        ValueError: Sampling above temperature 0 without a seed for every sample.
+    """
+    num_samples, device = len(prompts_BP), prompts_BP.device
+    if sampling.temperature and (seeds is None or len(seeds) != num_samples):
+        raise ValueError(
+            f"expected a seed for each of {num_samples} samples at temperature {sampling.temperature:g}, found "
+            f"{'none' if seeds is None else len(seeds)}; pass seeds, or sample at temperature 0"
+        )
+    ends = torch.tensor(list(end_tokens), dtype=torch.long, device=device)
+    uniforms_BG = uniforms(seeds, max_new_tokens, device) if seeds is not None else None
+    tokens_BG = torch.zeros(num_samples, max_new_tokens, dtype=torch.long, device=device)
+    mask_BG = torch.zeros_like(tokens_BG)
+    rows_B = torch.arange(num_samples, device=device)  # of the samples that the decoder still holds
+    alive_B = torch.ones(num_samples, dtype=torch.bool, device=device)
+    logits_BV = decoder.prefill(prompts_BP, mask_BP, max_new_tokens)
+    for position in range(max_new_tokens):
+        uniform_B = alive_B.float() if uniforms_BG is None else uniforms_BG[rows_B, position]
+        token_B = sample(logits_BV[:, :vocabulary], uniform_B, sampling, end_tokens=ends, num_sampled=position)
+        tokens_BG[rows_B, position] = torch.where(alive_B, token_B, 0)
+        mask_BG[rows_B, position] = alive_B.long()
+        alive_B = alive_B & ~torch.isin(token_B, ends)
+        num_alive = int(alive_B.sum())
+        if not num_alive or position + 1 == max_new_tokens:
+            break
+        if num_alive <= (1 - _ENDED_SHARE) * len(alive_B):
+            decoder.keep(alive_B.nonzero().squeeze(1))
+            rows_B, token_B, alive_B = rows_B[alive_B], token_B[alive_B], alive_B[alive_B]
+        logits_BV = decoder.step(token_B)
+    return Rollout(tokens_BG[:, : position + 1], mask_BG[:, : position + 1])
+
+
+def pad_left(prompts: Sequence[Tensor]) -> Tensor:
+    """Left-padded prompts (or masks) of several batches as one batch, with zeros in front."""
+    width = max(prompt_BP.shape[1] for prompt_BP in prompts)
+    return torch.cat([F.pad(prompt_BP, (width - prompt_BP.shape[1], 0)) for prompt_BP in prompts])
+
+
+def rollout_batch(batch: Batch, answers: Rollout) -> Batch:
+    """The batch with its gold answers replaced by sampled ones: right-padded inputs, labels on generated tokens only."""
+    mask_BT = torch.cat([batch["prompt_mask"], answers.mask_BG], dim=1)
+    tokens_BT = torch.cat([batch["prompt_ids"], answers.tokens_BG], dim=1)
+    is_answer_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), answers.mask_BG], dim=1)
+    labels_BT = torch.where(is_answer_BT.bool(), tokens_BT, IGNORE)
+    # Real tokens move to the front of their row, in order; padding goes to the back.
+    order_BT = torch.argsort(mask_BT, dim=1, descending=True, stable=True)[:, : int(mask_BT.sum(1).max())]
+    return {
+        **batch,
+        "input_ids": tokens_BT.gather(1, order_BT),
+        "attention_mask": mask_BT.gather(1, order_BT),
+        "labels": labels_BT.gather(1, order_BT),
+    }
+
+
+def answer_texts(tokenizer: object, answers: Rollout) -> list[str]:
+    """Generated answers as text, without special tokens."""
+    rows = [tokens[mask.bool()].tolist() for tokens, mask in zip(answers.tokens_BG, answers.mask_BG, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""From a reference, a folder or a checkpoint to a model; what comes with it is data, never code."""

@@ -1,0 +1,1 @@
+"""How much to remove where: costs, targets, and sizes that meet them."""

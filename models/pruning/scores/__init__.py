@@ -1,0 +1,1 @@
+"""What each unit is worth, and in which order units would go."""
