@@ -2,11 +2,11 @@
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from callbacks.export import ExportOnFitEnd
-from callbacks.gradual_pruning import GradualPruning
 from callbacks.lora import LoRA
 from callbacks.phases import PhaseEvaluation
 from callbacks.preflight import Preflight
 from callbacks.progress import TrainingProgress
+from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
 from callbacks.samples import SampleCompletions
 from callbacks.throughput import Throughput

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.order import StepBoundary
+from callbacks.shared.run import StepBoundary
 from models.loading.checkpoint import read_checkpoint
 from program.files import sweep, write_file
 

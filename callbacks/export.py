@@ -12,12 +12,11 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
-from callbacks.data import data_of
-from callbacks.gradual_pruning import GradualPruning
-from callbacks.order import check_order
 from callbacks.phases import PhaseEvaluation
+from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
 from callbacks.served import examples_of, held_out_of
+from callbacks.shared.run import check_order, data_of
 from datamodules.base import ChatDataModule
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.gradual_pruning import GradualPruning
+from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
 from models.structure.adapters import Projection, check_peft, projections
 from models.student import StudentModule

@@ -6,11 +6,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.data import data_of
-from callbacks.distributed import share_of_rank
-from callbacks.gradual_pruning import GradualPruning
-from callbacks.order import StepBoundary, check_order
+from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
+from callbacks.shared.distributed import share_of_rank
+from callbacks.shared.run import StepBoundary, check_order, data_of
 from datamodules.base import ChatDataModule
 from models.architecture import count_parameters
 from models.evaluation.answers import evaluate

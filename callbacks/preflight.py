@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from callbacks.export import ExportOnFitEnd
-from callbacks.gradual_pruning import GradualPruning
+from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
 from export.folders.compressed import check_compressible_formats
 from export.onnx_graph.layer_kinds import layer_kinds, slice_layers

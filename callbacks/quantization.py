@@ -7,11 +7,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.averaging import refuse_averaging
-from callbacks.data import data_of
-from callbacks.distributed import check_strategy, edit_on_all_ranks, synchronize_anew
-from callbacks.gradual_pruning import GradualPruning
-from callbacks.order import StepBoundary, check_order
+from callbacks.pruning.gradual_pruning import GradualPruning
+from callbacks.shared.averaging import refuse_averaging
+from callbacks.shared.distributed import check_strategy, edit_on_all_ranks, synchronize_anew
+from callbacks.shared.run import StepBoundary, check_order, data_of
 from export.phases import Phases
 from models.architecture import decoder_layers
 from models.post_training.calibrate import calibrate_quantizers

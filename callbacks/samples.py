@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_only
 
-from callbacks.data import data_of
+from callbacks.shared.run import data_of
 from models.evaluation.answers import generate_texts
 from models.generation.decoder import decoder_for
 from models.loading.reference import end_token_ids

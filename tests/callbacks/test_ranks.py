@@ -16,7 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 
-from callbacks.distributed import check_strategy, share_of_rank
+from callbacks.shared.distributed import check_strategy, share_of_rank
 from models.quantization import scale_from_amax
 from tests.helpers.same import assert_same
 from tests.helpers.short_runs import ROOT

@@ -15,14 +15,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import move_data_to_device
 
-from callbacks import (
-    GradualPruning,
-    PhaseEvaluation,
-    QuantizationAwareTraining,
-    SampleCompletions,
-    Throughput,
-    pruning_event,
-)
+from callbacks import GradualPruning, PhaseEvaluation, QuantizationAwareTraining, SampleCompletions, Throughput
+from callbacks.pruning import event as pruning_event
 from datamodules import Conversations
 from models import Distillation
 from models.evaluation.answers import evaluate

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 import models.hardware.interleave
 import train
-from callbacks import GradualPruning, pruning_budget
-from callbacks.pruning_budget import PruningBudget
+from callbacks import GradualPruning
+from callbacks.pruning import budget as pruning_budget
+from callbacks.pruning.budget import PruningBudget
 from export.report import read_metrics
 from models.loading.reference import load_model
 from models.pruning.budget.costs import flops, parameters
@@ -139,7 +140,7 @@ def test_figures_of_a_latency(
     clock: Clock, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    for module in ("callbacks.pruning_budget", "callbacks.gradual_pruning"):
+    for module in ("callbacks.pruning.budget", "callbacks.pruning.gradual_pruning"):
         monkeypatch.setattr(f"{module}.rank_zero_info", said.append)
     callback = pruning(budget=LATENCY, judge_batches=0)
     fit(places, tmp_path, callback, trainer_logger=CSVLogger(str(tmp_path), name="", version=""))
@@ -159,7 +160,7 @@ def test_a_counted_budget_says_what_the_student_costs(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("callbacks.gradual_pruning.rank_zero_info", said.append)
+    monkeypatch.setattr("callbacks.pruning.gradual_pruning.rank_zero_info", said.append)
     shape = student(fit(places, tmp_path, pruning(budget=Budget("parameters", 0.8), judge_batches=0)))
     whole = dense(places)
     share = parameters(shape) / parameters(whole)

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from callbacks import ExportOnFitEnd, Preflight, QuantizationAwareTraining, pruning_event
-from callbacks.pruning_judge import PruningJudge
+from callbacks import ExportOnFitEnd, Preflight, QuantizationAwareTraining
+from callbacks.pruning import event as pruning_event
+from callbacks.pruning.judge import PruningJudge
 from datamodules import Conversations
 from export.report import read_metrics
 from models import SFT

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from callbacks.plateau import Plateau
-from callbacks.pruning_plan import PruningPlan, Sparsities, deadlines, shape_after
+from callbacks.pruning.plan import PruningPlan, Sparsities, deadlines, shape_after
+from callbacks.pruning.plateau import Plateau
 from models.pruning.budget.costs import flops, parameters
 from models.pruning.budget.schedule import sparsity_after
 from models.pruning.budget.target import Budget

@@ -1,4 +1,4 @@
-"""The order in which structural callbacks act within one optimizer step, checked before anything runs.
+"""What structural callbacks need of a run: its data module, their order within one optimizer step, and where a step ends.
 
 Lightning calls callbacks in list order.  Pruning must come before the evaluation that reports it, that before the insertion
 of quantizers (so that "recovered" is judged without them), and export after everything.
@@ -6,9 +6,27 @@ of quantizers (so that "recovered" is judged without them), and export after eve
 
 from collections.abc import Sequence
 
-from lightning import Callback
+from lightning import Callback, Trainer
+
+from datamodules.base import ChatDataModule
 
 STRUCTURAL_ORDER = ("GradualPruning", "PhaseEvaluation", "QuantizationAwareTraining", "ExportOnFitEnd")
+
+
+def data_of(trainer: Trainer) -> ChatDataModule:
+    """The data module of the run.
+
+    Raises:
+        ValueError: There is none, or it is none of ours and cannot score, calibrate or provide prompts.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, ChatDataModule):
+        found = "none" if datamodule is None else type(datamodule).__name__
+        raise ValueError(
+            f"expected a data module that extends ChatDataModule, found {found}; use Conversations or ReasoningTasks, or "
+            "write a subclass with load_split() (see datamodules/base.py)"
+        )
+    return datamodule
 
 
 def check_order(callbacks: Sequence[Callback]) -> None:

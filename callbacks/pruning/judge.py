@@ -6,8 +6,8 @@ from itertools import islice
 import torch
 from lightning import Trainer
 
-from callbacks.data import data_of
-from callbacks.distributed import share_of_rank
+from callbacks.shared.distributed import share_of_rank
+from callbacks.shared.run import data_of
 from datamodules.base import ChatDataModule
 from datamodules.collate import Batch as LoadedBatch
 from models.evaluation.answers import evaluate

@@ -9,9 +9,9 @@ from lightning import Trainer
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
-from callbacks.averaging import follow_edits, follow_weights
-from callbacks.distributed import share_of_rank, synchronize_anew
-from callbacks.pruning_judge import PruningJudge
+from callbacks.pruning.judge import PruningJudge
+from callbacks.shared.averaging import follow_edits, follow_weights
+from callbacks.shared.distributed import share_of_rank, synchronize_anew
 from models.architecture import count_parameters, decoder_layers
 from models.forward import Batch
 from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut

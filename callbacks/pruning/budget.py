@@ -8,7 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
-from callbacks.pruning_plan import shape_after
+from callbacks.pruning.plan import shape_after
 from export.sessions.timed_prefill import onnx_run
 from models.pruning.budget.latency import Latency, Run, meet_latency, torch_run
 from models.pruning.budget.target import Budget

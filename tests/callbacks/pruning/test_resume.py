@@ -89,7 +89,7 @@ def test_a_crash_in_the_middle_of_an_event_leaves_what_was_before(
         raise RuntimeError("in the middle")
 
     with monkeypatch.context() as patch:
-        patch.setattr("callbacks.pruning_event.repair_cut", crash)
+        patch.setattr("callbacks.pruning.event.repair_cut", crash)
         with pytest.raises(RuntimeError, match="in the middle"):
             fit(places, tmp_path, pruning(0.5), Save(tmp_path, "last"))
     assert_same(state_of(fit(places, tmp_path, pruning(0.5), resume="last-1.ckpt")), expected)

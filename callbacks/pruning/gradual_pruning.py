@@ -10,15 +10,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from callbacks.averaging import check_averaging, follow_edits
-from callbacks.data import data_of
-from callbacks.distributed import check_strategy
-from callbacks.order import StepBoundary, check_order
-from callbacks.plateau import Plateau
-from callbacks.pruning_budget import PruningBudget
-from callbacks.pruning_event import cut_student, in_words
-from callbacks.pruning_judge import PruningJudge
-from callbacks.pruning_plan import PruningPlan, Sparsities, When, steps_of
+from callbacks.pruning.budget import PruningBudget
+from callbacks.pruning.event import cut_student, in_words
+from callbacks.pruning.judge import PruningJudge
+from callbacks.pruning.plan import PruningPlan, Sparsities, When, steps_of
+from callbacks.pruning.plateau import Plateau
+from callbacks.shared.averaging import check_averaging, follow_edits
+from callbacks.shared.distributed import check_strategy
+from callbacks.shared.run import StepBoundary, check_order, data_of
 from models.architecture import count_parameters
 from models.distillation import Distillation
 from models.pruning.budget.schedule import Course
