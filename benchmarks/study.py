@@ -114,7 +114,7 @@ def check_teacher(teacher: str) -> None:
     if not (Path(teacher) / "config.json").is_file():
         raise FileNotFoundError(
             f"expected a fine-tuned teacher at {teacher!r}, found none; make it with "
-            "`python train.py fit --config benchmarks/study_teacher.yaml --run_dir runs/study/teacher`"
+            "`python train.py fit --config benchmarks/distillation/teacher.yaml --run_dir runs/study/teacher`"
         )
 
 

@@ -54,9 +54,9 @@ ELSEWHERE = {
     "python -m export.chat runs/quickstart": "tests/test_train.py",
     "python -m export.benchmark exported": "tests/export/benchmark/test_benchmark.py",
     "python -m benchmarks.chats": "tests/benchmarks/test_chats.py",
-    "python -m benchmarks.memory": "tests/benchmarks/test_memory_benchmark.py",
-    "python -m benchmarks.ranking": "tests/benchmarks/test_ranking_benchmark.py",
-    "python -m benchmarks.study_ranking": "tests/benchmarks/test_study_ranking.py",
+    "python -m benchmarks.memory": "tests/benchmarks/test_memory.py",
+    "python -m benchmarks.ranking": "tests/benchmarks/ranking/test_ranking.py",
+    "python -m benchmarks.ranking.study": "tests/benchmarks/ranking/test_study.py",
 }
 #: Programs in Python that do not run here.
 CLIENTS = {

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import train
-from benchmarks import ranking
+from benchmarks.ranking import __main__ as ranking
 from tests.helpers.short_runs import ROOT
 
 PAGE = (ROOT / "docs/howto-ranking.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ import pytest
 import benchmarks
 
 COMMANDS = [
-    module.name
-    for module in pkgutil.iter_modules(benchmarks.__path__)
-    if hasattr(import_module(f"benchmarks.{module.name}"), "main") and module.name not in ("workers", "chats")
+    module.name.removeprefix("benchmarks.")
+    for module in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.")
+    if hasattr(import_module(module.name), "main") and module.name not in ("benchmarks.workers", "benchmarks.chats")
 ]
 
 

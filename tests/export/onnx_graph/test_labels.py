@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.verification_faults import PLANTED
+from benchmarks.verification.faults import PLANTED
 from datamodules.label_prompts import label_token_ids
 from export.__main__ import main
 from export.engine.to_tensorrt import build_engine

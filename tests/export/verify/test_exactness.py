@@ -1,4 +1,4 @@
-"""Right graphs pass far below the bound, and faults are found: those of `benchmarks/verification_faults.py`, in tiny models."""
+"""Right graphs pass far below the bound, and faults are found: those of `benchmarks/verification/faults.py`, in tiny models."""
 
 import random
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.verification import Examined, Right
-from benchmarks.verification_faults import PLANTED
+from benchmarks.verification.__main__ import Examined, Right
+from benchmarks.verification.faults import PLANTED
 from export.cpu_graph.to_cpu import write_cpu_graph
 from export.onnx_graph.to_onnx import export_onnx
 from export.verify import verify

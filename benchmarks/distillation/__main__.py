@@ -1,0 +1,155 @@
+"""Which distillation? Fine-tuning, stage 1, on-policy and two-stage, at equal optimizer steps and at equal time, over seeds.
+
+    python -m benchmarks.distillation [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--arms ...] [--out FOLDER] [--json FILE]
+
+The student has every second layer of the teacher; data, optimizer and precision are those of `study.yaml`.  All arms start from the same
+student, see the same batches in the same order for a seed, and are judged on the same held-out questions; a seed decides the
+order of the training questions and what the student samples.
+
+Equal time: how many steps each arm gets follows from the first seed's seconds per step, so that an arm trains about as long as
+two_stage does at equal steps and its learning rate still ends at 0 with the run.  The result is a page beside the folder --out.
+An interrupted command goes on where it stopped.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.distillation.page import write_page
+from benchmarks.harness import report
+from benchmarks.study import Row, flat, write_half
+from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
+from models import SFT, Distillation, StudentModule
+from models.generation.on_policy import OnPolicy
+from models.loading.reference import load_model
+from models.losses import Objective
+
+TIME_REFERENCE = "two_stage"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        title: For people.
+        stage_1: Share of the steps on the data's answers before the student answers for itself; None for no teacher at all.
+        stage_2: Divergence on the student's own answers.
+    """
+
+    title: str
+    stage_1: float | None
+    stage_2: Objective = Objective()  # noqa: RUF009  (frozen)
+
+
+ARMS = {
+    "sft": Arm("fine-tuning on gold answers, no teacher", None),
+    "stage1": Arm("stage 1 only: forward KL on gold answers", 1.0),
+    "on_policy": Arm("on-policy only: forward KL", 0.0),
+    "two_stage": Arm("two-stage: forward KL, then forward KL on-policy", 0.5),
+    "two_stage_reverse_kl": Arm("two-stage: ..., then reverse KL", 0.5, Objective({"reverse_kl": 1.0})),
+    "two_stage_jsd": Arm("two-stage: ..., then JSD(0.5)", 0.5, Objective({"jsd": 1.0}, beta=0.5, join_ends=True)),
+}
+
+
+class Study(TrainingStudy):
+    """The runs of this study."""
+
+    def run(self, budget: str, arm: str, seed: int, steps: int) -> Row:
+        """The row of one run."""
+        about = {"name": arm, "budget": budget, "seed": seed, "steps": steps}
+        return self.row(
+            f"{budget}-{arm}-{seed}",
+            {"steps": steps},
+            lambda: about | self.fit(lambda: self._module(ARMS[arm], seed, steps), seed, steps),
+        )
+
+    def _module(self, arm: Arm, seed: int, steps: int) -> StudentModule:
+        if arm.stage_1 is None:
+            return SFT(**self.of_student(steps))
+        start = round(arm.stage_1 * steps)
+        on_policy = OnPolicy(start=start if start < steps else -1, share=1.0, tokens=self.tokens, seed=seed)
+        return Distillation(
+            teacher=self.options.teacher,
+            on_policy=on_policy,
+            on_policy_objective=arm.stage_2,
+            **self.of_student(steps),
+        )
+
+    def steps_at_equal_time(self, rows: Sequence[Row]) -> dict[str, int]:
+        """Steps of each arm but the two-stage ones that take about as long as two_stage, from the first seed's rows."""
+        seconds = {row["name"]: row["seconds"] / row["steps"] for row in rows}
+        budget = seconds[TIME_REFERENCE] * self.options.steps
+        return {name: max(1, round(budget / seconds[name])) for name in seconds if not name.startswith(TIME_REFERENCE)}
+
+
+def study(options: argparse.Namespace, student: Path) -> list[Row]:
+    """All rows: the teacher's and the untrained student's first, then seed by seed; written as they finish."""
+    write_half(options.teacher, student)
+    shared = Study(options, str(student))
+    timed = [arm for arm in options.arms if not arm.startswith(TIME_REFERENCE) and TIME_REFERENCE in options.arms]
+    bar = tqdm(total=2 + len(options.seeds) * (len(options.arms) + len(timed)), desc="Study", unit="run")
+
+    def done(row: Row) -> Row:
+        bar.update()
+        return row
+
+    with bar:
+        rows = [done(shared.reference("teacher", lambda: shared.judge.teacher.model))]
+        rows.append(done(shared.reference("untrained", lambda: load_model(shared.student))))
+        plan: dict[str, int] = {}
+        for seed in options.seeds:
+            of_seed = []
+            for arm in options.arms:
+                bar.set_postfix_str(f"{arm}, seed {seed}, {options.steps} steps")
+                of_seed.append(done(shared.run("steps", arm, seed, options.steps)))
+            plan = plan or (shared.steps_at_equal_time(of_seed) if timed else {})
+            for arm in timed:
+                bar.set_postfix_str(f"{arm}, seed {seed}, {plan[arm]} steps")
+                of_seed.append(done(shared.run("time", arm, seed, plan[arm])))
+            rows += of_seed
+    return rows
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_options(parser)
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=list(ARMS),
+        metavar="ARM",
+        help=f"{', '.join(ARMS)} (default: all); the comparison at equal time needs {TIME_REFERENCE}",
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/results/distillation"), help="folder of rows and plots")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
+    options = parser.parse_args(arguments)
+    check_training_options(parser, options)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write the page."""
+    options = parse(arguments)
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = study(options, Path(folder) / "student")
+    titles = {name: ARMS[name].title for name in options.arms}
+    words = sys.argv[1:] if arguments is None else arguments
+    page = write_page(rows, titles, options.out, " ".join(["python -m benchmarks.distillation", *words]))
+    report(flat(rows), {}, PACKAGES, options.json)
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""Structured pruning against its peers: how good, how fast, and what training recovers."""

@@ -1,0 +1,189 @@
+"""What does structured pruning leave of a model, before any training?  Scores, repairs and allocations side by side.
+
+    python -m benchmarks.pruning --quick [--json FILE]                 OSSCAR with repair against the activation score
+    python -m benchmarks.pruning [--cuts ...] [--out FOLDER]           scores x sparsities, speed, and a page; goes on where it stopped
+
+Every student is cut from SmolLM2-135M on the same calibration batches (128 of the model's own answers to instructions) and judged on
+its own answers to the questions of MT-Bench: KL(dense || student) in nats per answer token, top-1 agreement, and perplexity of those
+answers.  Computation is in bfloat16 autocast, statistics and solutions in float64.  What a score knows of the dense model is
+collected once and counts in the seconds of every student that uses it.
+
+The quick command takes about 10 minutes on two cores, the study some hours.  Its page includes what
+`python -m benchmarks.pruning.recovery` left in recovery/ beside its own rows.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.chats import answered, calibration_prompts, held_out_prompts
+from benchmarks.harness import report
+from benchmarks.pruning.arms import ARMS, BASELINE, CUTS, QUICK_ARMS, QUICK_CUTS, Arm, Peer
+from benchmarks.pruning.page import write_page
+from benchmarks.pruning.speed import speeds
+from benchmarks.study import Row, Rows, flat, machine
+from models.architecture import count_parameters
+from models.evaluation.answers import evaluate
+from models.loading.reference import load_model, load_tokenizer
+from models.pruning.cut import PruningSettings, Targets, plan_cut, rank_units, repair_cut
+from models.pruning.scores.removal_order import Ranking
+from models.structure.edits import Edit, replay
+from models.structure.shape import shape_of
+from models.teacher import RememberingTeacher, Teacher
+
+MODEL = "package:smollm2-135m-instruct"
+CALIBRATION_SAMPLES = 128
+PACKAGES = ("torch", "transformers", "onnxruntime")
+_CUTS_HELP = ", ".join(CUTS).replace("%", "%%")
+
+
+class Bench:
+    """The model, its conversations, and how a student is cut and judged."""
+
+    def __init__(self) -> None:
+        self.model = load_model(MODEL).requires_grad_(False)
+        self.tokenizer = load_tokenizer(MODEL)
+        prompts = calibration_prompts(CALIBRATION_SAMPLES)
+        self.calibration = answered(self.model, self.tokenizer, MODEL, prompts)
+        self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())
+        self._teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.bfloat16))
+        self._rankings: dict[tuple[str, int], tuple[Ranking, float]] = {}
+        self._plans: dict[
+            tuple[int | None, str], tuple[list[Edit], float]
+        ] = {}  # which layers go, by each way to choose them
+
+    def row(self, cut: str, arm: Arm | Peer) -> Row:
+        """One student, cut and judged; `layers` holds neurons, query heads and groups of each."""
+        with torch.autocast("cpu", torch.bfloat16):
+            targets = CUTS[cut]
+            student, seconds = self._cut(targets, arm) if isinstance(arm, Arm) else self._cut_by_peer(targets, arm)
+        shape = shape_of(student)
+        layers = [[layer.neurons, layer.query_heads, layer.kv_groups] for layer in shape.layers]
+        sizes = {"parameters": count_parameters(student), "hidden": shape.hidden, "layers": layers}
+        figures = evaluate(student, self.held_out, tokenizer=self.tokenizer, teacher=self._teacher)
+        return {"cut": cut, "arm": arm.name, "seconds": seconds, **sizes, **figures}
+
+    def _cut(self, targets: Targets, arm: Arm) -> tuple[PreTrainedModel, float]:
+        """A student, and the seconds that it took to rank, choose, cut and repair it."""
+        settings = arm.settings
+        ranking, ranked_in = self._ranking(arm) if targets.neurons or targets.kv_groups else (None, 0.0)
+        edits, planned_in = self._plan(targets, settings, ranking)
+        started = time.perf_counter()
+        student = copy.deepcopy(self.model)
+        replay(student, edits)
+        repair_cut(student, self.model, edits, self.calibration, settings)
+        return student, ranked_in + planned_in + time.perf_counter() - started
+
+    def _plan(self, targets: Targets, settings: PruningSettings, ranking: Ranking | None) -> tuple[list[Edit], float]:
+        """What goes, and the seconds that it took to choose it; a search for layers, which takes minutes, serves all repairs."""
+        key, of_layers = (targets.layers, settings.depth), targets == Targets(layers=targets.layers)
+        if of_layers and key in self._plans:
+            return self._plans[key]
+        started = time.perf_counter()
+        edits = plan_cut(self.model, self.calibration, targets, settings, ranking=ranking)
+        plan = edits, time.perf_counter() - started
+        if of_layers:
+            self._plans[key] = plan
+        return plan
+
+    def _cut_by_peer(self, targets: Targets, peer: Peer) -> tuple[PreTrainedModel, float]:
+        from benchmarks.pruning.peer import torch_pruning_edits  # needs the extra `bench`
+
+        started = time.perf_counter()
+        edits = torch_pruning_edits(self.model, self.calibration, targets, peer.score)
+        student = copy.deepcopy(self.model)
+        replay(student, edits)
+        return student, time.perf_counter() - started
+
+    def _ranking(self, arm: Arm) -> tuple[Ranking, float]:
+        key = arm.score, arm.swaps
+        if key not in self._rankings:
+            started = time.perf_counter()
+            ranking = rank_units(self.model, self.calibration, arm.settings)
+            self._rankings[key] = ranking, time.perf_counter() - started
+        return self._rankings[key]
+
+
+def quick() -> list[Row]:
+    """The two cuts that the project promises something about."""
+    bench, rows = Bench(), []
+    for cut in QUICK_CUTS:
+        for arm in QUICK_ARMS:
+            rows.append(bench.row(cut, arm))
+            print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def quick_ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """KL of OSSCAR with repair over KL of the activation score, with sizes per layer and with the same size everywhere."""
+    kl = {(row["cut"], row["arm"]): row["kl"] for row in rows}
+    return {
+        f"osscar_kl_over_activation_kl_{name}{'' if arm.allocation == 'per_layer' else '_uniform'}": kl[cut, arm.name]
+        / kl[cut, BASELINE.name]
+        for cut, name in zip(QUICK_CUTS, ("mlp", "kv"), strict=True)
+        for arm in QUICK_ARMS[1:]
+    }
+
+
+def study(cuts: Sequence[str], out: Path) -> list[Row]:
+    """All rows of these cuts, written as they finish."""
+    store, rows, bench = Rows(out / "rows"), [], None
+    wanted = [(cut, arm) for cut in cuts for arm in ARMS[cut]]
+    for cut, arm in (bar := tqdm(wanted, desc="Study", unit="student")):
+        bar.set_postfix_str(f"{cut}: {arm.name}")
+        name, made = _file_name(cut, arm), {"cut": asdict(CUTS[cut]), "model": MODEL, **asdict(arm)}
+        row = store.find(name, made)
+        if row is None:
+            bench = bench or Bench()
+            row = {**bench.row(cut, arm), "settings": made, "machine": machine(PACKAGES)}
+            store.write(name, row)
+            tqdm.write(_line(row))
+        rows.append(row)
+    return rows
+
+
+def _file_name(cut: str, arm: Arm | Peer) -> str:
+    return f"{cut}, {arm.name}".replace(" ", "_").replace(",", "").replace("%", "percent")
+
+
+def _line(row: Row) -> str:
+    return f"{row['cut']}: {row['arm']}: KL {row['kl']:.4f} in {row['seconds']:.0f} s"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark or the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="OSSCAR and the activation score at two sparsities only")
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=_CUTS_HELP)
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results/pruning"), help="rows and plots; the page lies beside it"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
+    options = parser.parse_args(arguments)
+    disable_progress_bar()
+    if options.quick:
+        rows = quick()
+        report(flat(rows), quick_ratios(rows), PACKAGES, options.json)
+        return
+    rows = study(options.cuts, options.out)
+    rows += speeds(MODEL, rows, Rows(options.out / "rows"))
+    words = sys.argv[1:] if arguments is None else arguments
+    page = write_page(rows, options.out, " ".join(["python -m benchmarks.pruning", *words]))
+    report(flat(rows), {}, PACKAGES, options.json)
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""Quantization against its peers, format by format."""

@@ -1,0 +1,246 @@
+"""What does quantization leave of a model, and what does training give back?  Side by side with ModelOpt and torchao.
+
+    python -m benchmarks.quantization --quick [--json FILE]               our best against the others' presets, one format after the other
+    python -m benchmarks.quantization --qat [--json FILE]                 our best before and after distillation with quantizers in place
+    python -m benchmarks.quantization [--formats ...] [--out FOLDER]      formats x methods, ways to train, graphs, and a page
+
+Everybody quantizes the projections of SmolLM2-135M and calibrates on the same 64 of the model's own answers to instructions.
+Students are judged on every second batch of the model's own answers to the questions of MT-Bench: KL(unquantized || student) in nats
+per answer token, top-1 agreement, and perplexity of those answers.  All this is computed in float32: bfloat16 alone has a KL of 0.001.
+
+The first two commands take about half an hour each on two cores, the third about a day.  It goes on where it stopped, and so do the others
+with `--out`.  The others' packages come with `pip install -e .[bench]`.
+"""
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from benchmarks.chats import answered, calibration_prompts, held_out_prompts
+from benchmarks.harness import report
+from benchmarks.quantization.arms import ARMS, COMPARISONS, INT4, Arm, HeadArm, best
+from benchmarks.quantization.graphs import graph_rows
+from benchmarks.quantization.page import write_page
+from benchmarks.quantization.peers import Peer
+from benchmarks.quantization.training import DISTILLED, LEARNED, ON_ALL, STEPS, WAYS, learning_rate, trained_row
+from benchmarks.study import Row, Rows, flat
+from benchmarks.trained import quiet
+from models.evaluation.answers import evaluate
+from models.forward import Batch
+from models.loading.reference import load_model, load_tokenizer
+from models.post_training.format_choice import UNQUANTIZED, bits_of
+from models.quantization.formats import FORMATS
+from models.teacher import RememberingTeacher, Teacher
+
+MODEL = "package:smollm2-135m-instruct"
+OUT = Path("docs/results/quantization")
+CALIBRATION_SAMPLES = 64
+JUDGED_EVERY = 2
+TRAINED = ("fp8_e4m3", INT4)
+TRAININGS = {  # name of a ratio -> the way
+    best("fp8_e4m3"): {"fp8_qat_kl": DISTILLED},
+    best(INT4): {"int4_qat_kl": LEARNED, "int4_on_all_kl": ON_ALL},
+}
+PACKAGES = ("torch", "transformers", "onnxruntime", "nvidia-modelopt", "torchao")
+
+
+class Bench:
+    """The model, its conversations, and how a student is quantized and judged.
+
+    Args:
+        samples: Conversations that everybody calibrates on.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.reference = MODEL
+        self.model = load_model(MODEL).requires_grad_(False)
+        self.tokenizer = load_tokenizer(MODEL)
+        prompts = calibration_prompts(samples)
+        self.calibration = answered(self.model, self.tokenizer, MODEL, prompts)
+        self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())[::JUDGED_EVERY]
+        self.teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.float32))
+        self._start: tuple[Arm, PreTrainedModel] | None = None
+
+    def quantized(self, arm: Arm | HeadArm | Peer, more: Sequence[Batch] = ()) -> PreTrainedModel:
+        """A student after calibration, on more conversations than everybody's if there are some."""
+        student = copy.deepcopy(self.model)
+        arm.quantize(student, [*self.calibration, *more])
+        return student
+
+    def start(self, arm: Arm) -> PreTrainedModel:
+        """A student of one's own to train; the latest is kept, as several ways start from it."""
+        if self._start is None or self._start[0] != arm:
+            self._start = (arm, self.quantized(arm))
+        return copy.deepcopy(self._start[1])
+
+    def judge(self, student: PreTrainedModel) -> dict[str, float]:
+        """`kl`, `top1_agreement` and `perplexity` on the held-out answers."""
+        return evaluate(student, self.held_out, tokenizer=self.tokenizer, teacher=self.teacher, dtype=torch.float32)
+
+
+class Run(NamedTuple):
+    """One student of the study: its name, what it depends on, and how it is made and judged."""
+
+    name: str
+    settings: dict[str, Any]
+    make: Callable[[], Row]
+
+
+class Study:
+    """Students of one command, each made once and kept as a row.
+
+    Args:
+        out: Folder of rows.
+        samples: Conversations that everybody calibrates on.
+    """
+
+    def __init__(self, out: Path, samples: int) -> None:
+        self.rows = Rows(out / "rows")
+        self.samples = samples
+        self.settings: dict[str, Any] = {"model": MODEL, "samples": samples, "judged_every": JUDGED_EVERY}
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Made when the first row is missing."""
+        return Bench(self.samples)
+
+    def calibrated(self, arms: Sequence[Arm | HeadArm | Peer]) -> list[Row]:
+        """Students after calibration alone; `bits` are those of a stored weight, with its share of the scales."""
+        for arm in arms:
+            if isinstance(arm, Peer):
+                arm.check_installed()
+
+        def make(arm: Arm | HeadArm | Peer) -> Row:
+            started = time.perf_counter()
+            student = self.bench.quantized(arm)
+            made = {"seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
+            return {"format": arm.format, "arm": arm.name, **made, **self.bench.judge(student)}
+
+        runs = [Run(f"{arm.format}, {arm.name}", asdict(arm), partial(make, arm)) for arm in arms]
+        return self._rows(runs, "Calibration")
+
+    def trained(self, arms: Sequence[Arm], ways: Sequence[str], steps: int) -> list[Row]:
+        """Students after training from their calibrated start."""
+
+        def make(arm: Arm, way: str) -> Row:
+            return trained_row(self.bench, arm, way, steps)
+
+        runs = [
+            Run(
+                f"{arm.format}, {way}, {steps} steps",
+                {**asdict(arm), "way": way, "steps": steps, "learning_rate": learning_rate(arm.format)},
+                partial(make, arm, way),
+            )
+            for arm in arms
+            for way in ways
+        ]
+        return self._rows(runs, "Ways to train")
+
+    def graphs(self, formats: Sequence[str], repetitions: int) -> Row:
+        """Size and speed of the formats' graphs in one run, under `graphs`."""
+        measured = [format for format in formats if format != UNQUANTIZED]
+        return self.rows.find_or_make(
+            "graphs",
+            {**self.settings, "formats": measured, "repetitions": repetitions},
+            PACKAGES,
+            lambda: {"graphs": graph_rows(self.bench, measured, repetitions)},
+        )
+
+    def _rows(self, runs: Sequence[Run], title: str) -> list[Row]:
+        known = [(run.name.replace(",", "").replace(" ", "_"), {**self.settings, **run.settings}) for run in runs]
+        for file, settings in known:
+            self.rows.find(file, settings)  # one of other settings is refused before any is made
+        rows = []
+        for run, (file, settings) in tqdm(list(zip(runs, known, strict=True)), desc=title, unit="student"):
+            rows.append(self.rows.find_or_make(file, settings, PACKAGES, run.make))
+            tqdm.write(f"{run.name}: KL {rows[-1]['kl']:.5f}")
+        return rows
+
+
+def quick(study: Study) -> tuple[list[Row], dict[str, float]]:
+    """The students that the project promises something about, and KL of ours over KL of what it is compared with."""
+    rows = study.calibrated(list(dict.fromkeys(arm for pair in COMPARISONS.values() for arm in pair)))
+    kl = {(row["format"], row["arm"]): row["kl"] for row in rows}
+    return rows, {
+        name: kl[ours.format, ours.name] / kl[theirs.format, theirs.name]
+        for name, (ours, theirs) in COMPARISONS.items()
+    }
+
+
+def trained(study: Study, steps: int) -> tuple[list[Row], dict[str, float]]:
+    """Our calibrated FP8 and INT4, and what distillation with quantizers in place makes of them; KL after over KL before.
+
+    `int4_on_all_kl` is not of training alone: what is trained was calibrated on more conversations than what it is compared with.
+    """
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    for arm, ways in TRAININGS.items():
+        [before], after = study.calibrated([arm]), study.trained([arm], list(ways.values()), steps)
+        rows += [before, *after]
+        ratios |= {name: row["kl"] / before["kl"] for name, row in zip(ways, after, strict=True)}
+    return rows, ratios
+
+
+def whole(study: Study, options: argparse.Namespace) -> tuple[list[Row], Path]:
+    """All rows of these formats, and the page."""
+    calibrated = study.calibrated([arm for format in options.formats for arm in ARMS[format]])
+    starts = [best(format) for format in options.formats if format in options.train]
+    after = study.trained(starts, options.ways, options.steps)
+    graphs = study.graphs(options.formats, options.repetitions) if options.repetitions else None
+    page = write_page(calibrated, after, graphs, options.out, options.command)
+    return [*calibrated, *after], page
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark or the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="our best against the others' presets only")
+    add("--qat", action="store_true", help="distillation with quantizers, of our best FP8 and INT4 only")
+    text = "conversations that everybody calibrates on (default: %(default)s)"
+    add("--samples", type=int, default=CALIBRATION_SAMPLES, help=text)
+    add("--formats", nargs="+", choices=ARMS, default=list(ARMS), metavar="FORMAT", help=", ".join(ARMS))
+    text = "which of the formats are trained (default: %(default)s)"
+    add("--train", nargs="*", choices=list(FORMATS), default=list(TRAINED), metavar="FORMAT", help=text)
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how they are trained (default: all ways)")
+    add("--steps", type=int, default=STEPS, help="of training, of eight conversations each (default: %(default)s)")
+    text = "of the timing of graphs; 0 leaves graphs out (default: %(default)s)"
+    add("--repetitions", type=int, default=15, help=text)
+    text = f"rows and plots; the study's page lies beside it (default: {OUT}; with --quick and --qat, nothing is kept)"
+    add("--out", type=Path, help=text)
+    add("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
+    options = parser.parse_args(arguments)
+    if options.quick and options.qat:
+        parser.error("expected --quick or --qat, found both; run one after the other")
+    options.command = " ".join(
+        ["python -m benchmarks.quantization", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    quiet()
+    if not (options.quick or options.qat):
+        options.out = options.out or OUT
+        rows, page = whole(Study(options.out, options.samples), options)
+        report(flat(rows), {}, PACKAGES, options.json)
+        print(f"wrote {page}")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        study = Study(options.out or Path(temporary), options.samples)
+        rows, ratios = trained(study, options.steps) if options.qat else quick(study)
+    report(flat(rows), ratios, PACKAGES, options.json)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,272 @@
+"""What does a small ranker lose against its teacher, learning from labels alone and from the teacher?
+
+    python -m benchmarks.ranking.study [--steps N] [--seeds 1 2 3] [--students ...] [--arms ...] [--work FOLDER] [--out FOLDER] [--json FILE]
+
+The teacher is SmolLM2-135M, fine-tuned on the labels of MovieLens 100K; it is kept in `--work` and taken from there next time.  Its
+students have half of its layers, or 20 or 40 % fewer MLP neurons (OSSCAR with sequential repair); each is judged as it is cut, and
+after equal steps by labels alone, by distillation, and by distillation that ends with FP8 quantizers.  All students see the same pairs, as
+many as they have steps for, in the order of their seed.  Optimizer and precision are those of configs/ranking.yaml.  All figures
+come with bootstrap intervals over members of the test split.
+
+An interrupted command goes on where it stopped.  The page lies beside `--out`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.harness import report
+from benchmarks.ranking.study_page import write_page
+from benchmarks.students import keep_layers
+from benchmarks.study import Row, Rows, fingerprint, flat
+from benchmarks.trained import quiet
+from callbacks import QuantizationAwareTraining
+from datamodules.movielens_ranking import MovieLens
+from export.folders.student import save_student
+from models import RankingDistillation
+from models.architecture import count_parameters, decoder_layers
+from models.loading.reference import load_model, load_tokenizer
+from models.losses.labels import LabelObjective
+from models.pruning.budget.latency import compare, torch_run
+from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut
+from models.structure.edits import replay
+from models.teacher import RememberingTeacher
+
+RECIPE = Path(__file__).parents[2] / "configs/ranking.yaml"
+PACKAGES = ("torch", "lightning", "transformers", "torchmetrics")
+CALIBRATION_BATCHES = 16
+# A solver of weights would take longer than all of the training.
+FP8: dict[str, Any] = {"method": "nearest", "calibration_batches": 4}
+STUDENTS = {"half": 0.0, "pruned_20": 0.2, "pruned_40": 0.4}  # share of the neurons that go; 0: half of the layers
+_QUANTIZED_SHARE = 0.25  # of the steps, at their end
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a student.
+
+    Attributes:
+        objective: What it learns from.
+        fp8: Whether it ends with FP8 quantizers.
+    """
+
+    objective: LabelObjective
+    fp8: bool = False
+
+
+DISTILLED = LabelObjective(cross_entropy=0.2, label_kl=1.0, full_kl=0.1)
+ARMS = {"labels": Arm(LabelObjective()), "distilled": Arm(DISTILLED), "distilled_fp8": Arm(DISTILLED, fp8=True)}
+
+
+class _Student(RankingDistillation):
+    """Asks the teacher once about a sample in all runs.
+
+    Args:
+        remembered: What the teacher said so far, by stage.
+        kwargs: See `RankingDistillation`.
+    """
+
+    def __init__(self, remembered: dict[str, dict[int, Tensor]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._remembered = remembered
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.teacher is not None:
+            self.teacher = self._remembering = RememberingTeacher(self.teacher, self._remembered[stage])
+
+
+class Study:
+    """Data, teacher and students that the runs share.
+
+    Args:
+        options: The command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.rows = options, Rows(options.out / "rows")
+        self._remembered: dict[str, dict[int, Tensor]] = {"fit": {}, "test": {}}
+        recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+        self.trainer = {key: recipe["trainer"][key] for key in ("precision", "gradient_clip_val")}
+        self.optimizer = recipe["model"]["init_args"]["optimizer"]["init_args"] | (
+            {"lr": options.lr} if options.lr else {}
+        )
+        sizes = {"history": options.history, "batch_size": options.batch_size, "test_size": options.test_size}
+        self.data_settings = recipe["data"]["init_args"] | sizes | {"labels": options.labels, "folder": options.folder}
+        self.teacher_data = MovieLens(options.model, **self.data_settings)
+        few = {"train_size": options.steps * options.batch_size}
+        self.data = MovieLens(options.model, **self.data_settings | few)
+        self.data.setup("fit")  # now, with the recipe's seed: all runs get the same pairs, only their order differs
+        self.data.setup("test")
+        self.teacher = str(self._teacher(options.work / "teacher"))
+        self.settings = {
+            "teacher": fingerprint(Path(self.teacher)),
+            "data": {key: value for key, value in self.data_settings.items() if key != "folder"},
+            "optimizer": self.optimizer,
+            **self.trainer,
+        }
+
+    def _teacher(self, folder: Path) -> Path:
+        if not (folder / "config.json").is_file():
+            module = self._module(self.options.model, None, LabelObjective(), self.options.teacher_steps)
+            self._fit(module, self.teacher_data, self.options.teacher_steps, seed=0)
+            save_student(module.student, module.tokenizer, folder)
+        return folder
+
+    def student(self, name: str) -> str:
+        """The folder of a student as it is cut from the teacher."""
+        folder: Path = self.options.work / name
+        if not (folder / "config.json").is_file():
+            model = load_model(self.teacher)
+            if STUDENTS[name]:
+                self._prune(model, STUDENTS[name])
+            else:
+                keep_layers(model, len(decoder_layers(model)) // 2)
+            save_student(model, load_tokenizer(self.teacher), folder)
+        return str(folder)
+
+    def _prune(self, model: Any, share: float) -> None:
+        multiple = self.options.multiple
+        neurons = round((1 - share) * decoder_layers(model)[0].num_neurons / multiple) * multiple
+        batches = [{**batch} for batch in self.teacher_data.calibration_batches(CALIBRATION_BATCHES, seed=0)]
+        dense, settings = load_model(self.teacher), PruningSettings()
+        edits = plan_cut(model, batches, Targets(neurons=neurons), settings)
+        replay(model, edits)
+        repair_cut(model, dense, edits, batches, settings)
+
+    def before(self, name: str) -> Row:
+        """A student, or the teacher itself, before any training: figures, parameters, and time of a prefill over the teacher's."""
+
+        def make() -> Row:
+            reference = self.teacher if name == "teacher" else self.student(name)
+            dense, model = load_model(self.teacher).eval(), load_model(reference).eval()
+            runs = [torch_run(each, batch=1, length=self.options.length) for each in (dense, model)]
+            time = compare(*runs, repetitions=self.options.repetitions)
+            sizes = {"parameters": count_parameters(model), "time": time.ratio, "time_spread": list(time.spread)}
+            module = self._module(reference, self.teacher, LabelObjective(), 1)
+            return {"student": name, "arm": "before", **sizes, **self._test(self._new_trainer(1), module)}
+
+        return self._row(f"{name}-before", {"length": self.options.length}, make)
+
+    def after(self, name: str, arm_name: str, seed: int) -> Row:
+        """A student after training."""
+        arm, steps = ARMS[arm_name], self.options.steps
+
+        def make() -> Row:
+            lightning.seed_everything(seed, verbose=False)
+            module = self._module(self.student(name), self.teacher, arm.objective, steps)
+            start = round((1 - _QUANTIZED_SHARE) * steps)
+            callbacks = [QuantizationAwareTraining(start, **FP8)] if arm.fp8 else []
+            trainer = self._fit(module, self.data, steps, seed, callbacks)
+            return {"student": name, "arm": arm_name, "seed": seed, "steps": steps, **self._test(trainer, module)}
+
+        return self._row(f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm), **(FP8 if arm.fp8 else {})}, make)
+
+    def _module(self, student: str, teacher: str | None, objective: LabelObjective, steps: int) -> RankingDistillation:
+        return _Student(
+            self._remembered,
+            objective=objective,
+            teacher=teacher,
+            student=student,
+            optimizer=partial(torch.optim.AdamW, **self.optimizer),
+            warmup_steps=steps // 10,
+            generate_tokens=0,
+        )
+
+    def _new_trainer(self, steps: int, callbacks: Sequence[Any] = ()) -> Trainer:
+        return Trainer(
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            max_steps=steps,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **self.trainer,
+        )
+
+    def _fit(
+        self, module: RankingDistillation, data: MovieLens, steps: int, seed: int, callbacks: Sequence[Any] = ()
+    ) -> Trainer:
+        data.setup("fit")
+        data.seed = seed  # of the order; the pairs were drawn before
+        with tqdm(total=steps, desc="Training", unit="step", leave=False) as bar:
+            counting = LambdaCallback(on_train_batch_end=lambda *_: bar.update())
+            trainer = self._new_trainer(steps, [*callbacks, counting])
+            trainer.fit(module, datamodule=data)
+        if trainer.global_step != steps:  # a signal ends a fit without an error
+            raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
+        return trainer
+
+    def _test(self, trainer: Trainer, module: RankingDistillation) -> dict[str, float]:
+        [figures] = trainer.test(module, datamodule=self.data, verbose=False)
+        return {name.removeprefix("test/"): value for name, value in figures.items()}
+
+    def _row(self, name: str, settings: dict[str, Any], make: Any) -> Row:
+        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
+
+
+def study(options: argparse.Namespace) -> list[Row]:
+    """All rows: the teacher, every student as it is cut, then seed by seed; written as they finish."""
+    shared = Study(options)
+    rows = [shared.before(name) for name in ("teacher", *options.students)]
+    runs = [(name, arm, seed) for seed in options.seeds for name in options.students for arm in options.arms]
+    for name, arm, seed in (bar := tqdm(runs, desc="Study", unit="run")):
+        bar.set_postfix_str(f"{name}, {arm}, seed {seed}")
+        rows.append(shared.after(name, arm, seed))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="package:smollm2-135m-instruct", help="what the teacher is made of (default: %(default)s)")
+    add("--teacher-steps", type=int, default=300, help="optimizer steps of the teacher (default: %(default)s)")
+    add("--steps", type=int, default=150, help="optimizer steps of every student (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
+    add("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="which students (default: all)")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="how to train them (default: all)")
+    add("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
+    add("--history", type=int, default=5, help="ratings in a prompt (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="pairs of an optimizer step (default: %(default)s)")
+    add("--test-size", type=int, default=2000, help="pairs to judge on, about (default: %(default)s)")
+    add("--labels", nargs=2, default=["no", "yes"], help="what is answered (default: no yes)")
+    add("--folder", help="has MovieLens' files (default: the installed recbole, or its wheel)")
+    add("--multiple", type=int, default=64, help="neurons kept are a multiple of this (default: %(default)s)")
+    add("--length", type=int, default=160, help="tokens of the timed prefill (default: %(default)s)")
+    add("--repetitions", type=int, default=20, help="pairs of timed runs (default: %(default)s)")
+    add("--work", type=Path, default=Path("runs/ranking-study"), help="folder of teacher and students")
+    add("--out", type=Path, default=Path("docs/results/ranking"), help="rows and plot; the page lies beside it")
+    add("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
+    options = parser.parse_args(arguments)
+    if options.steps < 4 or len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"expected 4 steps or more and different seeds, found {options.steps} and {options.seeds}")
+    quiet()
+    rows = study(options)
+    words = sys.argv[1:] if arguments is None else arguments
+    page = write_page(rows, options.out, " ".join(["python -m benchmarks.ranking.study", *map(str, words)]))
+    report(flat(rows), {}, PACKAGES, options.json)
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")

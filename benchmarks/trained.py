@@ -1,0 +1,130 @@
+"""What the studies that train have in common: recipe, data and precision (`study.yaml`), one judge, and rows that survive.
+
+All runs of a study start from the same student, see the same batches in the same order for a seed, and are judged on the same
+held-out questions; a seed decides the order of the training questions and what the student samples.
+"""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning import Callback, Trainer
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.judge import Judge, TrainingClock
+from benchmarks.study import Row, Rows, fingerprint
+from datamodules import ReasoningTasks
+from models import StudentModule
+from program.screen import WARNINGS
+
+RECIPE = Path(__file__).parent / "distillation/study.yaml"
+PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
+
+
+class TrainingStudy:
+    """Everything that the runs share.
+
+    Args:
+        options: The command line, see `training_options`.
+        student: Where the student is.
+    """
+
+    def __init__(self, options: argparse.Namespace, student: str) -> None:
+        self.options, self.student = options, student
+        recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
+        model, trainer = recipe["model"]["init_args"], recipe["trainer"]
+        self.precision, self.clip = trainer["precision"], trainer["gradient_clip_val"]
+        self.optimizer = model["optimizer"]["init_args"] | ({"lr": options.lr} if options.lr else {})
+        self.warmup_share = model["warmup_steps"] / trainer["max_steps"]
+        self.tokens = model["on_policy"]["tokens"]
+        data = recipe["data"]["init_args"] | {"test_size": options.test_size}
+        self.settings = {
+            "teacher": fingerprint(Path(options.teacher)),
+            "data": data,
+            "optimizer": self.optimizer,
+            "warmup_share": self.warmup_share,
+            "precision": self.precision,
+            "gradient_clip_val": self.clip,
+            "tokens": self.tokens,
+        }
+        self.rows = Rows(options.out / "rows")
+        self.data = ReasoningTasks(self.student, **data)
+        self.data.setup("fit")  # now, with the recipe's seed: all runs get the same questions, only their order differs
+        self.data.setup("test")
+        self.judge = Judge(options.teacher, self.data, tokens=self.tokens, precision=self.precision)
+
+    def reference(self, name: str, model: Callable[[], PreTrainedModel]) -> Row:
+        """The figures of a model that is not trained here: the teacher, the student as it starts."""
+        return self.row(name, {}, lambda: {"name": name, **self._judged(model())})
+
+    def row(self, name: str, settings: dict[str, Any], make: Callable[[], Row]) -> Row:
+        """The row of a run, from disk if it has finished before with these settings and the study's."""
+        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
+
+    def of_student(self, steps: int) -> dict[str, Any]:
+        """Arguments of the student's module that all runs share."""
+        return {
+            "student": self.student,
+            "optimizer": partial(torch.optim.AdamW, **self.optimizer),
+            "warmup_steps": round(self.warmup_share * steps),
+            "generate_tokens": 0,
+        }
+
+    def fit(self, make: Callable[[], StudentModule], seed: int, steps: int, callbacks: Sequence[Callback] = ()) -> Row:
+        """Train what `make` gives, with this seed for it, too; its figures at some points and at the end, and seconds."""
+        lightning.seed_everything(seed, verbose=False)
+        self.data.seed = seed  # of the order; the questions were drawn before
+        clock, module = TrainingClock(self.judge.on_validation, points=4), make()
+        trainer = Trainer(
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            max_steps=steps,
+            precision=self.precision,
+            gradient_clip_val=self.clip,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            callbacks=[*callbacks, clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=self.data)
+        if trainer.global_step != steps:  # a signal ends a fit without an error
+            raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
+        return {**clock.figures(), **self.judge.on_test(module.student), "curve": clock.curve}
+
+    def _judged(self, model: PreTrainedModel) -> dict[str, float]:
+        return self.judge.on_validation(model) | self.judge.on_test(model)
+
+
+def quiet() -> None:
+    """Say only what a study says."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    disable_progress_bar()  # of loading models, between ours
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every such study has, but for `--out`."""
+    parser.add_argument("--teacher", default="runs/study/teacher/student", help="Hugging Face folder")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every arm (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
+    parser.add_argument("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
+    parser.add_argument("--test-size", type=int, default=255, help="held-out questions (default: %(default)s)")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose data, optimizer and precision to use")
+
+
+def check_training_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message unless steps and seeds make sense."""
+    if options.steps < 2 or len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"expected 2 steps or more and different seeds, found {options.steps} and {options.seeds}")

@@ -1,0 +1,82 @@
+"""The ranking study from its command line, with a tiny model and tiny MovieLens: every run, its page, and no run twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ranking import study as study_ranking
+from benchmarks.ranking.study_page import _lost, _verdict
+from tests.helpers.tiny import tiny_folder
+from tests.helpers.tiny_movielens import tiny_movielens
+
+STUDENTS, ARMS, SEEDS = ("half", "pruned_40"), ("labels", "distilled", "distilled_fp8"), (1, 2)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("ranking_study")
+    tiny_movielens(folder / "films")
+    words = ["--model", tiny_folder(folder / "model"), "--folder", str(folder / "films"), "--labels", "n", "y"]
+    words += ["--teacher-steps", "2", "--steps", "4", "--seeds", "1", "2", "--students", *STUDENTS, "--history", "1"]
+    words += ["--batch-size", "2", "--test-size", "8", "--multiple", "8", "--length", "8", "--repetitions", "3"]
+    return [*words, "--work", str(folder / "work"), "--out", str(folder / "out"), "--json", str(folder / "rows.json")]
+
+
+@pytest.fixture(scope="module")
+def out(command: list[str]) -> Path:
+    study_ranking.main(command)
+    return Path(command[command.index("--out") + 1])
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (out / "rows").glob("*.json")}
+
+
+def test_every_run_leaves_a_row(out: Path) -> None:
+    rows = rows_of(out)
+    runs = {f"{name}-{arm}-{seed}" for name in STUDENTS for arm in ARMS for seed in SEEDS}
+    assert rows.keys() == {"teacher-before", *(f"{name}-before" for name in STUDENTS), *runs}
+    assert rows["teacher-before"]["auroc_difference"] == 0
+    parameters = {name: rows[f"{name}-before"]["parameters"] for name in ("teacher", *STUDENTS)}
+    assert parameters["half"] < parameters["teacher"] and parameters["pruned_40"] < parameters["teacher"]
+    for row in rows.values():
+        assert row["auroc_difference"] == pytest.approx(row["auroc"] - row["teacher_auroc"], abs=1e-6)
+
+
+def test_arms_and_seeds_differ(out: Path) -> None:
+    rows = rows_of(out)
+    losses = {name: rows[name]["log_loss"] for name in rows if "half" in name}
+    assert len(set(losses.values())) == len(losses)
+
+
+def test_the_page_has_every_student(out: Path) -> None:
+    page = out.with_suffix(".md").read_text()
+    for name in STUDENTS:
+        for title in ("as it is cut", "labels alone", "distilled", "distilled, FP8"):
+            assert f"| {name} | {title} |" in page
+    mean = sum(rows_of(out)[f"half-labels-{seed}"]["auroc"] for seed in SEEDS) / 2
+    assert f"{mean:.4f} ± " in next(line for line in page.splitlines() if line.startswith("| half | labels alone |"))
+    assert (out / "auroc.png").is_file()
+
+
+def test_the_verdict_is_about_half_of_the_loss() -> None:
+    assert _verdict([0.04, 0.04, 0.04], [0.010, 0.011, 0.009])[1] == "yes"
+    assert _verdict([0.04, 0.04, 0.04], [0.030, 0.031, 0.029])[1] == "**no**"
+    assert _verdict([0.04, 0.01, 0.07], [0.02, 0.03, 0.01])[1] == "open"
+    assert _verdict([0.04], [0.01]) == ("-1.00", "open: one seed")
+
+
+def test_what_is_lost_has_the_ends_of_its_interval() -> None:
+    row = {"auroc_difference": -0.02, "auroc_difference_low": -0.05, "auroc_difference_high": 0.01}
+    assert _lost([row]) == "2.00 (-1.00 to 5.00)"
+    assert _lost([{"auroc_difference": -0.02}]) == "2.00"
+
+
+def test_a_second_time_nothing_is_trained(out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_ranking, "Trainer", None)
+    study_ranking.main(command)
+    with pytest.raises(ValueError, match="to be made with steps = 5, found 4"):
+        study_ranking.main(
+            [*command[: command.index("--steps")], *command[command.index("--steps") + 2 :], "--steps", "5"]
+        )
