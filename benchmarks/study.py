@@ -1,6 +1,6 @@
 """What the studies share: rows on disk that survive an interruption, their mean and spread over seeds, tables and plots.
 
-A study is a list of runs.  Every finished run is one JSON file in `<out>/rows/`, written at once or not at all, so that the same
+A study is a list of runs.  Every finished run is one line of `<out>.jsonl`, written at once or not at all, so that the same
 command goes on where it stopped.  A row carries the settings it was made with; rows made otherwise are refused, not mixed.
 """
 
@@ -29,14 +29,19 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """Finished runs in a folder, one JSON file each.
+    """Finished runs of a study: one file, one JSON object a line, which names its `run`.
 
     Args:
-        folder: Where they are; made when the first is written.
+        path: The file; made when the first run has finished.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self) -> dict[str, Row]:
+        """The rows of all finished runs, by the run's name."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        return {row.pop("run"): row for row in map(json.loads, lines)}
 
     def find(self, name: str, settings: Mapping[str, Any]) -> Row | None:
         """The row of a run, or None if it has not finished.
@@ -44,18 +49,16 @@ class Rows:
         Raises:
             ValueError: It was made with other settings.
         """
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            return None
-        row: Row = json.loads(path.read_text(encoding="utf-8"))
+        row = self.all().get(name)
         wanted = json.loads(json.dumps(settings))  # as a file gives it back: text as keys, lists for tuples
-        if row["settings"] != wanted:
-            raise ValueError(_difference(path, row["settings"], wanted))
+        if row is not None and row["settings"] != wanted:
+            raise ValueError(_difference(f"{name} in {self.path}", row["settings"], wanted))
         return row
 
     def write(self, name: str, row: Row) -> None:
         """Keep the row of a finished run."""
-        write_text(self.folder / f"{name}.json", json.dumps(row, indent=1) + "\n")
+        rows = self.all() | {name: row}
+        write_text(self.path, "".join(json.dumps({"run": run} | rows[run]) + "\n" for run in rows))
 
     def find_or_make(
         self, name: str, settings: Mapping[str, Any], packages: Sequence[str], make: Callable[[], Row]
@@ -73,10 +76,10 @@ def flat(rows: Sequence[Row]) -> list[Row]:
     return [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
 
 
-def _difference(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _difference(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     key = next(key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key))
     return (
-        f"expected {path} to be made with {key} = {wanted.get(key)!r}, found {found.get(key)!r}; repeat the command that made "
+        f"expected {what} to be made with {key} = {wanted.get(key)!r}, found {found.get(key)!r}; repeat the command that made "
         "it, or choose another --out"
     )
 

@@ -55,7 +55,7 @@ class TrainingStudy:
             "gradient_clip_val": self.clip,
             "tokens": self.tokens,
         }
-        self.rows = Rows(options.out / "rows")
+        self.rows = Rows(options.out.with_suffix(".jsonl"))
         self.data = ReasoningTasks(self.student, **data)
         self.data.setup("fit")  # now, with the recipe's seed: all runs get the same questions, only their order differs
         self.data.setup("test")

@@ -136,7 +136,7 @@ def quick_ratios(rows: Sequence[Row]) -> dict[str, float]:
 
 def study(cuts: Sequence[str], out: Path) -> list[Row]:
     """All rows of these cuts, written as they finish."""
-    store, rows, bench = Rows(out / "rows"), [], None
+    store, rows, bench = Rows(out.with_suffix(".jsonl")), [], None
     wanted = [(cut, arm) for cut in cuts for arm in ARMS[cut]]
     for cut, arm in (bar := tqdm(wanted, desc="Study", unit="student")):
         bar.set_postfix_str(f"{cut}: {arm.name}")
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report(flat(rows), quick_ratios(rows), PACKAGES, options.json)
         return
     rows = study(options.cuts, options.out)
-    rows += speeds(MODEL, rows, Rows(options.out / "rows"))
+    rows += speeds(MODEL, rows, Rows(options.out.with_suffix(".jsonl")))
     words = sys.argv[1:] if arguments is None else arguments
     page = write_page(rows, options.out, " ".join(["python -m benchmarks.pruning", *words]))
     report(flat(rows), {}, PACKAGES, options.json)

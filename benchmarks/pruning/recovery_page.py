@@ -1,6 +1,5 @@
 """The section on recovery by distillation of the pruning study's page, from the rows of `benchmarks/pruning/recovery.py`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.distillation.page import METRICS, Expectation, verdict
 from benchmarks.pruning.recovery import ARMS
-from benchmarks.study import Row, cell, markdown_table, plot_dots, save_plot
+from benchmarks.study import Row, Rows, cell, markdown_table, plot_dots, save_plot
 
 SHOWN = ("kl", "top1_agreement", "own_kl", "task_score")
 EXPECTATIONS = (
@@ -29,10 +28,9 @@ def recovery_section(out: Path) -> str:
     """Text with tables, and a plot in the folder; nothing where no run has finished.
 
     Args:
-        out: Folder of the pruning study; the rows are in its recovery/rows.
+        out: Folder of the pruning study; the rows are in its recovery.jsonl.
     """
-    files = sorted((out / "recovery/rows").glob("*.json"))
-    rows = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    rows = [row for _, row in sorted(Rows(out / "recovery.jsonl").all().items())]
     runs = [row for row in rows if "history" in row]
     if not runs:
         return ""

@@ -106,7 +106,7 @@ class Study:
     """
 
     def __init__(self, out: Path, samples: int) -> None:
-        self.rows = Rows(out / "rows")
+        self.rows = Rows(out.with_suffix(".jsonl"))
         self.samples = samples
         self.settings: dict[str, Any] = {"model": MODEL, "samples": samples, "judged_every": JUDGED_EVERY}
 

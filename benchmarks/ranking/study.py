@@ -96,7 +96,7 @@ class Study:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.rows = options, Rows(options.out / "rows")
+        self.options, self.rows = options, Rows(options.out.with_suffix(".jsonl"))
         self._remembered: dict[str, dict[int, Tensor]] = {"fit": {}, "test": {}}
         recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         self.trainer = {key: recipe["trainer"][key] for key in ("precision", "gradient_clip_val")}

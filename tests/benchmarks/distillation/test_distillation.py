@@ -39,17 +39,17 @@ def out(command: list[str]) -> Path:
 
 
 def test_every_arm_and_seed_has_a_row(out: Path) -> None:
-    names = {path.stem for path in (out / "rows").glob("*.json")}
+    names = Rows(out.with_suffix(".jsonl")).all().keys()
     equal_steps = {f"steps-{arm}-{seed}" for arm in ARMS for seed in (1, 2)}
     equal_time = {f"time-{arm}-{seed}" for arm in ("sft", "stage1", "on_policy") for seed in (1, 2)}
     assert names == equal_steps | equal_time | {"teacher", "untrained"}
-    teacher = json.loads((out / "rows/teacher.json").read_text())
+    teacher = Rows(out.with_suffix(".jsonl")).all()["teacher"]
     assert (teacher["kl"], teacher["top1_agreement"]) == (0, 1)
     assert teacher["own_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_arms_and_seeds_differ_only_where_they_should(out: Path) -> None:
-    rows = {path.stem: json.loads(path.read_text()) for path in (out / "rows").glob("*.json")}
+    rows = Rows(out.with_suffix(".jsonl")).all()
     start = rows["untrained"]
     for seed in (1, 2):
         figures = [rows[f"steps-{arm}-{seed}"]["kl"] for arm in ARMS]
@@ -65,7 +65,7 @@ def test_arms_and_seeds_differ_only_where_they_should(out: Path) -> None:
 
 
 def test_equal_time_gets_steps_from_the_first_seed(out: Path) -> None:
-    rows = {path.stem: json.loads(path.read_text()) for path in (out / "rows").glob("*.json")}
+    rows = Rows(out.with_suffix(".jsonl")).all()
     for arm in ("sft", "stage1", "on_policy"):
         expected = max(1, round(rows["steps-two_stage-1"]["seconds"] / (rows[f"steps-{arm}-1"]["seconds"] / 2)))
         assert rows[f"time-{arm}-1"]["steps"] == rows[f"time-{arm}-2"]["steps"] == expected
@@ -75,7 +75,7 @@ def test_the_page_shows_every_arm_with_its_mean_and_deviation(out: Path, command
     page = out.with_suffix(".md").read_text()
     for arm in (*ARMS, "teacher", "untrained"):
         assert f"| {arm} |" in page
-    values = [json.loads((out / f"rows/steps-sft-{seed}.json").read_text())["kl"] for seed in (1, 2)]
+    values = [Rows(out.with_suffix(".jsonl")).all()[f"steps-sft-{seed}"]["kl"] for seed in (1, 2)]
     assert f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}" in page
     for target in ("figures.png", "curves.png"):
         assert f"({out.name}/{target})" in page and (out / target).stat().st_size > 1000
@@ -88,14 +88,16 @@ def test_a_second_time_nothing_is_trained(out: Path, command: list[str], monkeyp
     monkeypatch.setattr(study_training, "Trainer", None)
     study_distillation.main(command)
     assert out.with_suffix(".md").read_text() == page
-    (out / "rows/steps-sft-2.json").unlink()
+    finished = out.with_suffix(".jsonl")
+    lines = finished.read_text().splitlines(keepends=True)
+    finished.write_text("".join(line for line in lines if '"run": "steps-sft-2"' not in line))
     with pytest.raises(TypeError):
         study_distillation.main(command)
 
 
 def test_rows_of_other_settings_are_refused(out: Path, command: list[str]) -> None:
     changed = [*command, "--steps", "3"]
-    with pytest.raises(ValueError, match="expected .*steps-sft-1.json to be made with steps = 3, found 2; "):
+    with pytest.raises(ValueError, match="expected steps-sft-1 in .* to be made with steps = 3, found 2; "):
         study_distillation.main(changed)
 
 
@@ -124,11 +126,11 @@ def test_the_student_has_half_of_the_layers(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_write_is_no_row(tmp_path: Path) -> None:
-    rows = Rows(tmp_path)
+    rows = Rows(tmp_path / "study.jsonl")
     assert rows.find("a", {}) is None
     rows.write("a", {"settings": {"x": [1, 2]}})
     assert rows.find("a", {"x": (1, 2)}) == {"settings": {"x": [1, 2]}}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["study.jsonl"]
 
 
 def test_cells_and_tables() -> None:

@@ -11,6 +11,7 @@ from benchmarks.pruning import __main__ as pruning
 from benchmarks.pruning import arms as pruning_arms
 from benchmarks.pruning import page as pruning_page
 from benchmarks.pruning import speed as pruning_speed
+from benchmarks.study import Rows
 from models.forward import IGNORE
 from models.loading.reference import load_model, load_tokenizer
 from models.pruning.cut import Targets
@@ -89,7 +90,7 @@ def test_the_study_writes_a_page_and_goes_on_where_it_stopped(bench: Path, monke
     notes.parent.mkdir()
     notes.write_text("Words of ours.\n")
     pruning.main(study)
-    rows = [json.loads(path.read_text()) for path in (bench / "study/rows").glob("*.json")]
+    rows = list(Rows(bench / "study.jsonl").all().values())
     students, timed = [row for row in rows if "arm" in row], [row for row in rows if "speed_of" in row]
     assert len(students) == 6 and all(row["kl"] > 0 and row["settings"] and row["machine"] for row in students)
     shapes = {json.dumps([row["hidden"], row["layers"]]) for row in students}

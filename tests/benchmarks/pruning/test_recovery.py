@@ -1,6 +1,5 @@
 """The recovery study from its command line, with a tiny teacher: equal tokens, all cuts made, and its section of the page."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import yaml
 from benchmarks import trained as study_training
 from benchmarks.pruning import recovery as study_recovery
 from benchmarks.pruning.recovery_page import recovery_section
+from benchmarks.study import Rows
 from tests.helpers.tiny import tiny_folder
 
 pytestmark = pytest.mark.long
@@ -39,7 +39,7 @@ def out(command: list[str]) -> Path:
 
 
 def test_every_run_ends_with_the_same_sizes(out: Path) -> None:
-    rows = {path.stem: json.loads(path.read_text()) for path in (out / "rows").glob("*.json")}
+    rows = Rows(out.with_suffix(".jsonl")).all()
     assert rows.keys() == {"teacher", *(f"{arm}-{seed}" for arm in ARMS for seed in (1, 2))}
     for name, row in rows.items():
         if name != "teacher":
@@ -51,7 +51,7 @@ def test_every_run_ends_with_the_same_sizes(out: Path) -> None:
 
 
 def test_runs_differ_where_they_should(out: Path) -> None:
-    rows = {path.stem: json.loads(path.read_text()) for path in (out / "rows").glob("*.json")}
+    rows = Rows(out.with_suffix(".jsonl")).all()
     for seed in (1, 2):
         assert len({rows[f"{arm}-{seed}"]["kl"] for arm in ARMS}) == len(ARMS)
     assert all(rows[f"{arm}-1"]["kl"] != rows[f"{arm}-2"]["kl"] for arm in ARMS)
@@ -59,7 +59,7 @@ def test_runs_differ_where_they_should(out: Path) -> None:
 
 def test_the_section_shows_means_and_verdicts(out: Path) -> None:
     section = recovery_section(out.parent)
-    rows = {path.stem: json.loads(path.read_text()) for path in (out / "rows").glob("*.json")}
+    rows = Rows(out.with_suffix(".jsonl")).all()
     mean = (rows["gradual-1"]["kl"] + rows["gradual-2"]["kl"]) / 2
     assert f"{mean:.3f} ± " in next(line for line in section.splitlines() if line.startswith("| gradual |"))
     assert "| KL, gold answers: gradual against one_shot |" in section

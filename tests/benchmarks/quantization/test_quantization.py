@@ -15,6 +15,7 @@ from benchmarks.quantization import training as quantization_training
 from benchmarks.quantization.arms import Arm, HeadArm, best
 from benchmarks.quantization.peers import Peer
 from benchmarks.quantization.training import WAYS
+from benchmarks.study import Rows
 from models.forward import Batch
 from models.post_training.settings import PostTrainingQuantization
 from models.post_training.smoothing import STRENGTHS
@@ -170,7 +171,7 @@ def test_the_study_writes_a_page_and_goes_on_where_it_stopped(
     notes.parent.mkdir()
     notes.write_text("Words of ours.\n")
     quantization.main(study)
-    rows = {path.stem: json.loads(path.read_text()) for path in (bench / "study/rows").glob("*.json")}
+    rows = Rows(bench / "study.jsonl").all()
     graphs = rows.pop("graphs")
     assert len(rows) == 8 + len(WAYS) and all(row["settings"] and row["machine"] for row in rows.values())
     page = (bench / "study.md").read_text()

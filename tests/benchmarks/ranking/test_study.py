@@ -1,12 +1,12 @@
 """The ranking study from its command line, with a tiny model and tiny MovieLens: every run, its page, and no run twice."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.ranking import study as study_ranking
 from benchmarks.ranking.study_page import _lost, _verdict
+from benchmarks.study import Rows
 from tests.helpers.tiny import tiny_folder
 from tests.helpers.tiny_movielens import tiny_movielens
 
@@ -30,7 +30,7 @@ def out(command: list[str]) -> Path:
 
 
 def rows_of(out: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in (out / "rows").glob("*.json")}
+    return Rows(out.with_suffix(".jsonl")).all()
 
 
 def test_every_run_leaves_a_row(out: Path) -> None:
