@@ -5,18 +5,14 @@ Modules, data modules and callbacks are named by their short class names.  Every
 or in a recipe wins over the one saved in the checkpoint, and every such difference is logged.
 """
 
-import contextlib
 import copy
 import gc
-import importlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any
 
 from program.screen import as_command, one_sentence
 
@@ -24,8 +20,7 @@ gc.disable()  # importing makes half a million objects that stay: collecting amo
 # The tokenizers library warns in forked loader workers otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -37,11 +32,11 @@ import datamodules
 import models
 from models.loading.checkpoint import REFERENCES, plain_settings, read_checkpoint
 from program.ranges import check_ranges
+from program.recipes import ConfigFile, Parser, callbacks_of, class_at, flatten, refuse_nulls
+from program.run_folder import drop_empty_run_folder, run_folder
 
 gc.freeze()  # nor is any of them looked at again, in training or at exit
 gc.enable()
-
-_MOST = 100_000  # settings in a file, aliases counted as what they stand for
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -78,60 +73,6 @@ class RunConfigCallback(SaveConfigCallback):
                 logger.experiment.config.update({"run": self.config.as_dict()}, allow_val_change=True)
 
 
-class Parser(LightningArgumentParser):
-    """A parser that answers a mistake in one line, not below seventy lines of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say it and exit with 2; where the parser tries one type after another, it goes on."""
-        if not self.exit_on_error or os.environ.get("POTSTILL_DEBUG"):
-            super().error(message, ex)
-        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        self.exit(2, f"error: {one_sentence(message)} (all options: {program} --help)\n")
-
-
-class ConfigFile(ActionConfigFile):
-    """A file whose lists replace those of the files before it; `name+:` appends.
-
-    jsonargparse alone does so too, unless both lists are equally long: then an entry takes over the `init_args` of the earlier
-    entry of its class at its place.
-    """
-
-    def __call__(  # type: ignore[override]
-        self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None
-    ) -> None:
-        """Forget the earlier lists that the file names, then read it."""
-        try:
-            text = Path(values).read_text(encoding="utf-8")
-        except OSError:
-            text = values  # settings written on the command line, or a file that is missing: the parser says so
-        with contextlib.suppress(yaml.YAMLError):  # as it does of broken ones
-            if mistake := _mistake(yaml.compose(text, yaml.SafeLoader), {}):
-                parser.error(f"{mistake} in {values}; correct the file")
-            settings = yaml.safe_load(text)
-            for key, value in _flatten(settings if isinstance(settings, Mapping) else {}).items():
-                if isinstance(value, list):
-                    cfg.pop(key, None)
-        super().__call__(parser, cfg, values, option_string)
-
-
-def _mistake(node: yaml.Node | None, sizes: dict[yaml.Node, int]) -> str | None:
-    """What YAML would take without a word: a key given twice, or aliases of aliases that stand for more than anybody wrote."""
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            return f"expected every setting once, found {twice!r} twice below line {node.start_mark.line + 1}"
-        parts = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        parts = node.value
-    else:
-        return None
-    for part in parts:
-        if part not in sizes and (mistake := _mistake(part, sizes)):
-            return mistake
-    sizes[node] = 1 + sum(sizes.get(part, 1) for part in parts)
-    return f"expected at most {_MOST:,} settings, found aliases for {sizes[node]:,}" if sizes[node] > _MOST else None
-
-
 class PotstillCLI(LightningCLI):
     """LightningCLI plus: numbered run folders, checkpoints that give way to the command line, one always-on checkpoint."""
 
@@ -162,11 +103,11 @@ class PotstillCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and hand it to trainer and loggers; choose how often to log, and the progress bar."""
         config = self.config[self.subcommand]
-        _refuse_nulls(config)
+        refuse_nulls(config, {"checkpoint": (callbacks.Checkpoint, config.checkpoint)})
         # Lightning would hang on the first, and end a run of no step as if all was well on the second.
         numbers = {"accumulate_grad_batches": (1, 1e9), "limit_train_batches": (1e-9, 1e9)}
         check_ranges("trainer.", config.trainer.as_dict(), **numbers)
-        self.run_dir = _run_folder(config)
+        self.run_dir = run_folder(config)
         config.trainer.default_root_dir = str(self.run_dir)
         if config.trainer.logger in (None, True):
             config.trainer.logger = Namespace(
@@ -179,7 +120,7 @@ class PotstillCLI(LightningCLI):
                 logger.init_args.save_dir = str(self.run_dir.absolute())
         if config.trainer.max_steps > 0:
             config.trainer.log_every_n_steps = _log_interval(config.trainer.log_every_n_steps, config.trainer.max_steps)
-        if config.trainer.enable_progress_bar is not False and not _has_bar(_callbacks(config)):
+        if config.trainer.enable_progress_bar is not False and not _has_bar(callbacks_of(config)):
             self.trainer_defaults["callbacks"].append(callbacks.TrainingProgress())
 
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> Trainer:
@@ -212,7 +153,7 @@ class PotstillCLI(LightningCLI):
             found = hyper_parameters.get("_class_path")
             rank_zero_info(f"The checkpoint was written by {found!r}: all settings come from the command line")
             return
-        saved, refused = plain_settings(_class_at(class_path), hyper_parameters)
+        saved, refused = plain_settings(class_at(class_path), hyper_parameters)
         if refused:
             rank_zero_info(
                 f"Not taken over from the checkpoint, as it is no plain setting of ours: {', '.join(map(repr, refused))}; the recipe "
@@ -230,33 +171,6 @@ class PotstillCLI(LightningCLI):
         arguments = sys.argv[1:] if self._given is None else self._given
         explicit = self.parser.parse_args(arguments, defaults=False)  # type: ignore[arg-type]
         return explicit[subcommand].model.init_args.as_dict()
-
-
-def _class_at(class_path: str) -> type[Any]:
-    """The class that the user has named; the parser has imported it."""
-    module, _, name = class_path.rpartition(".")
-    found: type[Any] = getattr(importlib.import_module(module), name)
-    return found
-
-
-def _refuse_nulls(config: Namespace) -> None:
-    """Raise `ValueError` for a null that its setting's type does not know: the parser takes one for anything."""
-    parts = {"model": config.model, "data": config.data}
-    parts |= {f"trainer.callbacks.{at}": callback for at, callback in enumerate(_callbacks(config))}
-    typed = {f"{name}.init_args": (_class_at(part.class_path), part.get("init_args")) for name, part in parts.items()}
-    typed["checkpoint"] = callbacks.Checkpoint, config.checkpoint
-    nulls = [name for name in ("name", "root", "trainer.accumulate_grad_batches") if config.get(name) is None]
-    for place, (kind, settings) in typed.items():
-        hints: dict[str, Any] = {}
-        for base in (base for base in kind.__mro__ if "__init__" in vars(base)):
-            with contextlib.suppress(NameError):  # types of other libraries that exist for type checkers only
-                hints = get_type_hints(vars(base)["__init__"]) | hints
-        for name, value in (settings or {}).items():
-            hint = hints.get(name, Any)
-            if value is None and hint is not Any and NoneType not in get_args(hint):
-                nulls.append(f"{place}.{name}")
-    if nulls:
-        raise ValueError(f"expected a value for {nulls[0]}, found null; leave it out for its default, or give one")
 
 
 def _relocatable(config: Namespace, folder: Path) -> Namespace:
@@ -283,49 +197,8 @@ def _log_interval(chosen: int | None, max_steps: int) -> int:
     return min(chosen, max_steps)
 
 
-def _callbacks(config: Namespace) -> list[Namespace]:
-    """Those that are listed; the parser takes one alone, too."""
-    listed = config.trainer.callbacks
-    return [
-        each
-        for each in (listed if isinstance(listed, list) else [listed])
-        if isinstance(each, Namespace) and "class_path" in each
-    ]
-
-
 def _has_bar(listed: list[Namespace]) -> bool:
     return any("ProgressBar" in callback.class_path for callback in listed)
-
-
-def _run_folder(config: Namespace) -> Path:
-    """The folder of this run, reserved on disk by rank 0 and handed to other ranks through the environment."""
-    if config.run_dir:
-        folder = Path(config.run_dir)
-        if (folder / "config.yaml").exists():
-            raise MisconfigurationException(
-                f"expected a new run folder, found a run in {str(folder)!r}; remove it, or leave --run_dir out for a numbered one"
-            )
-        return folder
-    if "POTSTILL_RUN_DIR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-        return Path(os.environ["POTSTILL_RUN_DIR"])
-    if Path(config.name).name != config.name:
-        raise ValueError(
-            f"expected a --name without folders, found {config.name!r}; put the folder into --root, the name into --name"
-        )
-    root = Path(config.root)
-    root.mkdir(parents=True, exist_ok=True)
-    pattern = re.compile(re.escape(config.name) + r"-(\d+)")
-    number = max((int(m[1]) for m in map(pattern.fullmatch, os.listdir(root)) if m), default=0)
-    while True:
-        number += 1
-        folder = root / f"{config.name}-{number:03d}"
-        try:
-            folder.mkdir()  # fails if another run has just taken the number
-            break
-        except FileExistsError:
-            continue
-    os.environ["POTSTILL_RUN_DIR"] = str(folder)
-    return folder
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,15 +212,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
-
-
 def _log_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = _flatten(saved), _flatten(now)
+    before, after = flatten(saved), flatten(now)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             rank_zero_info(f"model.{key}: {before.get(key)!r} in the checkpoint, {after.get(key)!r} now")
@@ -385,16 +251,8 @@ def entry_point(args: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGINT
         raise
     finally:
-        _drop_empty_run_folder()
+        drop_empty_run_folder()
     return 0
-
-
-def _drop_empty_run_folder() -> None:
-    """A run that failed before it wrote anything leaves no folder behind."""
-    folder = os.environ.pop("POTSTILL_RUN_DIR", None)
-    if folder and Path(folder).is_dir() and not any(Path(folder).iterdir()):
-        with contextlib.suppress(FileNotFoundError):  # another rank was first
-            Path(folder).rmdir()
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(
     place: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = ["--checkpoint.every_n_steps", "100"]
-    arguments = sft(models, *extra, "--trainer.callbacks+=test_train._Terminate")
+    arguments = sft(models, *extra, "--trainer.callbacks+=tests.test_train._Terminate")
     assert train.entry_point(arguments) == 143
     last = "runs/sft-001/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
