@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import onnx
 
-from export.engine.audit import inspect
+from export.engine.parsed_layers import inspect
 from program.files import move_into_place, staging_folder
 
 Flavour = Literal["auto", "tensorrt", "tensorrt_rtx"]

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from export.cpu_graph.head_blocks import with_stored_head
-from export.engine.audit import audit
 from export.engine.write import Engines
 from export.layout import (
     CPU_GRAPH,
@@ -45,6 +44,7 @@ from export.verify.faithfulness import (
     sampled,
     torch_served,
 )
+from export.verify.products import audit
 from export.verify.served import Served
 from export.verify.torch_run import Run
 from models.copies import with_rounded_weights
