@@ -21,7 +21,7 @@ from export.report import write_report
 from export.settings import ExportSettings, check_settings
 from export.verify import HeldOut
 from export.verify.checks import raise_on_failure
-from export.verify.prompts import prompts_for_verification
+from export.verify.prompts import check_room, prompts_for_verification
 from models.architecture import decoder_layers
 from program.files import only_one
 from program.screen import as_command
@@ -47,6 +47,7 @@ def _export(options: argparse.Namespace, settings: ExportSettings, calibration: 
     print(f"Loading {options.model}", flush=True)
     model, tokenizer = load_any(options.model, options.student)
     prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
+    check_room(model, prompts, settings.decode_steps)
     held_out = None
     if options.verify_on is not None and tokenizer.chat_template:
         held_out = HeldOut(batches_of(tokenizer, Calibration(options.verify_on, num_conversations=_HELD_OUT)))

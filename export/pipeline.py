@@ -107,7 +107,7 @@ def export_all(
         phases: Show the progress; by default new ones.
 
     Returns:
-        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`, `engine`, `label_engine`, `versions`, `seconds` of each
+        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`, `not_measured` (rows with a `reason`), `engine`, `label_engine`, `versions`, `seconds` of each
         phase.
 
     Raises:
@@ -178,7 +178,8 @@ def export_all(
         "artefacts": _artefacts(output, settings, engines, plain=reason is None),
         "verification": verification,
         "served": [{"name": name, **found.figures()} for name, found in served.items()],
-        "benchmark": benchmark,
+        "benchmark": [row for row in benchmark if "reason" not in row],
+        "not_measured": [row for row in benchmark if "reason" in row],
         "engine": engines.model.as_dict() if engines else None,
         "label_engine": engines.labels.as_dict() if engines and engines.labels else None,
         "versions": _versions(engines),
@@ -305,7 +306,7 @@ def _benchmark(
     for row in rows:
         if "reason" in row:
             rank_zero_info(f"Not measured: {row['name']}: {row['reason']}")
-    return [row | {"path": written.get(row["name"], row["path"])} for row in rows if "reason" not in row]
+    return [row | {"path": written.get(row["name"], row["path"])} for row in rows]
 
 
 def _move(staging: Path, output: Path) -> None:

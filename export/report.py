@@ -202,8 +202,10 @@ def _artefact_table(report: Report) -> str:
 
 def _benchmark_table(report: Report) -> str:
     rows = report.get("benchmark", [])
+    title = "## Speed in ONNX Runtime on this machine's CPU"
+    missing = [f"Not measured: {row['name']}: {row['reason']}" for row in report.get("not_measured", [])]
     if not rows:
-        return ""
+        return "\n\n".join([title, *missing]) if missing else ""
     header = ["graph", "MB", "time to first token (ms)", "tokens/s"]
     cells = [
         [
@@ -219,7 +221,7 @@ def _benchmark_table(report: Report) -> str:
         f"Median (smallest to largest) of {first['repetitions']} repetitions in turns; one conversation, a prompt of "
         f"{first['prompt_tokens']} tokens, {first['new_tokens']} new ones."
     )
-    return "\n\n".join(["## Speed in ONNX Runtime on this machine's CPU", _table(header, cells), note])
+    return "\n\n".join([title, _table(header, cells), note, *missing])
 
 
 def _with_spread(row: Report, name: str) -> str:

@@ -1,12 +1,12 @@
 """The prompts that an exported file is verified on: the user's own, or a few that come along."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.chat import Conversation, encode
 from datamodules.files import read_conversations
@@ -56,6 +56,16 @@ def prompts_for_verification(
     masks = [torch.ones_like(row) for row in rows]
     pad_id = tokenizer.pad_token_id or 0
     return {"prompt_ids": _left_padded(rows, pad_id), "prompt_mask": _left_padded(masks, 0)}
+
+
+def check_room(model: PreTrainedModel, prompts: Mapping[str, Tensor], decode_steps: int) -> None:
+    """Raise `ValueError` for more tokens than the model has positions for: they say nothing about it, and take for ever."""
+    positions, longest = getattr(model.config, "max_position_embeddings", None), prompts["prompt_ids"].shape[1]
+    if positions is not None and longest + decode_steps > positions:
+        raise ValueError(
+            f"expected prompts and decode steps within the {positions} positions of the model, found prompts of up to {longest} tokens and "
+            f"{decode_steps} steps; lower --decode-steps, or verify on shorter prompts"
+        )
 
 
 def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:

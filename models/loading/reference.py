@@ -10,10 +10,14 @@
 Remote code is off unless asked for, and weights load from safetensors or GGUF only, never from pickles.
 """
 
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.loading.contents import check_finite, check_loaded, check_only_data
@@ -162,7 +166,18 @@ def _resolve(reference: str) -> tuple[str, dict[str, Any]]:
         raise FileNotFoundError(
             f"expected a Hugging Face folder at {reference!r}, found nothing there; check the path, or write the folder first"
         )
-    return reference, {}
+    return reference, {} if _finds_hub() else LOCAL
+
+
+def _finds_hub() -> bool:
+    """Whether the hub's name means anything here: without a network, huggingface_hub tries each file for half a minute."""
+    if getproxies():  # they look names up
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def _not_loadable(what: str, reference: str, error: Exception) -> Exception:

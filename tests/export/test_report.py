@@ -129,6 +129,13 @@ def test_metrics_are_columns_of_step_and_value(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "missing.csv") == {}
 
 
+def test_what_could_not_be_measured_says_why() -> None:
+    missing = [{"name": "student_cpu", "reason": "expected 9 GB, found 1"}]
+    assert "\n\nNot measured: student_cpu: expected 9 GB, found 1" in markdown(REPORT | {"not_measured": missing}, [])
+    alone = markdown({"not_measured": missing}, [])
+    assert "## Speed in ONNX Runtime on this machine's CPU\n\nNot measured: student_cpu" in alone
+
+
 def test_markdown_aligns_numbers() -> None:
     header = markdown(REPORT, []).splitlines()
     assert header[header.index("| teacher | 1,000 | 0 | 1 | 0.75 |") - 1] == "| --- | ---: | ---: | ---: | ---: |"

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from export.verify.prompts import PROMPTS, prompts_for_verification
-from tests.helpers.tiny_models import tiny_tokenizer
+from export.verify.prompts import PROMPTS, check_room, prompts_for_verification
+from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
 
 
 def written(path, *prompts):
@@ -55,3 +55,14 @@ def test_more_than_there_are(tmp_path):
     path = written(tmp_path / "mine.jsonl", "one")
     with pytest.raises(ValueError, match=r"at most 1 prompts .* in '.*mine\.jsonl', found --prompts 2; .*--verify-on"):
         prompts_for_verification(tiny_tokenizer(), path, 2)
+
+
+def test_prompts_and_decode_steps_have_to_fit_into_the_model():
+    model = tiny_model()
+    batch = prompts_for_verification(tiny_tokenizer(), None, 2)
+    room = model.config.max_position_embeddings - batch["prompt_ids"].shape[1]
+    check_room(model, batch, room)
+    with pytest.raises(
+        ValueError, match=f"expected prompts and decode steps within the .* and {room + 1} steps; lower"
+    ):
+        check_room(model, batch, room + 1)

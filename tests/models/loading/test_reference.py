@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import zipfile
 from pathlib import Path
@@ -391,3 +392,22 @@ def test_damaged_weights_are_one_sentence(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(FileNotFoundError, match="found none that loads"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("resolves", "proxies", "asked"),
+    [(True, {}, True), (False, {}, False), (False, {"https": "http://proxy:3128"}, True)],
+)
+def test_a_hub_without_a_network_is_not_asked(
+    resolves: bool, proxies: dict[str, str], asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file would be tried for half a minute."""
+
+    def look_up(*_: object) -> list[object]:
+        if not resolves:
+            raise socket.gaierror(-2, "Name or service not known")
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(pretrained, "getproxies", lambda: proxies)
+    assert pretrained._resolve("owner/name") == ("owner/name", {} if asked else pretrained.LOCAL)
