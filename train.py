@@ -112,7 +112,7 @@ class PotstillCLI(LightningCLI):
         if config.trainer.logger in (None, True):
             config.trainer.logger = Namespace(
                 class_path="lightning.pytorch.loggers.CSVLogger",
-                init_args=Namespace(save_dir=".", name="", version=""),
+                init_args=Namespace(save_dir=".", name="", version="", flush_logs_every_n_steps=1),  # a kill loses none
             )
         for logger in _loggers(config):
             if logger.init_args.get("save_dir", "") in (None, "."):

@@ -17,6 +17,7 @@ import train
 from benchmarks import quickstart
 from callbacks import Checkpoint
 from export import chat
+from export.report import read_metrics
 from export.verify import faithfulness
 from tests.helpers.short_runs import ROOT
 from tests.helpers.tiny import tiny_folder, tiny_jsonl
@@ -269,7 +270,7 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(
 
 @pytest.mark.recipe
 def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(place: Path, models: dict[str, str]) -> None:
-    arguments = sft(models, steps=100_000)
+    arguments = sft(models, "--trainer.log_every_n_steps", "1", steps=100_000)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
@@ -287,6 +288,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(place: Path, models
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = torch.load(last, weights_only=True)["global_step"]
+    assert read_metrics(Path("runs/sft-001/metrics.csv"))["train/loss"][-1][0] >= step - 2
     cli = train.main(sft(models, "--ckpt_path", str(last), steps=step + 2))
     assert cli.trainer.global_step == step + 2
 
