@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from export.layout import COMPRESSED, CPU_GRAPH, GRAPH, STUDENT
-from export.options import positive
 from export.sessions.onnx_session import OnnxSession
 from export.sessions.shared_cache import SharedCacheSession
 from models.generation.sampling import Sampling, sample, seed_of, uniforms
 from models.loading.reference import load_tokenizer
+from program.options import Parser, positive
 from program.screen import as_command
 
 
@@ -198,7 +198,7 @@ def _stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export.chat", description="Ask an exported graph something.")
+    parser = Parser(prog="python -m export.chat", description="Ask an exported graph something.")
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="folder of a run, or what `python -m export --output DIR` has written")
     add("--prompt", metavar="TEXT", help="one question (default: a conversation, which an empty line ends)")

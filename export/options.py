@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 from export.calibration import Calibration
 from export.onnx_graph.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
@@ -11,6 +11,7 @@ from models.post_training.format_choice import UNQUANTIZED as NO_FORMAT
 from models.post_training.settings import Method, PostTrainingQuantization
 from models.quantization.cache import CacheFormat
 from models.quantization.formats import FORMATS
+from program.options import Parser, positive
 
 _CALIBRATION_OPTIONS = ("--method", "--calibration-conversations", "--layer-formats", "--average-bits", "--kv-cache")
 
@@ -74,14 +75,6 @@ def calibration_of(options: argparse.Namespace) -> Calibration | None:
     )
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that answers a mistake in one line, not below fifty lines of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say it and exit with 2."""
-        self.exit(2, f"error: {' '.join(message.split())} (all options: {self.prog} --help)\n")
-
-
 def _pattern_and_format(text: str) -> tuple[str, str]:
     pattern, _, format = text.rpartition("=")
     if not pattern or format not in (*FORMATS, NO_FORMAT):
@@ -89,14 +82,6 @@ def _pattern_and_format(text: str) -> tuple[str, str]:
             f"expected PATTERN=FORMAT such as *.down_proj=int8_g64, found {text!r}; formats are {', '.join(FORMATS)} and {NO_FORMAT}"
         )
     return pattern, format
-
-
-def positive(text: str) -> int:
-    """An option's whole number of 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, found {text}")
-    return number
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,8 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import export.__main__ as exporting
+import export.benchmark.__main__ as benchmarking
+import export.serving.__main__ as serving
+import models.offline.__main__ as offline
 import train
 from datamodules import Conversations
+from export import chat
 from program.screen import as_command
 from tests.helpers.same import assert_same
 from tests.helpers.tiny import tiny_folder, tiny_jsonl
@@ -220,34 +224,60 @@ def test_a_setting_has_its_range(place: Path, key: str, value: Any, junk: str) -
     )
 
 
-OPTIONS = (
-    "--decode-steps",
-    "--prompts",
-    "--threads",
-    "--benchmark-repetitions",
-    "--opset",
-    "--precision",
-    "--sequence",
-    "--cpu",
-    "--engine",
-    "--labels",
+QUICK = ["--engine", "none", "--prompts", "1", "--decode-steps", "0", "--benchmark-repetitions", "0"]
+OFFLINE = ["--model", "Distillation", "--model.init_args.student", "student", "--model.init_args.teacher", "student"]
+DATA = ["--data", "Conversations", "--data.init_args.train", "my.jsonl"]
+#: Main function, words that it always gets, and options that are drawn.
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str]] = {
+    "export": (
+        exporting.main,
+        ["student", "--output", "out"],
+        "--decode-steps --prompts --threads --benchmark-repetitions --opset --precision --sequence --cpu --engine --labels",
+    ),
+    "benchmark": (
+        benchmarking.main,
+        ["exported"],
+        "--prompts --batches --new-tokens --repetitions --threads --runtimes --json --plot",
+    ),
+    "serving": (
+        serving.main,
+        ["exported", "--overwrite", "--output", "served"],
+        "--name --max-batch-size --threads --output",
+    ),
+    "chat": (
+        chat.main,
+        ["exported", "--max-new-tokens", "2", "--length", "64", "--prompt", "hello"],
+        "--temperature --top-p --seed --max-new-tokens --length --threads --prompt --system",
+    ),
+    "offline": (
+        offline.main,
+        ["--output", "captured", *OFFLINE, *DATA],
+        "--form --top_k --splits --dtype --batch_size --shard_tokens --device --output --config",
+    ),
+}  # fmt: skip
+VALUES = st.one_of(
+    numbers.map(str), st.sampled_from(["int8", "fp8", "none", "", "torch", "student", "x.json", "x.png"])
 )
 
 
+@pytest.fixture(scope="module")
+def exported(place: Path) -> None:
+    assert exporting.main(["student", "--output", "exported", *QUICK]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @fuzz
-@share(0.1)
-@given(
-    pairs=st.lists(
-        st.tuples(st.sampled_from(OPTIONS), st.one_of(numbers.map(str), st.sampled_from(["int8", "fp8", "none", ""]))),
-        max_size=3,
-    )
-)
-def test_options_of_an_export_have_their_range(place: Path, pairs: list[tuple[str, str]]) -> None:
-    words = [word for pair in pairs for word in pair]
-
-    def stop(*_: Any) -> int:
-        return 0
-
+@share(0.04)
+@given(data=st.data())
+def test_options_have_their_range(place: Path, exported: None, command: str, data: st.DataObject) -> None:
+    """What takes long is left out: the export itself, and measurements."""
+    main, always, options = COMMANDS[command]
+    pairs = st.lists(st.tuples(st.sampled_from(options.split()), VALUES), max_size=3)
+    words = [*always, *(word for pair in data.draw(pairs) for word in pair)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_export", stop)
-        answers(lambda: exporting.main(["student", "--output", "out", *words]), repr(words))
+        patch.setattr(exporting, "_export", lambda *_: 0)
+        patch.setattr(benchmarking, "compare", lambda *_, **__: [{}])
+        patch.setattr(benchmarking, "text", lambda _: "")
+        patch.setattr(benchmarking, "plot", lambda _, path: path.touch())
+        shutil.rmtree("captured", ignore_errors=True)
+        answers(lambda: main(words), repr(words))

@@ -22,8 +22,8 @@ from export.benchmark.artefacts import RUNTIMES, find_artefacts
 from export.benchmark.energy import find_counters
 from export.benchmark.report import machine, plot, text, versions
 from export.benchmark.turns import cells, compare
-from export.options import Parser, positive
 from program.files import check_kind, write_file
+from program.options import Parser, positive
 from program.progress import Bar
 from program.screen import as_command
 

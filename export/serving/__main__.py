@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.options import Parser
 from export.serving.triton import MAX_BATCH_SIZE, left_out, served_models, write_triton
+from program.options import Parser
 from program.screen import as_command
 
 

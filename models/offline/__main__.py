@@ -4,6 +4,7 @@ It takes the files and settings that `python train.py fit` takes, reads teacher,
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import models  # noqa: F401
 from datamodules import ChatDataModule
 from models.offline.capture import CaptureReport, CaptureSettings, capture
 from models.offline.teacher import PREFIX, is_offline, open_offline_teacher
+from program.recipes import ConfigFile, Parser
 from program.screen import as_command
 
 # Recipes have them and a capture does not need them; of the trainer, only its precision.
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(None if arguments is None else list(arguments))
-    reference, dtype = _teacher_of(options), _dtype_of(options)
+    reference, dtype, device = _teacher_of(options), _dtype_of(options), _device_of(options.device)
     settings = CaptureSettings(options.form, options.top_k, options.batch_size, options.shard_tokens)
     datamodule = parser.instantiate(Namespace(data=options.data)).data
     splits = options.splits or (["train", "val"] if datamodule.has_split("val") else ["train"])
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings,
         splits=splits,
         dtype=dtype,
-        device=("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device,
+        device=device,
         trust_remote_code=bool(options.model.init_args.get("trust_remote_code")),
     )
     open_offline_teacher(options.output, datamodule, splits)
@@ -70,6 +72,17 @@ def _dtype_of(options: Namespace) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
 
 
+def _device_of(name: str) -> torch.device:
+    """Where the teacher computes: a GPU if there is one, unless another place is asked for."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) and (name == "cpu" or (int(name[5:] or 0) < torch.cuda.device_count())):
+        return torch.device(name)
+    raise ValueError(
+        f"expected --device auto, cpu, or cuda:N of the {torch.cuda.device_count()} GPUs here, found {name!r}; leave it out for auto"
+    )
+
+
 def _print_report(report: CaptureReport, folder: Path) -> None:
     if report.captured_tokens:
         print(
@@ -87,13 +100,13 @@ def _print_report(report: CaptureReport, folder: Path) -> None:
 
 
 def _parser() -> LightningArgumentParser:
-    parser = LightningArgumentParser(
+    parser = Parser(
         prog="python -m models.offline",
         description="Capture a teacher's answers to the data of a recipe once; training then needs its body no more. "
         "A capture that was stopped goes on when the same command is given again.",
     )
     add = parser.add_argument
-    add("--config", action="config", help="Recipe or overlay, as for train.py; may be given several times.")
+    add("--config", action=ConfigFile, help="Recipe or overlay, as for train.py; may be given several times.")
     add("--output", type=Path, required=True, help="Folder of the capture.")
     add(
         "--form",
