@@ -25,8 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.study import write_text
 from datamodules.chat import Conversation, Example, encode
-from datamodules.collate import collate, pad_id_of
-from models.forward import IGNORE, Batch
+from datamodules.collate import IGNORE_INDEX, Batch, collate, pad_id_of
 from models.generation.decoder import decoder_for
 from models.generation.rollout import rollout
 from models.generation.sampling import Sampling, seed_of
@@ -126,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers: dict[int, str] = {}
         for batch in answered(model, tokenizer, options.model, texts):
             for index, ids_T, labels_T in zip(batch["index"], batch["input_ids"], batch["labels"], strict=True):
-                answers[index] = str(tokenizer.decode(ids_T[labels_T != IGNORE], skip_special_tokens=True))
+                answers[index] = str(tokenizer.decode(ids_T[labels_T != IGNORE_INDEX], skip_special_tokens=True))
         lines = [{"prompt": text, "response": answers[index]} for index, text in enumerate(texts)]
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.chats import answered, calibration_prompts
+from datamodules.collate import Batch
 from export.cpu_graph.to_cpu import write_cpu_graph
 from export.layout import CPU
 from export.onnx_graph.to_onnx import Precision, export_onnx
-from models.forward import Batch
 from models.loading.reference import load_model, load_tokenizer
 from models.post_training.calibrate import quantize_after_training
 from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern

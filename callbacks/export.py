@@ -2,9 +2,8 @@
 
 import gc
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 from lightning import Callback, LightningModule, Trainer
@@ -18,11 +17,12 @@ from callbacks.quantization import QuantizationAwareTraining
 from callbacks.served import examples_of, held_out_of
 from callbacks.shared.run import check_order, data_of
 from datamodules.base import ChatDataModule
+from datamodules.collate import Batch
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
 from export.benchmark.worker import peak_bytes
 from export.calibration import quantized_anew
-from export.onnx_graph.to_onnx import UNQUANTIZED, Precision, format_for
+from export.onnx_graph.to_onnx import UNQUANTIZED, format_for
 from export.phases import Phases
 from export.pipeline import export_all
 from export.report import closing, summary, write_report
@@ -31,12 +31,10 @@ from export.settings import ExportSettings, check_settings
 from export.verify import check_tokens
 from export.verify.checks import raise_on_failure
 from models.architecture import decoder_layers
-from models.forward import Batch
 from models.hardware.cpu_training import give_back_freed_memory
 from models.loading.reference import end_token_ids
 from models.offline import is_offline
 from models.post_training.settings import Method, PostTrainingQuantization
-from models.quantization.formats import FormatName
 from models.student import StudentModule
 from models.teacher import Teacher
 from program.ranges import check_ranges
@@ -48,33 +46,14 @@ class ExportOnFitEnd(Callback):
     A verification that fails ends the run with an error that names the output and the difference; the files stay for a look.
 
     Args:
-        precision: Of the ONNX graph and the engine: fp32, fp16, or the format of QuantizationAwareTraining (fp8 is short
-            for fp8_e4m3).
-        formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
-        plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
-        student_dtype: Floating point type of student/ and compressed/; weights are rounded to it before anything is written.
-        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/): true, false,
-            or auto for where that form can hold it.
-        prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking.
-        labels: Write also a graph on the same weights, and an engine, that return the log-probabilities of these labels, for ranking.
-        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx): true for the numbers of model.onnx,
-            or a format such as int8, in which the student is then quantized anew, without the quantizers of its training;
-            compressed/ holds the same.
         cpu_method: How weights are rounded for a format of cpu: nearest, gptq or quantease.
         cpu_batches: Training batches on which it is calibrated.
         output: Folder to write into; by default the run's folder.
-        tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
-        compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
-        batch: Smallest, usual and largest number of sequences of the engine.
-        sequence: Smallest, usual and largest number of new tokens per call of the engine.
-        past: Smallest, usual and largest number of cached tokens of the engine.
-        opset: ONNX operator set.
         verify_prompts: Validation prompts (training prompts if there are none) used for verification.
         compare_with_teacher: Also export the teacher (fp32 ONNX) into baseline/ and measure both side by side.
         served_questions: With compare_with_teacher, held-out conversations (of test data, or of validation data) on which each graph is
             judged as it is served: KL to the teacher, and task score where the data has one; 0 for none.
-        benchmark_prompt: Prompt of the benchmark, tokens.
-        benchmark_repetitions: How often the benchmark measures each graph; 0 leaves it out.
+        **settings: What to export, see `ExportSettings`.
 
     Raises:
         ValueError: Settings that cannot be exported; found before training starts.
@@ -84,47 +63,15 @@ class ExportOnFitEnd(Callback):
 
     def __init__(
         self,
-        precision: Precision = "fp32",
-        formats: Sequence[Literal["hf", "onnx", "engine"]] = ("hf", "onnx", "engine"),
-        plain: bool = False,
-        student_dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        compressed: bool | Literal["auto"] = "auto",
-        prefill: bool = False,
-        labels: Sequence[str] = (),
-        cpu: bool | FormatName = False,
         cpu_method: Method = "nearest",
         cpu_batches: int = 8,
         output: str | None = None,
-        tensorrt: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
-        compute_capability: Sequence[str | float] = (),
-        batch: tuple[int, int, int] = (1, 1, 16),
-        sequence: tuple[int, int, int] = (1, 128, 1024),
-        past: tuple[int, int, int] = (0, 256, 2048),
-        opset: int = 23,
         verify_prompts: int = 4,
         compare_with_teacher: bool = False,
         served_questions: int = 0,
-        benchmark_prompt: int = 128,
-        benchmark_repetitions: int = 5,
+        **settings: Any,
     ) -> None:
-        self.settings = ExportSettings(
-            precision=precision,
-            formats=tuple(formats),
-            plain=plain,
-            student_dtype=student_dtype,
-            compressed=compressed,
-            prefill=prefill,
-            labels=tuple(labels),
-            cpu=cpu,
-            tensorrt=tensorrt,
-            compute_capability=tuple(map(str, compute_capability)),
-            batch=batch,
-            sequence=sequence,
-            past=past,
-            opset=opset,
-            prompt_tokens=benchmark_prompt,
-            repetitions=benchmark_repetitions,
-        )
+        self.settings = ExportSettings(**settings)
         check_settings(self.settings)
         if (
             cpu_batches < 1
@@ -135,7 +82,7 @@ class ExportOnFitEnd(Callback):
                 "expected ExportOnFitEnd.cpu_batches of 1 or more, and served_questions of 0, or more together with compare_with_teacher and "
                 f"a graph, found {cpu_batches} and {served_questions}; change them in the recipe"
             )
-        check_ranges("ExportOnFitEnd.", locals(), verify_prompts=(1, 1e6), benchmark_prompt=(1, 1e6))
+        check_ranges("ExportOnFitEnd.", locals(), verify_prompts=(1, 1e6))
         self.cpu_method = cpu_method
         self.cpu_batches = cpu_batches
         self.served_questions = served_questions
@@ -256,7 +203,7 @@ class ExportOnFitEnd(Callback):
         """The student in the format of `cpu`, calibrated on training batches; None if it has no format of its own."""
         if self.settings.cpu_format is None:
             return None
-        batches: list[Batch] = [{**batch} for batch in datamodule.calibration_batches(self.cpu_batches, seed=0)]
+        batches: list[Batch] = list(datamodule.calibration_batches(self.cpu_batches, seed=0))
         title, layers = f"Quantizing to {self.settings.cpu_format} for the CPU", len(decoder_layers(student))
         with phases.phase(title, layers) as on_layer:
             settings = PostTrainingQuantization(method=self.cpu_method)

@@ -181,8 +181,7 @@ class QuantizationAwareTraining(Callback):
     @torch.compiler.set_stance("force_eager")
     def _calibrate(self, trainer: Trainer, module: StudentModule, method: Method) -> None:
         """Quantize the student after training batches, the same ones on every device; all end with rank 0's weights and scales."""
-        drawn = data_of(trainer).calibration_batches(self.calibration_batches, seed=self.seed)
-        batches = [{**batch} for batch in drawn]
+        batches = list(data_of(trainer).calibration_batches(self.calibration_batches, seed=self.seed))
         settings = PostTrainingQuantization(method=method, weight_search=self.search, input_search=self.search)
         with Phases().phase(
             f"Quantizing after {len(batches)} batches", len(decoder_layers(module.student))

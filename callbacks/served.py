@@ -8,8 +8,8 @@ from torch import Tensor
 
 from datamodules.base import ChatDataModule
 from datamodules.chat import Example
+from datamodules.collate import Batch
 from export.verify import HeldOut
-from models.forward import Batch
 from models.losses import head_of
 from models.teacher import Teacher
 

@@ -8,10 +8,9 @@ Shapes: B batch, T tokens of prompt and answer, P prompt tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.chat import Example
@@ -19,18 +18,23 @@ from datamodules.chat import Example
 IGNORE_INDEX = -100  # what torch's cross entropy ignores
 
 
-class Batch(TypedDict):
-    """What every loader yields: a plain dict."""
+Batch = dict[str, Any]
+"""What every loader yields; B samples, T tokens, P tokens of prompts:
 
-    input_ids: Tensor  # (B, T) long, right padded
-    attention_mask: Tensor  # (B, T) long, 0 or 1
-    labels: Tensor  # (B, T) long, -100 except on answer tokens
-    prompt_ids: Tensor  # (B, P) long, left padded
-    prompt_mask: Tensor  # (B, P) long, 0 or 1
-    prompts: list[str]  # readable prompt text
-    answers: list[str]  # gold answer text
-    index: list[int]  # position in the split
-    step: NotRequired[dict[str, Any]]  # training only: the optimizer step it belongs to, see datamodules/loader.py
+| key              | what it is                                                                                        |
+|------------------|---------------------------------------------------------------------------------------------------|
+| `input_ids`      | (B, T) long, right padded                                                                         |
+| `attention_mask` | (B, T) long, 0 or 1                                                                               |
+| `labels`         | (B, T) long, `IGNORE_INDEX` except on answer tokens                                               |
+| `prompt_ids`     | (B, P) long, left padded                                                                          |
+| `prompt_mask`    | (B, P) long, 0 or 1                                                                               |
+| `prompts`        | readable prompts                                                                                  |
+| `answers`        | gold answers                                                                                      |
+| `index`          | positions in the split                                                                            |
+| `step`           | training only: the optimizer step it belongs to, see `datamodules/loader.py`                      |
+
+Data modules may add their own, as `datamodules/ranking.py` does.
+"""
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -12,10 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.chat import encode, truncate
-from datamodules.collate import collate, pad_id_of
+from datamodules.collate import Batch, collate, pad_id_of
 from datamodules.files import read_conversations
 from export.folders.student import without_quantizers
-from models.forward import Batch
 from models.post_training.calibrate import quantize_after_training
 from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
 from models.post_training.settings import PostTrainingQuantization

@@ -2,11 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import docstring_parser
 
 from export.calibration import Calibration
+from export.engine.to_tensorrt import Flavour
 from export.onnx_graph.to_onnx import OPSETS, PRECISIONS, UNQUANTIZED, format_for
-from export.settings import ExportSettings, StudentType
+from export.settings import ExportSettings, Format, StudentType
 from models.post_training.format_choice import UNQUANTIZED as NO_FORMAT
 from models.post_training.settings import Method, PostTrainingQuantization
 from models.quantization.cache import CacheFormat
@@ -18,26 +21,9 @@ _CALIBRATION_OPTIONS = ("--method", "--calibration-conversations", "--layer-form
 
 def settings_of(options: argparse.Namespace) -> ExportSettings:
     """What to export."""
-    return ExportSettings(
-        precision=options.precision,
-        formats=("hf", "onnx") if options.engine == "none" else ("hf", "onnx", "engine"),
-        plain=options.plain,
-        prefill=options.prefill,
-        labels=tuple(options.labels),
-        cpu=options.cpu,
-        student_dtype=options.student_dtype,
-        compressed=options.compressed,
-        tensorrt="auto" if options.engine == "none" else options.engine,
-        compute_capability=tuple(options.compute_capability),
-        batch=tuple(options.batch),
-        sequence=tuple(options.sequence),
-        past=tuple(options.past),
-        opset=options.opset,
-        decode_steps=options.decode_steps,
-        prompt_tokens=options.benchmark_prompt,
-        repetitions=options.benchmark_repetitions,
-        threads=options.threads,
-    )
+    given = {name: value for name, value in vars(options).items() if name in ExportSettings.__dataclass_fields__}
+    wanted: tuple[Format, ...] = ("hf", "onnx") if options.engine == "none" else ("hf", "onnx", "engine")
+    return ExportSettings(**given, formats=wanted, tensorrt="auto" if options.engine == "none" else options.engine)
 
 
 def calibration_of(options: argparse.Namespace) -> Calibration | None:
@@ -84,6 +70,12 @@ def _pattern_and_format(text: str) -> tuple[str, str]:
     return pattern, format
 
 
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "none"
+    return {None: "none", False: "no", True: "yes"}.get(default, str(default))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
@@ -103,24 +95,25 @@ def parser() -> argparse.ArgumentParser:
         "this machine)",
     )
     add("--output", type=Path, required=True, help="folder to write student/, onnx/, engine/ and report.json into")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of graph and engine (default: %(default)s)")
-    add("--opset", type=int, choices=OPSETS, default=23, help="ONNX operator set (default: %(default)s)")
+    said = {param.arg_name: param.description for param in docstring_parser.parse(ExportSettings.__doc__ or "").params}
+
+    def setting(name: str, **options: Any) -> None:
+        """An option for a setting: its default, and what is said about it there."""
+        default = getattr(ExportSettings, name)
+        text = " ".join((said[name] or "").split()).replace("%", "%%")
+        add(f"--{name.replace('_', '-')}", default=default, help=f"{text} (default: {_shown(default)})", **options)
+
+    setting("precision", choices=PRECISIONS)
+    setting("opset", type=int, choices=OPSETS)
     add(
         "--engine",
-        choices=("auto", "none", "tensorrt", "tensorrt_rtx"),
+        choices=(*get_args(Flavour), "none"),
         default="auto",
-        help="which package compiles it",
+        help=f"{said['tensorrt']} none: no engine (default: auto)",
     )
-    add(
-        "--compute-capability", nargs="*", default=[], metavar="X.Y", help="target GPUs such as 8.9 (default: portable)"
-    )
-    for name, default, unit in (
-        ("batch", (1, 1, 16), "conversations at a time"),
-        ("sequence", (1, 128, 1024), "new tokens a call"),
-        ("past", (0, 256, 2048), "tokens in the cache"),
-    ):
-        text = f"{unit} that the engine takes: smallest, usual, largest (default: {' '.join(map(str, default))})"
-        add(f"--{name}", type=int, nargs=3, default=default, metavar=("MIN", "OPT", "MAX"), help=text)
+    setting("compute_capability", nargs="*", metavar="X.Y")
+    for name in ("batch", "sequence", "past"):
+        setting(name, type=int, nargs=3, metavar=("MIN", "OPT", "MAX"))
     add(
         "--calibration",
         type=Path,
@@ -165,25 +158,15 @@ def parser() -> argparse.ArgumentParser:
         help="conversations whose prompts are verified, and on whose answers free runs are judged; without them, prompts that come with Potstill",
     )
     add("--prompts", type=positive, default=4, metavar="N", help="number of verified prompts (default: %(default)s)")
-    add("--decode-steps", type=int, default=64, metavar="N", help="verified tokens after each (default: %(default)s)")
-    add("--benchmark-prompt", type=int, default=128, metavar="N", help="prompt of the benchmark, tokens")
-    add("--benchmark-repetitions", type=int, default=5, metavar="N", help="0: no benchmark (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="threads in ONNX Runtime (default: its choice)")
-    text = (
-        "write also onnx/prefill.onnx: the same weights, and logits of the last position only (ranking, first tokens)"
-    )
-    add("--prefill", action="store_true", help=text)
-    text = "write also onnx/labels.onnx (the same weights), and an engine, that return the log-probabilities of these labels, such as no yes"
-    add("--labels", nargs="+", default=[], metavar="LABEL", help=text)
-    text = (
-        "write also onnx/cpu.onnx, for ONNX Runtime on CPUs only: cache and products as they are fastest there; with a FORMAT, of the "
-        "model without its quantizers, if it has some, quantized anew in this format (such as int8) after --calibration, and compressed/ holds the same"
-    )
-    add("--cpu", nargs="?", const=True, default=False, choices=list(FORMATS), metavar="FORMAT", help=text)
-    add("--plain", action="store_true", help="refuse a student whose folder plain transformers would not load")
-    text = "write a quantized student as codes, for vLLM and SGLang, as well (default: where that form can hold it)"
-    add("--compressed", action=argparse.BooleanOptionalAction, default="auto", help=text)
-    text = "floating point type of student/ and compressed/, to which weights are rounded before anything is written (default: %(default)s)"
-    add("--student-dtype", choices=get_args(StudentType), default="bfloat16", help=text)
+    setting("decode_steps", type=int, metavar="N")
+    setting("benchmark_prompt", type=int, metavar="N")
+    setting("benchmark_repetitions", type=int, metavar="N")
+    setting("threads", type=int, metavar="N")
+    setting("prefill", action="store_true")
+    setting("labels", nargs="+", metavar="LABEL")
+    setting("cpu", nargs="?", const=True, choices=list(FORMATS), metavar="FORMAT")
+    setting("plain", action="store_true")
+    setting("compressed", action=argparse.BooleanOptionalAction)
+    setting("student_dtype", choices=get_args(StudentType))
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder, and nothing else")
     return parser

@@ -163,7 +163,7 @@ def export_all(
             if for_cpu is not None:
                 found = _write_for_cpu(for_cpu, staging, settings, prompts, phases, held_out)
                 checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
-            if settings.repetitions:
+            if settings.benchmark_repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
         verification = [check.as_dict() for check in checks]
         output = results_folder(output, verification, overwrite=overwrite)
@@ -295,11 +295,11 @@ def _benchmark(
 ) -> list[dict[str, Any]]:
     written = {"student": GRAPH} | ({"student_cpu": CPU_GRAPH} if settings.cpu else {})
     graphs = {**compare, **{name: staging / path for name, path in written.items()}}
-    with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (settings.repetitions + 1)) as on_step:
+    with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (settings.benchmark_repetitions + 1)) as on_step:
         rows = benchmark_onnx(
             graphs,
-            prompt_tokens=settings.prompt_tokens,
-            repetitions=settings.repetitions,
+            prompt_tokens=settings.benchmark_prompt,
+            repetitions=settings.benchmark_repetitions,
             threads=settings.threads,
             on_step=on_step,
         )

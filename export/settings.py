@@ -1,6 +1,6 @@
 """What to export and how, checked as far as no model is needed for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -17,29 +17,34 @@ StudentType = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export and how.
+    """What to export and how: what `ExportOnFitEnd` takes, and the options of `python -m export`.
 
-    Attributes:
-        precision: Of graph and engine.
-        formats: `hf`, `onnx`, `engine` (an engine needs the graph, which is then written as well).
-        plain: Refuse to write a folder that plain transformers would not load.
-        student_dtype: Floating point type of the folders; weights are rounded to it before anything is written, graphs included.
-        compressed: Write a quantized student also in compressed-tensors form, for vLLM and SGLang: yes or an error, no, or `auto`, beside
-            the `hf` folder where that form can hold it.
-        prefill: Write a second graph on the same weights that returns the logits of the last position only.
-        labels: Write a graph on the same weights, and an engine, that return the log-probabilities of these labels, one token each.
-        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs; with a format, of the student quantized anew in that
-            format, which the compressed folder then holds as well.
-        tensorrt: Which package compiles the engine.
-        compute_capability: Target GPUs such as "8.9"; none: portable.
-        batch: Conversations at a time that the engine takes: smallest, usual, largest.
-        sequence: New tokens a call: smallest, usual, largest.
-        past: Tokens in the cache: smallest, usual, largest.
+    Args:
+        precision: Of the ONNX graph and the engine: fp32, fp16, or the format of a quantized student (fp8 is short for fp8_e4m3).
+        formats: What to write: hf (student/), onnx (onnx/model.onnx), engine (engine/*.engine; includes onnx).
+        plain: Refuse a student/ folder that plain transformers would not load, as that of a student of unequal layers.
+        student_dtype: Floating point type of student/ and compressed/; weights are rounded to it before anything is written, graphs included.
+        compressed: Write a quantized student also as codes and scales, in the form that vLLM and SGLang load (compressed/): true, false,
+            or auto, beside student/ where that form can hold it.
+        prefill: Write also a graph on the same weights that returns the logits of the last position only, for ranking and first tokens.
+        labels: Write also a graph on the same weights, and an engine, that return the log-probabilities of these labels, such as no yes,
+            one token each.
+        cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx), with the numbers of model.onnx; with a
+            format such as int8, of the student quantized anew in that format, without the quantizers of its training, and compressed/
+            holds the same.
+        tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
+        compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
+        batch: Smallest, usual and largest number of conversations of the engine.
+        sequence: Smallest, usual and largest number of new tokens per call of the engine.
+        past: Smallest, usual and largest number of cached tokens of the engine.
         opset: ONNX operator set.
-        decode_steps: Tokens after the prompts in the verification.
-        prompt_tokens: Prompt length in the benchmark, tokens.
-        repetitions: Counted repetitions of the benchmark; 0 leaves it out.
-        threads: Threads in ONNX Runtime; None: its choice.
+        decode_steps: Verified tokens after each prompt.
+        benchmark_prompt: Prompt of the benchmark, tokens.
+        benchmark_repetitions: How often the benchmark measures each graph; 0 leaves it out.
+        threads: Threads of the benchmark in ONNX Runtime; by default its choice.
+
+    Raises:
+        ValueError: A number out of its range, a null, or settings that contradict each other.
     """
 
     precision: Precision = "fp32"
@@ -51,15 +56,55 @@ class ExportSettings:
     labels: tuple[str, ...] = ()
     cpu: bool | FormatName = False
     tensorrt: Flavour = "auto"
-    compute_capability: tuple[str, ...] = ()
+    compute_capability: tuple[str | float, ...] = ()
     batch: Range = (1, 1, 16)
     sequence: Range = (1, 128, 1024)
     past: Range = (0, 256, 2048)
     opset: int = 23
     decode_steps: int = 64
-    prompt_tokens: int = 128
-    repetitions: int = 5
+    benchmark_prompt: int = 128
+    benchmark_repetitions: int = 5
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Lists of YAML and Python become tuples; what can't work with any model is refused."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name != "threads":
+                raise ValueError(
+                    f"expected a value for {field.name}, found null; leave it out for its default, or give one"
+                )
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("batch", "sequence", "past"):
+            low, usual, high = getattr(self, name)
+            if not (0 if name == "past" else 1) <= low <= usual <= high:
+                raise ValueError(
+                    f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
+                )
+        if not self.formats:
+            raise ValueError("expected formats among hf, onnx and engine, found none; name what to write")
+        ranges = {
+            "decode_steps": (0, 1e6),
+            "benchmark_prompt": (1, 1e6),
+            "benchmark_repetitions": (0, 1e4),
+            "threads": (1, 1024),
+        }
+        check_ranges("", vars(self), **ranges)
+        further = [name for name in ("prefill", "labels", "cpu") if getattr(self, name)]
+        if further and not self.graph:
+            raise ValueError(
+                f"expected onnx or engine among formats for {further[0]}, which asks for a further graph, found {list(self.formats)}; "
+                "add onnx, or leave it out"
+            )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """`compute_capability` as text."""
+        return tuple(map(str, self.compute_capability))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,27 +124,15 @@ class ExportSettings:
 
 
 def check_settings(settings: ExportSettings) -> None:
-    """Raise for settings that can't work with any model: ranges, target, TensorRT not installed."""
-    for name in ("batch", "sequence", "past"):
-        low, usual, high = getattr(settings, name)
-        if not (0 if name == "past" else 1) <= low <= usual <= high:
-            raise ValueError(
-                f"expected {name} as smallest, usual and largest number in this order, found {low} {usual} {high}; sort them"
-            )
-    if not settings.formats:
-        raise ValueError("expected formats among hf, onnx and engine, found none; name what to write")
-    ranges = {"decode_steps": (0, 1e6), "prompt_tokens": (1, 1e6), "repetitions": (0, 1e4), "threads": (1, 1024)}
-    check_ranges("", vars(settings), **ranges)
-    further = [name for name in ("prefill", "labels", "cpu") if getattr(settings, name)]
-    if further and not settings.graph:
-        raise ValueError(
-            f"expected onnx or engine among formats for {further[0]}, which asks for a further graph, found {list(settings.formats)}; "
-            "add onnx, or leave it out"
-        )
+    """Raise for formats that the graph for CPUs or the engine can't have, and for a TensorRT that is not installed.
+
+    Raises:
+        ModuleNotFoundError, ValueError: See `check_cpu`, `check_engine_formats`, `check_target` and `import_tensorrt`.
+    """
     if settings.cpu:
         check_cpu(settings.cpu_format or settings.precision, settings.opset)
     if "engine" in settings.formats:
         format = format_for(settings.precision)
         check_engine_formats([] if format is None else [format])
-        check_target(settings.precision, settings.compute_capability)
+        check_target(settings.precision, settings.targets)
         import_tensorrt(settings.tensorrt)

@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from datamodules.collate import Batch
 from models.evaluation.answers import AnswerMetrics
-from models.forward import Batch, answer_hidden, answer_labels, answer_lengths, answer_states
+from models.forward import answer_hidden, answer_labels, answer_lengths, answer_states
 from models.generation.decoder import decoder_for
 from models.generation.on_policy import OnPolicy, OnPolicyAnswers, Source, check_course, check_policy_gradient
 from models.generation.rollout import Rollout, rollout_batch

@@ -5,28 +5,25 @@ Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary,
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from datamodules.collate import IGNORE_INDEX, Batch
 from models.hardware.sharding import call_gathered
 from models.losses.output_head import logits_of
-
-Batch = dict[str, Any]
-IGNORE = -100
 
 
 def answer_labels(batch: Batch) -> Tensor:
     """The answer tokens of a batch in order, shape (N,): labels shifted to the positions that predict them."""
     labels_BT = batch["labels"][:, 1:]
-    return labels_BT[labels_BT != IGNORE]
+    return labels_BT[labels_BT != IGNORE_INDEX]
 
 
 def answer_lengths(batch: Batch) -> list[int]:
     """Answer tokens of each sample."""
-    lengths: list[int] = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
+    lengths: list[int] = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
     return lengths
 
 
@@ -53,7 +50,7 @@ def _answer_states(model: PreTrainedModel, batch: Batch, layers: list[int]) -> t
         use_cache=False,
         output_hidden_states=bool(layers),
     )
-    predicts_answer_BT = batch["labels"][:, 1:] != IGNORE
+    predicts_answer_BT = batch["labels"][:, 1:] != IGNORE_INDEX
     states = output.hidden_states[1:] if layers else ()  # without the embeddings
     if layers and not 0 <= min(layers) <= max(layers) < len(states):
         raise ValueError(

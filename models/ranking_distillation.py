@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from datamodules.collate import Batch
 from datamodules.ranking import RankingData, RankingExample, most_probable
 from models.evaluation.ranking import COLUMNS, RankingMetrics
-from models.forward import Batch, answer_hidden, answer_labels
+from models.forward import answer_hidden, answer_labels
 from models.loading.reference import vocabulary_size
 from models.losses import FullTargets, head_of, logits_of
 from models.losses.labels import LabelObjective, label_logits, label_objective

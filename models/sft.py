@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from models.forward import Batch, answer_hidden, answer_labels
+from datamodules.collate import Batch
+from models.forward import answer_hidden, answer_labels
 from models.losses import Objective, head_of, linear_objective
 from models.step_mean import step_of
 from models.student import StudentModule

@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from models.forward import Batch
+from datamodules.collate import Batch
 
 
 class StepMean:

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_scheduler
 
+from datamodules.collate import Batch
 from models.architecture import check_family
 from models.evaluation.module import EvaluatedModule
-from models.forward import Batch, checkpoint_activations
+from models.forward import checkpoint_activations
 from models.generation.sampling import seed_of
 from models.hardware.cpu_training import keep_freed_memory, use_for_training
 from models.hardware.low_precision import check_rounding

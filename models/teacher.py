@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.forward import Batch, answer_hidden, answer_lengths, answer_states
+from datamodules.collate import Batch
+from models.forward import answer_hidden, answer_lengths, answer_states
 from models.hardware.low_precision import quantize_weights
 from models.hardware.sharding import shard
 from models.loading.reference import check_same_tokenizer, load_model, load_tokenizer

@@ -20,8 +20,8 @@ import torch
 from onnxscript.values import TracedOnnxFunction
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from export.verify import faithfulness
-from models.forward import Batch
 from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_model
 
 torch.set_num_threads(1)

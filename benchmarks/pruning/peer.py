@@ -24,9 +24,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.observe import on_device
-from models.forward import Batch, answer_hidden, answer_labels
+from models.forward import answer_hidden, answer_labels
 from models.losses import Objective, head_of, linear_objective
 from models.pruning.cut import Targets
 from models.structure.edits import Edit

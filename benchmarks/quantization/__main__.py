@@ -36,8 +36,8 @@ from benchmarks.quantization.peers import Peer
 from benchmarks.quantization.training import DISTILLED, LEARNED, ON_ALL, STEPS, WAYS, learning_rate, trained_row
 from benchmarks.study import Row, Rows, flat
 from benchmarks.trained import quiet
+from datamodules.collate import Batch
 from models.evaluation.answers import evaluate
-from models.forward import Batch
 from models.loading.reference import load_model, load_tokenizer
 from models.post_training.format_choice import UNQUANTIZED, bits_of
 from models.quantization.formats import FORMATS

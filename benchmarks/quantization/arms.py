@@ -8,8 +8,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.quantization.peers import Peer
+from datamodules.collate import Batch
 from models.architecture import decoder_layers, head_name
-from models.forward import Batch
 from models.post_training.calibrate import quantize_after_training
 from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern
 from models.post_training.settings import Method, PostTrainingQuantization

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.calibration.observe import on_device
-from models.forward import Batch
 from models.quantization.formats import format_of
 
 _MODULES = {"nvidia-modelopt": "modelopt", "torchao": "torchao"}

@@ -140,7 +140,7 @@ class Study:
     def _prune(self, model: Any, share: float) -> None:
         multiple = self.options.multiple
         neurons = round((1 - share) * decoder_layers(model)[0].num_neurons / multiple) * multiple
-        batches = [{**batch} for batch in self.teacher_data.calibration_batches(CALIBRATION_BATCHES, seed=0)]
+        batches = list(self.teacher_data.calibration_batches(CALIBRATION_BATCHES, seed=0))
         dense, settings = load_model(self.teacher), PruningSettings()
         edits = plan_cut(model, batches, Targets(neurons=neurons), settings)
         replay(model, edits)

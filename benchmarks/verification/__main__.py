@@ -39,7 +39,7 @@ from benchmarks.chats import calibration_prompts
 from benchmarks.harness import parser, report
 from benchmarks.verification.faults import PLANTED, Fault
 from datamodules.chat import Conversation, encode
-from datamodules.collate import collate, pad_id_of
+from datamodules.collate import Batch, collate, pad_id_of
 from export.calibration import quantized_anew
 from export.cpu_graph.head_blocks import with_stored_head
 from export.cpu_graph.to_cpu import write_cpu_graph
@@ -56,7 +56,6 @@ from export.verify.faithfulness import compare_served, judged_by, num_tokens_for
 from export.verify.rounding import FLOAT16, FLOAT32, Arithmetic
 from export.verify.torch_run import Run
 from models.copies import shared_copy, with_rounded_weights
-from models.forward import Batch
 from models.loading.reference import end_token_ids, load_model, load_tokenizer
 from models.post_training.settings import PostTrainingQuantization
 from models.quantization.linear import freeze_scales

@@ -12,8 +12,8 @@ from torch import Tensor
 from callbacks.pruning.judge import PruningJudge
 from callbacks.shared.averaging import follow_edits, follow_weights
 from callbacks.shared.distributed import share_of_rank, synchronize_anew
+from datamodules.collate import Batch
 from models.architecture import count_parameters, decoder_layers
-from models.forward import Batch
 from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut
 from models.student import StudentModule
 

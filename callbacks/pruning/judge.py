@@ -1,6 +1,5 @@
 """How far is the student from its teacher, on the same few batches before and after every change."""
 
-from collections.abc import Iterable
 from itertools import islice
 
 import torch
@@ -9,9 +8,8 @@ from lightning import Trainer
 from callbacks.shared.distributed import share_of_rank
 from callbacks.shared.run import data_of
 from datamodules.base import ChatDataModule
-from datamodules.collate import Batch as LoadedBatch
+from datamodules.collate import Batch
 from models.evaluation.answers import evaluate
-from models.forward import Batch
 from models.student import StudentModule
 from models.teacher import RememberingTeacher, Teacher
 
@@ -63,19 +61,14 @@ class PruningJudge:
         Where the data runs out, samples come again.
         """
         skip = (0 if data.has_split("val") else self.num_batches) + (event - 1) * count
-        return _plain(islice(data.calibration_batches(skip + count, self.seed), skip, None))
+        return list(islice(data.calibration_batches(skip + count, self.seed), skip, None))
 
     def _held_out(self, data: ChatDataModule) -> list[Batch]:
         if not data.has_split("val"):
-            return _plain(data.calibration_batches(self.num_batches, self.seed))
+            return list(data.calibration_batches(self.num_batches, self.seed))
         # The loader sorts by length: take batches from all over it.
         loader = data.val_dataloader()
         assert not isinstance(loader, list)
         count = min(self.num_batches, len(loader))
         wanted = {(2 * number + 1) * len(loader) // (2 * count) for number in range(count)}
-        return _plain(batch for number, batch in enumerate(loader) if number in wanted)
-
-
-def _plain(batches: Iterable[LoadedBatch]) -> list[Batch]:
-    """The data module's typed dicts as the plain ones that models take."""
-    return [{**batch} for batch in batches]
+        return [batch for number, batch in enumerate(loader) if number in wanted]

@@ -59,7 +59,7 @@ def write_engines(
             if labels:
                 write_labels(source, labels, label_source.name)
     flavour = import_tensorrt(settings.tensorrt).__name__
-    target = "+".join(settings.compute_capability) or "portable"
+    target = "+".join(settings.targets) or "portable"
 
     def build(graph: Path, name: str, profiles: Sequence[Profile], title: str) -> Engine:
         with phases.phase(f"{title} ({flavour}, {target})"):
@@ -67,7 +67,7 @@ def write_engines(
                 graph,
                 folder / "engine" / f"{name}-{flavour}-{target}.engine",
                 profiles=profiles,
-                compute_capabilities=settings.compute_capability,
+                compute_capabilities=settings.targets,
                 flavour=settings.tensorrt,
             )
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import IGNORE_INDEX, Batch
 from export.benchmark.measure import Session
 from export.onnx_graph.labels import LOG_PROBS
 from export.sessions.torch_session import TorchSession
@@ -33,7 +34,7 @@ from export.verify.served import Served, TeacherLogits, clustered_mean, measure_
 from models.calibration.observe import hooked
 from models.copies import shared_copy
 from models.evaluation.answers import Scorer
-from models.forward import IGNORE, Batch, answer_hidden
+from models.forward import answer_hidden
 from models.generation.decoder import decoder_for
 from models.generation.rollout import rollout, rollout_batch
 from models.generation.sampling import Sampling
@@ -143,7 +144,7 @@ def check_tokens(num_tokens: int, what: str) -> None:
 
 def answer_tokens(held_out: HeldOut) -> int:
     """How many answer tokens there are."""
-    return sum(int((batch["labels"] != IGNORE).sum()) for batch in held_out.batches)
+    return sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in held_out.batches)
 
 
 def without_rounded_inputs(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.collate import IGNORE_INDEX, Batch
 from export.benchmark.measure import Session
 from models.evaluation.answers import Scorer
-from models.forward import IGNORE, Batch
 from models.generation.rollout import Rollout, answer_texts
 from models.losses import forward_kl
 
@@ -95,7 +95,7 @@ def _distances(
     session: Session, number: int, batch: Batch, next_BV: Tensor, cache: Any, teacher_logits: TeacherLogits
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """KL (n,) of one position of the answers at a time, and the rows (n,) that have an answer token there."""
-    supervised_BT = batch["labels"] != IGNORE
+    supervised_BT = batch["labels"] != IGNORE_INDEX
     # Where each supervised token stands among all of them, in the order of `answer_labels`.
     order_BT = (supervised_BT.flatten().cumsum(0) - 1).view_as(supervised_BT)
     prompts_B, mask_BS = batch["prompt_mask"].sum(1), batch["prompt_mask"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from models.forward import Batch
+from datamodules.collate import Batch
 
 Observer = Callable[
     [Tensor, Tensor, Tensor], None

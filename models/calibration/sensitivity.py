@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.observe import evaluating, hooked
-from models.forward import Batch, answer_hidden
+from models.forward import answer_hidden
 from models.generation.sampling import seed_of
 from models.losses.output_head import logits_of
 

@@ -12,8 +12,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datamodules.collate import Batch
 from models.copies import inference_copy
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.generation.decoder import Decoder, decoder_for
 from models.generation.rollout import answer_texts, rollout
 from models.loading.reference import end_token_ids

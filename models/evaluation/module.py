@@ -7,8 +7,9 @@ from lightning import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from datamodules.collate import Batch
 from models.evaluation.answers import AnswerMetrics, generate_texts
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.generation.decoder import Decoder, decoder_for
 from models.loading.reference import end_token_ids
 

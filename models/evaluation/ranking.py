@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
-from models.forward import Batch
+from datamodules.collate import Batch
 
 BINS = 15  # of the calibration error, of equal width
 COVERED = 0.95  # by an interval

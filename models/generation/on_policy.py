@@ -16,7 +16,7 @@ from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.forward import Batch
+from datamodules.collate import Batch
 from models.generation.decoder import Decoder
 from models.generation.replay import ReplayBuffer
 from models.generation.rollout import Rollout, pad_left, rollout

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.forward import Batch
+from datamodules.collate import Batch
 from models.generation.rollout import Rollout, pad_left
 
 

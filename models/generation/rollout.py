@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.forward import IGNORE, Batch
+from datamodules.collate import IGNORE_INDEX, Batch
 from models.generation.decoder import Decoder
 from models.generation.sampling import GREEDY, Sampling, sample, uniforms
 
@@ -96,7 +96,7 @@ def rollout_batch(batch: Batch, answers: Rollout) -> Batch:
     mask_BT = torch.cat([batch["prompt_mask"], answers.mask_BG], dim=1)
     tokens_BT = torch.cat([batch["prompt_ids"], answers.tokens_BG], dim=1)
     is_answer_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), answers.mask_BG], dim=1)
-    labels_BT = torch.where(is_answer_BT.bool(), tokens_BT, IGNORE)
+    labels_BT = torch.where(is_answer_BT.bool(), tokens_BT, IGNORE_INDEX)
     # Real tokens move to the front of their row, in order; padding goes to the back.
     order_BT = torch.argsort(mask_BT, dim=1, descending=True, stable=True)[:, : int(mask_BT.sum(1).max())]
     return {

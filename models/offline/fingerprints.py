@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.chat import Example
-from models.forward import IGNORE, Batch
+from datamodules.collate import IGNORE_INDEX, Batch
 
 Fingerprint = dict[str, Any]
 VOLATILE = (
@@ -84,7 +84,7 @@ def row_identities(batch: Batch) -> list[int]:
     ids_BT, labels_BT = batch["input_ids"].cpu(), batch["labels"].cpu()
     lengths = batch["attention_mask"].sum(1).tolist()
     return [
-        _identity(ids_T[:length], (labels_T[:length] != IGNORE).to(torch.uint8))
+        _identity(ids_T[:length], (labels_T[:length] != IGNORE_INDEX).to(torch.uint8))
         for ids_T, labels_T, length in zip(ids_BT, labels_BT, lengths, strict=True)
     ]
 

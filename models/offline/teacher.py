@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from datamodules.base import ChatDataModule
-from models.forward import Batch
+from datamodules.collate import Batch
 from models.losses.chunked import FullTargets, Targets, TopKTargets
 from models.losses.output_head import Head
 from models.offline import fingerprints, store

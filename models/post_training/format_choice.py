@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import decoder_layers, head_name
 from models.calibration.least_squares import moment
 from models.calibration.observe import evaluating, hooked, on_device
 from models.calibration.sensitivity import readers_of, token_weights
-from models.forward import Batch, answer_lengths
+from models.forward import answer_lengths
 from models.quantization.cache import CacheFormat
 from models.quantization.fake_quantize import fake_quantize
 from models.quantization.formats import format_of

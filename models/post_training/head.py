@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.forward import IGNORE, Batch
+from datamodules.collate import IGNORE_INDEX, Batch
 from models.losses.output_head import Head, head_of
 from models.post_training.settings import PostTrainingQuantization
 from models.post_training.weight_solver import moment_of, round_weight
@@ -38,7 +38,7 @@ def quantize_head(
     norm: Any = model.base_model.norm
     inputs, roots = [], []
     for batch, stream_BTD in zip(batches, streams, strict=True):
-        before_answer_BT = (batch["labels"][:, 1:] != IGNORE).to(stream_BTD.device)
+        before_answer_BT = (batch["labels"][:, 1:] != IGNORE_INDEX).to(stream_BTD.device)
         inputs.append(norm(stream_BTD)[:, :-1][before_answer_BT].float())
         if settings.sensitive:
             roots.append(uncertainty(head_of(model), inputs[-1]).sqrt())

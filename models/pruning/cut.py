@@ -7,8 +7,8 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import decoder_layers
-from models.forward import Batch
 from models.pruning.budget.target import Limit
 from models.pruning.depth import block_influence, layers_to_drop, removal_loss, search_block
 from models.pruning.narrowing import narrow_layers

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import decoder_layers
 from models.calibration.observe import Observer, evaluating, observe, on_device
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.pruning.scores.importance import Total, identity
 from models.structure.slicing import checked_indices
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.least_squares import damped, moment, refit
 from models.calibration.observe import evaluating, hooked, input_of, on_device
-from models.forward import Batch
 from models.pruning.scores.importance import Total, identity
 from models.structure.edits import Edit
 from program.progress import Bar

@@ -127,7 +127,7 @@ class PlainData(LightningDataModule):
     [
         GradualPruning(0.5, start_step=1, end_step=1),
         PhaseEvaluation(),
-        ExportOnFitEnd("fp32", ["hf"]),
+        ExportOnFitEnd(precision="fp32", formats=["hf"]),
         SampleCompletions(),
     ],
     ids=lambda callback: type(callback).__name__,
@@ -330,7 +330,7 @@ class Stop(Callback):
 
 def test_preflight_passes_a_sound_plan_and_finds_steps_that_never_come(folders: dict[str, str], tmp_path: Path) -> None:
     pruning = partial(GradualPruning, 0.5, 0.5, start_step=1, multiple=8)
-    quantization, export = QuantizationAwareTraining(4, 1), ExportOnFitEnd("fp8", ["hf", "onnx"])
+    quantization, export = QuantizationAwareTraining(4, 1), ExportOnFitEnd(precision="fp8", formats=["hf", "onnx"])
     with pytest.raises(RuntimeError, match="let it pass"):
         fit(folders, tmp_path, pruning(end_step=3, events=2), quantization, export, Preflight(), Stop())
     with pytest.raises(ValueError, match="max_steps beyond"):
@@ -344,7 +344,7 @@ def test_preflight_finds_an_earlier_export_and_missing_room(
 ) -> None:
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ValueError, match=r"found report\.json"):
-        fit(folders, tmp_path, ExportOnFitEnd("fp32", ["hf"]), Preflight(), Stop())
+        fit(folders, tmp_path, ExportOnFitEnd(precision="fp32", formats=["hf"]), Preflight(), Stop())
     assert (tmp_path / "report.json").read_text() == "{}"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -363,7 +363,7 @@ def test_preflight_rehearses_the_export(
 
     monkeypatch.setattr("callbacks.preflight.export_onnx", broken)
     with pytest.raises(ValueError, match="no such operator"):
-        fit(folders, tmp_path, ExportOnFitEnd("fp32", ["onnx"]), Preflight(), Stop())
+        fit(folders, tmp_path, ExportOnFitEnd(precision="fp32", formats=["onnx"]), Preflight(), Stop())
 
 
 def test_the_teacher_stays_what_it_was(folders: dict[str, str], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.helpers.pruning_runs import fit, make_places, pruning
 def test_the_report_holds_the_events_of_the_pruning(tmp_path: Path) -> None:
     """The last one with its recovery, which is measured when the training ends."""
     callback = pruning(0.5)
-    fit(make_places(tmp_path), tmp_path / "run", callback, ExportOnFitEnd("fp32", ["hf"]))
+    fit(make_places(tmp_path), tmp_path / "run", callback, ExportOnFitEnd(precision="fp32", formats=["hf"]))
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert [event["step"] for event in report["pruning"]] == [2, 4]
     assert report["pruning"] == callback.history
@@ -32,14 +32,18 @@ def test_the_report_holds_the_events_of_the_pruning(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_run_without_pruning(tmp_path: Path) -> None:
-    fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd("fp32", ["hf"]), trainer_max_steps=2)
+    fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd(precision="fp32", formats=["hf"]), trainer_max_steps=2)
     assert json.loads((tmp_path / "run/report.json").read_text())["pruning"] == []
     assert "Pruning" not in (tmp_path / "run/report.md").read_text()
 
 
 def test_labels_that_are_no_tokens_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected every label as one token"):
-        fit(make_places(tmp_path), tmp_path / "run", ExportOnFitEnd("fp32", ["onnx"], labels=["n", "yes"]))
+        fit(
+            make_places(tmp_path),
+            tmp_path / "run",
+            ExportOnFitEnd(precision="fp32", formats=["onnx"], labels=["n", "yes"]),
+        )
     assert not (tmp_path / "run/metrics.csv").exists()
 
 
@@ -62,7 +66,7 @@ def test_training_is_let_go_before_the_export(tmp_path: Path, monkeypatch: pytes
         return export_all(student, *arguments, **settings)
 
     monkeypatch.setattr(callbacks.export, "export_all", look)
-    export = ExportOnFitEnd("fp32", ["hf"])
+    export = ExportOnFitEnd(precision="fp32", formats=["hf"])
     trainer = fit(make_places(tmp_path), tmp_path / "run", pruning(0.5), PhaseEvaluation(0, "val"), export)
     assert seen == {"teachers": 0, "moments": 0, "gradients": 0}
     trainer.validate_loop.verbose = False
@@ -72,7 +76,9 @@ def test_training_is_let_go_before_the_export(tmp_path: Path, monkeypatch: pytes
 
 def test_graphs_are_judged_as_they_are_served(tmp_path: Path) -> None:
     places, run = make_places(tmp_path), tmp_path / "run"
-    export = ExportOnFitEnd("fp32", ["hf", "onnx"], compare_with_teacher=True, served_questions=5, benchmark_prompt=16)
+    export = ExportOnFitEnd(
+        precision="fp32", formats=["hf", "onnx"], compare_with_teacher=True, served_questions=5, benchmark_prompt=16
+    )
     trainer = fit(places, run, export, trainer_max_steps=2)
     report = json.loads((run / "report.json").read_text())
     assert [row["name"] for row in report["served"]] == ["teacher", "student"]
@@ -91,13 +97,13 @@ def test_graphs_are_judged_as_they_are_served(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [{"served_questions": 5}, {"served_questions": -1}, {"cpu_batches": 0}])
 def test_settings_that_say_nothing_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected ExportOnFitEnd.cpu_batches of 1 or more, and served_questions of 0"):
-        ExportOnFitEnd("fp32", **settings)
+        ExportOnFitEnd(precision="fp32", **settings)
 
 
 @pytest.mark.parametrize("further", [{"labels": ["n", "y"]}, {"prefill": True}, {"cpu": True}])
 def test_further_graphs_want_a_graph(further: dict) -> None:
     with pytest.raises(ValueError, match=f"expected onnx or engine among formats for {next(iter(further))}"):
-        ExportOnFitEnd("fp32", ["hf"], **further)
+        ExportOnFitEnd(precision="fp32", formats=["hf"], **further)
 
 
 class Stop(Callback):
@@ -118,42 +124,51 @@ def test_before_training_one_line_says_that_the_package_for_compressed_folders_i
 ) -> None:
     quantization = QuantizationAwareTraining(5, 1)
     with pytest.raises(RuntimeError, match="let it pass"), caplog.at_level("INFO"):
-        preflight(tmp_path / "installed", ExportOnFitEnd("fp8", ["hf"]), quantization)
+        preflight(tmp_path / "installed", ExportOnFitEnd(precision="fp8", formats=["hf"]), quantization)
     assert "compressed" not in caplog.text
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(RuntimeError, match="let it pass"), caplog.at_level("INFO"):
-        preflight(tmp_path / "left out", ExportOnFitEnd("fp8", ["hf"]), quantization)
+        preflight(tmp_path / "left out", ExportOnFitEnd(precision="fp8", formats=["hf"]), quantization)
     (line,) = [line for line in caplog.messages if "compressed" in line]
     assert line.startswith("compressed/ is left out: ") and line.endswith("run `pip install -e '.[serving]'`")
     with pytest.raises(ModuleNotFoundError, match="expected the package compressed-tensors"):
-        preflight(tmp_path / "asked", ExportOnFitEnd("fp8", ["hf"], compressed=True), quantization)
+        preflight(tmp_path / "asked", ExportOnFitEnd(precision="fp8", formats=["hf"], compressed=True), quantization)
 
 
 def test_too_few_questions_to_judge_what_is_served_are_refused_before_training(tmp_path: Path) -> None:
-    export = ExportOnFitEnd("fp8", ["onnx"], compare_with_teacher=True, served_questions=3)
+    export = ExportOnFitEnd(precision="fp8", formats=["onnx"], compare_with_teacher=True, served_questions=3)
     with pytest.raises(ValueError, match="answer tokens or more to judge what is served, found .* in 3 questions"):
         preflight(tmp_path, export, QuantizationAwareTraining(5, 1))
 
 
 def test_a_compressed_folder_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
     """32 of 48 neurons are left: a whole group of 32, not of 64."""
-    asked = ExportOnFitEnd("int8_g64", ["hf"], compressed=True)
+    asked = ExportOnFitEnd(precision="int8_g64", formats=["hf"], compressed=True)
     with pytest.raises(ValueError, match=r"whole groups of 64 weights .* found 32 inputs in .*q_proj"):
         preflight(tmp_path / "groups", asked, QuantizationAwareTraining(5, 1, "int8_g64"))
     mixed = QuantizationAwareTraining(5, 1, "int8_g32", exceptions={"*.down_proj": "int4_g64"})
     with pytest.raises(ValueError, match=r"whole groups of 64 weights .* found 24 inputs in .*down_proj"):
-        preflight(tmp_path / "mixed", ExportOnFitEnd("mixed", ["hf"], compressed=True), mixed)
+        preflight(tmp_path / "mixed", ExportOnFitEnd(precision="mixed", formats=["hf"], compressed=True), mixed)
     places = make_places(tmp_path / "unequal")
     with pytest.raises(ValueError, match=r"allocation uniform for ExportOnFitEnd.compressed"):
         fit(places, tmp_path / "run", pruning(0.5, allocation="per_layer"), QuantizationAwareTraining(5, 1), asked)
     with pytest.raises(
         ValueError, match=r"QuantizationAwareTraining among trainer.callbacks for ExportOnFitEnd.compressed"
     ):
-        fit(make_places(tmp_path / "plain"), tmp_path / "run", ExportOnFitEnd("fp32", ["hf"], compressed=True))
+        fit(
+            make_places(tmp_path / "plain"),
+            tmp_path / "run",
+            ExportOnFitEnd(precision="fp32", formats=["hf"], compressed=True),
+        )
 
 
 def test_a_student_trained_with_quantizers_is_saved_quantized_too(tmp_path: Path) -> None:
-    fit(make_places(tmp_path), tmp_path / "run", QuantizationAwareTraining(3, 1), ExportOnFitEnd("fp8", ["hf"]))
+    fit(
+        make_places(tmp_path),
+        tmp_path / "run",
+        QuantizationAwareTraining(3, 1),
+        ExportOnFitEnd(precision="fp8", formats=["hf"]),
+    )
     paths = [row["path"] for row in json.loads((tmp_path / "run/report.json").read_text())["artefacts"]]
     assert paths == ["student", "compressed"]
     config = json.loads((tmp_path / "run/compressed/config.json").read_text())

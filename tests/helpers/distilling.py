@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import IGNORE_INDEX, Batch
 from models import Distillation
-from models.forward import IGNORE, Batch, answer_hidden, answer_labels
+from models.forward import answer_hidden, answer_labels
 from models.generation.on_policy import OnPolicy
 from models.losses import FullTargets, Objective, head_of
 from tests.helpers.loss_references import reference
@@ -30,7 +31,7 @@ def loss_by_hand(
     labels = answer_labels(batch)
     with torch.no_grad():
         targets = FullTargets(answer_hidden(teacher, batch), head_of(teacher))
-    lengths = (batch["labels"] != IGNORE).sum(1).tolist()
+    lengths = (batch["labels"] != IGNORE_INDEX).sum(1).tolist()
     hidden = answer_hidden(model, batch)
     total, sums = reference(hidden, head_of(model), targets, labels, objective, known, lengths)
     return total / len(labels), {name: float(value) / len(labels) for name, value in sums.items()}

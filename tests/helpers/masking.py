@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import decoder_layers
-from models.forward import Batch
 from models.structure.edits import Edit
 from tests.helpers.tiny import tiny_batch, tiny_model
 

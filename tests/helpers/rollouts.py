@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.forward import Batch, answer_hidden
+from datamodules.collate import Batch
+from models.forward import answer_hidden
 from models.generation.decoder import Decoder, FusedDecoder, TransformersDecoder, decoder_for
 from models.generation.rollout import Rollout, rollout
 from models.generation.sampling import Sampling, uniforms

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.chat import Conversation, encode
-from datamodules.collate import collate, pad_id_of
-from models.forward import Batch
+from datamodules.collate import Batch, collate, pad_id_of
 from tests.helpers.chat_doubles import byte_tokenizer
 
 VOCAB = 300

@@ -6,7 +6,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from models.forward import Batch
+from datamodules.collate import Batch
 from models.quantization import freeze_scales
 from models.structure.edits import Edit
 from tests.helpers.tiny import tiny_batch

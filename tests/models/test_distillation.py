@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from datamodules.collate import Batch
 from models import Distillation
-from models.forward import Batch, answer_labels
+from models.forward import answer_labels
 from models.generation.decoder import FusedDecoder
 from models.generation.on_policy import OnPolicy
 from models.generation.rollout import rollout_batch

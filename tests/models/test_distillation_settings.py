@@ -8,8 +8,9 @@ import torch
 import yaml
 
 import train
+from datamodules.collate import Batch
 from models import Distillation
-from models.forward import Batch, answer_logits
+from models.forward import answer_logits
 from models.generation.on_policy import OnPolicy
 from models.generation.sampling import Sampling
 from models.loading.checkpoint import load_student_checkpoint

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from callbacks import ExportOnFitEnd
+from datamodules.collate import Batch
 from models import distillation
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.generation.decoder import Decoder, decoder_for
 from models.generation.on_policy import OnPolicy
 from models.generation.sampling import Sampling

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from datamodules.collate import IGNORE_INDEX, Batch
 from models.copies import inference_copy
-from models.forward import IGNORE, Batch, answer_hidden, answer_labels, answer_logits
+from models.forward import answer_hidden, answer_labels, answer_logits
 from models.quantization import fake_quantize, freeze_scales, quantized_linears
 from models.structure.edits import apply_edit
 from tests.helpers.tiny import tiny_model
@@ -30,14 +31,14 @@ def test_answer_logits_are_the_full_forward_at_these_positions(family: str, batc
         full[row, position - 1]
         for row in range(len(full))
         for position in range(full.shape[1])
-        if batch["labels"][row, position] != IGNORE
+        if batch["labels"][row, position] != IGNORE_INDEX
     ]
     torch.testing.assert_close(answer_logits(model, batch), torch.stack(expected), rtol=1e-5, atol=1e-5)
     assert answer_hidden(model, batch).shape == (len(expected), 32)
 
 
 def test_labels_are_the_tokens_after_these_positions(batch: Batch) -> None:
-    expected = [token for row in batch["labels"].tolist() for token in row if token != IGNORE]
+    expected = [token for row in batch["labels"].tolist() for token in row if token != IGNORE_INDEX]
     assert answer_labels(batch).tolist() == expected
     assert sum(token == 1 for token in expected) == 5  # each answer ends with its end token
 

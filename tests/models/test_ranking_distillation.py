@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.forward import Batch, answer_hidden, answer_logits
+from datamodules.collate import Batch
+from models.forward import answer_hidden, answer_logits
 from models.loading.reference import load_model
 from models.losses import Head, head_of
 from models.losses.labels import LabelObjective

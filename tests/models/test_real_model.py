@@ -5,11 +5,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.chat import Conversation, encode
-from datamodules.collate import collate, pad_id_of
+from datamodules.collate import Batch, collate, pad_id_of
 from models.architecture import count_parameters
 from models.copies import inference_copy
 from models.evaluation.answers import generate_texts
-from models.forward import Batch, answer_logits
+from models.forward import answer_logits
 from models.generation.decoder import FusedDecoder, TransformersDecoder
 from models.loading.reference import end_token_ids, load_model, load_tokenizer
 from models.losses import forward_kl

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from datamodules.collate import IGNORE_INDEX, Batch
 from models import SFT, Distillation
-from models.forward import IGNORE, Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.generation.on_policy import OnPolicy
 from models.loading.reference import load_model
 from models.step_mean import step_of
@@ -106,7 +107,7 @@ def test_the_same_step_by_hand_and_a_mean_of_means_fails(place: Path, runs: dict
 
 
 def without_answers(batch: Batch) -> Batch:
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
 
 
 @pytest.mark.parametrize("kind", ["sft", "dataset"])
@@ -117,7 +118,7 @@ def test_a_micro_batch_without_answers_changes_nothing(place: Path, tmp_path: Pa
         settings = {"student": str(place / "student"), "lr_schedule": "constant", "generate_tokens": 0}
         settings["optimizer"] = partial(torch.optim.SGD, lr=0.5)
         module = SFT(**settings) if kind == "sft" else Distillation(str(place / "teacher"), **KINDS[kind], **settings)
-        tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+        tokens = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
         told = []
         for position, batch in enumerate(batches):
             prompts = [{key: b[key] for key in ("prompt_ids", "prompt_mask", "index")} for b in batches]

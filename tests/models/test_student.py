@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models import SFT, Distillation, StudentModule
 from models.architecture import decoder_layers
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.generation.decoder import Decoder, decoder_for
 from models.loading.checkpoint import load_student_checkpoint
 from models.loading.reference import load_model

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.forward import Batch, answer_hidden, answer_lengths, answer_logits
+from datamodules.collate import Batch
+from models.forward import answer_hidden, answer_lengths, answer_logits
 from models.loading.reference import load_model
 from models.losses import forward_kl
 from models.teacher import RememberingTeacher, Teacher

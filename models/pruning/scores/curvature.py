@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import decoder_layers
 from models.calibration.least_squares import moment
 from models.calibration.observe import evaluating, hooked, on_device
-from models.forward import Batch, answer_hidden
+from models.forward import answer_hidden
 from models.generation.sampling import seed_of
 from models.losses.output_head import logits_of
 from models.pruning.scores.importance import Total, identity

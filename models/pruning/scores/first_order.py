@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import Part, decoder_layers
 from models.calibration.observe import Observer, observe
-from models.forward import Batch
 from models.pruning.scores.importance import ImportanceScores, Score, Total, identity, unit_counts
 from models.pruning.scores.taylor import taylor_scores
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import decoder_layers
-from models.forward import Batch
 
 Total = Callable[[Tensor], Tensor]
 

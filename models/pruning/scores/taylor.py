@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import decoder_layers
 from models.calibration.observe import evaluating, hooked, on_device
-from models.forward import Batch, answer_hidden, answer_labels
+from models.forward import answer_hidden, answer_labels
 from models.losses import Objective, head_of, linear_objective
 from models.pruning.scores.importance import ImportanceScores, Total, identity, unit_counts
 

@@ -12,7 +12,7 @@ from benchmarks.pruning import arms as pruning_arms
 from benchmarks.pruning import page as pruning_page
 from benchmarks.pruning import speed as pruning_speed
 from benchmarks.study import Rows
-from models.forward import IGNORE
+from datamodules.collate import IGNORE_INDEX
 from models.loading.reference import load_model, load_tokenizer
 from models.pruning.cut import Targets
 from tests.helpers.tiny import tiny_folder
@@ -55,7 +55,7 @@ def test_answers_are_the_models_own_and_sampled_once(bench: Path, monkeypatch: p
     assert [len(batch["index"]) for batch in first] == [2, 2, 1]
     assert sorted(index for batch in first for index in batch["index"]) == [0, 1, 2, 3, 4]
     for batch in first:
-        answers_BT = batch["labels"] != IGNORE
+        answers_BT = batch["labels"] != IGNORE_INDEX
         assert torch.equal(batch["labels"][answers_BT], batch["input_ids"][answers_BT])
         assert 1 <= int(answers_BT.sum(1).min()) <= int(answers_BT.sum(1).max()) <= 6
         assert tokenizer.decode(batch["prompt_ids"][0]).count("what is") == 1

@@ -16,7 +16,7 @@ from benchmarks.quantization.arms import Arm, HeadArm, best
 from benchmarks.quantization.peers import Peer
 from benchmarks.quantization.training import WAYS
 from benchmarks.study import Rows
-from models.forward import Batch
+from datamodules.collate import Batch
 from models.post_training.settings import PostTrainingQuantization
 from models.post_training.smoothing import STRENGTHS
 from models.quantization import quantized_linears

@@ -285,7 +285,7 @@ def test_what_cannot_go_together_is_refused(places: dict[str, str], tmp_path: Pa
     with pytest.raises(ValueError, match="QuantizationAwareTraining without WeightAveraging"):
         run(QuantizationAwareTraining(2), WeightAveraging())
     with pytest.raises(ValueError, match="allocation uniform for ExportOnFitEnd.plain"):
-        run(pruning(0.5, allocation="per_layer"), ExportOnFitEnd("fp32", ["hf"], plain=True))
+        run(pruning(0.5, allocation="per_layer"), ExportOnFitEnd(precision="fp32", formats=["hf"], plain=True))
 
 
 class Stop(Callback):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.evaluation.answers import AnswerMetrics, evaluate, generate_texts
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.generation.decoder import FusedDecoder, TransformersDecoder, decoder_for
 from models.loading.reference import end_token_ids
 from models.quantization import freeze_scales

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES
-from models.forward import Batch, answer_logits
+from models.forward import answer_logits
 from models.generation import fused_decoder
 from models.generation import fused_weights as inference_weights
 from models.generation.decoder import Decoder, FusedDecoder, TransformersDecoder, decoder_for

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.forward import Batch
+from datamodules.collate import Batch
 from models.generation.decoder import FusedDecoder, decoder_for
 from models.generation.rollout import rollout
 from models.generation.sampling import Sampling

@@ -3,7 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from models.forward import IGNORE, Batch, answer_labels
+from datamodules.collate import IGNORE_INDEX, Batch
+from models.forward import answer_labels
 from models.generation.rollout import Rollout, answer_texts, pad_left, rollout_batch
 from tests.helpers.chat_doubles import byte_tokenizer
 from tests.helpers.rollouts import prompts_of, roll
@@ -22,7 +23,7 @@ def test_rollout_batch_by_hand() -> None:
     assert ours["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
     assert ours["input_ids"][0, :3].tolist() == [11, 31, 1]
     assert ours["input_ids"][1].tolist() == [21, 22, 23, 41, 42, 43]
-    assert ours["labels"].tolist() == [[IGNORE, 31, 1, *[IGNORE] * 3], [*[IGNORE] * 3, 41, 42, 43]]
+    assert ours["labels"].tolist() == [[IGNORE_INDEX, 31, 1, *[IGNORE_INDEX] * 3], [*[IGNORE_INDEX] * 3, 41, 42, 43]]
     assert (ours["prompts"], ours["index"]) == (["a", "b"], [4, 2])
     assert batch["input_ids"].shape == (2, 9), "the batch given stays as it was"
 
@@ -38,12 +39,12 @@ def test_rollout_batch_is_no_wider_than_its_longest_row(model: PreTrainedModel, 
     assert torch.equal(answer_labels(ours), answers.tokens_BG[answers.mask_BG.bool()])  # the end token included
     for row, prompt in enumerate(prompts_of(batch)):
         assert ours["input_ids"][row, : len(prompt)].tolist() == prompt
-        assert (ours["labels"][row, : len(prompt)] == IGNORE).all()
+        assert (ours["labels"][row, : len(prompt)] == IGNORE_INDEX).all()
 
 
 def test_rollout_batch_of_gold_answers_is_the_batch(batch: Batch) -> None:
     """The loader's own collation and ours agree when the 'generated' tokens are the gold ones."""
-    labels = [row[row != IGNORE] for row in batch["labels"]]
+    labels = [row[row != IGNORE_INDEX] for row in batch["labels"]]
     width = max(len(row) for row in labels)
     tokens = torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=1) for row in labels])
     mask = torch.stack([(torch.arange(width) < len(row)).long() for row in labels])

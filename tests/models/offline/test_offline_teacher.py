@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.forward import Batch, answer_hidden, answer_labels
+from datamodules.collate import Batch
+from models.forward import answer_hidden, answer_labels
 from models.generation.rollout import Rollout, rollout_batch
 from models.loading.reference import load_model
 from models.losses.chunked import FullTargets, TopKTargets, linear_objective

@@ -16,9 +16,10 @@ from torch import Tensor
 import train
 from callbacks import ExportOnFitEnd, PhaseEvaluation
 from datamodules import Conversations
+from datamodules.collate import Batch
 from export.__main__ import main as export_main
 from models import Distillation
-from models.forward import Batch, answer_hidden
+from models.forward import answer_hidden
 from models.generation.on_policy import OnPolicy
 from models.losses import FullTargets, Objective, Targets, head_of, top_k_kl
 from models.offline import store

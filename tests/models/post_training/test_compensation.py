@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES, decoder_layers
 from models.calibration.observe import hooked
 from models.calibration.sensitivity import readers_of
-from models.forward import Batch
 from models.post_training import weight_solver
 from models.post_training.calibrate import quantize_after_training
 from models.post_training.compensation import compensating

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES, decoder_layers
-from models.forward import Batch
 from models.pruning.budget.costs import Measure, flops, parameters
 from models.pruning.budget.target import Limit
 from models.pruning.cut import PruningSettings, ScoreName, Targets, plan_cut, repair_cut

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES, decoder_layers
-from models.forward import Batch, answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits
 from models.pruning.depth import block_influence, layers_to_drop, removal_loss, search_block, without_layers
 from models.structure.layers import drop_layers
 from tests.helpers.masking import close, cut_model, logits

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES, decoder_layers
-from models.forward import Batch
 from models.pruning.repair import Prefix, repair
 from models.structure.edits import Edit, replay
 from tests.helpers.masking import close, cut_model, logits

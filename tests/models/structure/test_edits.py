@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import count_parameters, decoder_layers
-from models.forward import Batch
 from models.quantization import FakeQuantizedLinear, freeze_scales, quantized_linears
 from models.quantization.learned_scales import learned_scales, round_learned_scales
 from models.structure.edits import Edit, apply_edit, is_uniform, quantize_decoder, replay

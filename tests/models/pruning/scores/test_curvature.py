@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES, decoder_layers
-from models.forward import Batch, answer_logits
+from models.forward import answer_logits
 from models.generation.sampling import seed_of
 from models.pruning.scores.curvature import FISHER_EVERY, Curvature, LayerCurvature, collect_curvature
 from tests.helpers.tiny import tiny_batch, tiny_model

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES, decoder_layers
-from models.forward import Batch
 from models.pruning.scores.first_order import SCORES, random_scores, top_indices
 from models.pruning.scores.importance import ImportanceScores
 from tests.helpers.masking import cut_model

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from datamodules.collate import Batch
 from models.architecture import FAMILIES, decoder_layers
-from models.forward import Batch
 from models.pruning.scores.first_order import ImportanceScores, taylor_scores
 from tests.helpers.tiny import tiny_batch, tiny_model
 
