@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from export.layout import COMPRESSED, CPU_GRAPH, GRAPH, STUDENT
+from export.onnx_graph.metadata import metadata_of
 from export.sessions.onnx_session import OnnxSession
 from export.sessions.shared_cache import SharedCacheSession
 from models.generation.sampling import Sampling, sample, seed_of, uniforms
@@ -40,7 +40,7 @@ class Conversation:
     """
 
     def __init__(self, graph: Path, *, length: int, threads: int | None = None) -> None:
-        metadata = {item.key: item.value for item in onnx.load(graph, load_external_data=False).metadata_props}
+        metadata = metadata_of(graph)
         self.length = min(length, int(metadata.get("positions") or length))
         self._shared = graph.name == Path(CPU_GRAPH).name
         self._session: Any = (

@@ -9,7 +9,7 @@ from export.cpu_graph.to_cpu import check_cpu
 from export.engine.to_tensorrt import Flavour, Range, check_target, import_tensorrt
 from export.onnx_graph.to_onnx import Precision, check_engine_formats, format_for
 from models.quantization.formats import FormatName
-from program.ranges import check_ranges
+from program.ranges import check_no_nulls, check_ranges
 
 Format = Literal["hf", "onnx", "engine"]
 StudentType = Literal["bfloat16", "float32"]
@@ -68,14 +68,9 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         """Lists of YAML and Python become tuples; what can't work with any model is refused."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name != "threads":
-                raise ValueError(
-                    f"expected a value for {field.name}, found null; leave it out for its default, or give one"
-                )
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+        check_no_nulls(self)
+        for name in (field.name for field in fields(self) if isinstance(getattr(self, field.name), list)):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check()
 
     def _check(self) -> None:

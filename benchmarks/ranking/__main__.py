@@ -36,7 +36,8 @@ from benchmarks.ranking.plot import plot_latency
 from benchmarks.ranking.ways import RUNTIMES, Score, TransformersLoop, open_session, ways
 from benchmarks.study import Row
 from datamodules.ranking import Candidate
-from export.serving.scorer import CacheSession, Scorer
+from export.serving.scorer import Scorer
+from export.sessions.session import SharingSession
 from models.loading.reference import load_model
 
 RATIO_AT = 50  # candidates; more of them are repeated less often
@@ -94,7 +95,7 @@ def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def under_load(
-    session: CacheSession,
+    session: SharingSession,
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     requests: Sequence[Request],
@@ -127,7 +128,7 @@ def under_load(
 
 
 def sides_of(
-    sessions: Mapping[str, CacheSession],
+    sessions: Mapping[str, SharingSession],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],

@@ -13,8 +13,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from export.serving.scorer import CacheSession
-from export.sessions.onnx_session import Output
+from export.sessions.session import Output, SharingSession
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class PrefixCounter:
         session: Runs the model.
     """
 
-    def __init__(self, session: CacheSession) -> None:
+    def __init__(self, session: SharingSession) -> None:
         self.session = session
         self.computed = 0
 

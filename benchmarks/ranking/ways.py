@@ -17,15 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.label_prompts import encode_prompts, frame_of, label_token_ids
 from export.onnx_graph.last_logits import keep_last_logits
 from export.onnx_graph.to_onnx import export_onnx
-from export.serving.scorer import CacheSession, Scorer
+from export.serving.scorer import Scorer
 from export.sessions.onnx_session import OnnxSession
+from export.sessions.session import SharingSession
 from export.sessions.torch_session import TorchSession
 
 RUNTIMES = ("torch", "onnx")
 Score = Callable[[str, Sequence[str]], Tensor]  # prefix and candidates -> (N, C), float32
 
 
-def open_session(runtime: str, model: PreTrainedModel, threads: int) -> CacheSession:
+def open_session(runtime: str, model: PreTrainedModel, threads: int) -> SharingSession:
     """The model in `torch`, or in `onnx` as a float32 graph with the logits of the last position only.
 
     Args:
@@ -45,7 +46,7 @@ def open_session(runtime: str, model: PreTrainedModel, threads: int) -> CacheSes
         )  # keeps the weights, also without their file
 
 
-def ways(session: CacheSession, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, Score]:
+def ways(session: SharingSession, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, Score]:
     """What is compared in one runtime.
 
     Returns:
@@ -72,7 +73,7 @@ class WholePrompts:
     """
 
     def __init__(
-        self, session: CacheSession, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], batch_size: int = 8
+        self, session: SharingSession, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], batch_size: int = 8
     ) -> None:
         self.session, self.tokenizer, self.batch_size = session, tokenizer, batch_size
         self._frame, self._label_ids = frame_of(tokenizer), label_token_ids(tokenizer, labels)

@@ -22,11 +22,10 @@ from models.architecture import count_parameters
 from models.distillation import Distillation
 from models.pruning.budget.schedule import Course
 from models.pruning.budget.target import Budget
-from models.pruning.cut import Allocation, Depth, PruningSettings, Repair, ScoreName, Targets
+from models.pruning.cut import PruningSettings, Targets
 from models.structure.shape import shape_of
 from models.student import StudentModule
-
-DEFAULTS = PruningSettings()
+from program.ranges import check_ranges
 
 
 class GradualPruning(Callback):
@@ -57,22 +56,10 @@ class GradualPruning(Callback):
         patience: Steps in each of the two means of the training loss that plateau compares, one after the other.
         min_delta: Share by which the later mean must be lower for the loss to be falling.
         turns: MLP and attention take turns: the MLP is cut in odd events, the attention in even ones.
-        score: What ranks neurons, heads and groups: osscar (what removing them costs after the best repair, second order),
-            activation (Minitron), taylor, wanda, magnitude or random.
-        repair: Fit o_proj and down_proj of all layers anew after a cut: sequential (on the cut model's own inputs), layerwise (on
-            the dense model's), or none. A repair that raises the figure of judge_batches is undone.
-        allocation: The same sizes in every layer (uniform), or where they cost least (per_layer; such a student is no plain
-            Hugging Face model).
-        depth: Layers go where they turn the residual stream least (block_influence), or as the one contiguous block without which
-            the cross-entropy of the calibration answers is lowest (search).
-        multiple: Neurons and channels kept are rounded to a multiple of this (FP8 matrix units want 16, GPUs like 64 or 128).
-        damping: Share of the mean diagonal that damps OSSCAR's statistics.
-        ridge: Share of the mean diagonal that pulls a repair towards the weights before it.
-        swaps: The most swaps of OSSCAR's local search in each layer, after its greedy choice, where all layers keep as many.
         calibration_batches: Training batches on which each event judges importance and repairs.
         judge_batches: Held-out batches (validation data if there is any) on which the KL to the teacher is measured before and
             after each cut and repair; 0 for none.
-        seed: Seed of the choice of training batches.
+        **settings: How units are chosen, see `PruningSettings`.
 
     Raises:
         ValueError: A setting is out of range or leaves nothing of an axis; nothing is to be pruned; a budget is out of reach, or
@@ -100,39 +87,18 @@ class GradualPruning(Callback):
         patience: int = 50,
         min_delta: float = 0.01,
         turns: bool = False,
-        score: ScoreName = DEFAULTS.score,
-        repair: Repair = DEFAULTS.repair,
-        allocation: Allocation = DEFAULTS.allocation,
-        depth: Depth = DEFAULTS.depth,
-        multiple: int = DEFAULTS.multiple,
-        damping: float = DEFAULTS.damping,
-        ridge: float = DEFAULTS.ridge,
-        swaps: int = DEFAULTS.swaps,
         calibration_batches: int = 8,
         judge_batches: int = 4,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
+        self.settings = PruningSettings(**settings)
         self.sparsities = Sparsities(
             mlp_sparsity, kv_group_sparsity, query_head_sparsity, depth_sparsity, hidden_sparsity
         )
         self.steps = steps_of(start_step, end_step, events, when)
-        if multiple < 1 or calibration_batches < 1 or judge_batches < 0:
-            raise ValueError(
-                f"expected GradualPruning.multiple and calibration_batches of 1 or more and judge_batches of 0 or more, found "
-                f"{multiple}, {calibration_batches} and {judge_batches}; change them in the recipe"
-            )
-        self.plan = PruningPlan(self.sparsities, events, schedule, multiple, turns, allocation == "per_layer", budget)
-        self.settings = PruningSettings(
-            score,
-            repair,
-            allocation,
-            depth,
-            multiple=multiple,
-            damping=damping,
-            ridge=ridge,
-            swaps=swaps,
-            seed=seed,
-        )
+        check_ranges("GradualPruning.", locals(), calibration_batches=(1, 1e9), judge_batches=(0, 1e9))
+        unequal, multiple, seed = self.settings.allocation == "per_layer", self.settings.multiple, self.settings.seed
+        self.plan = PruningPlan(self.sparsities, events, schedule, multiple, turns, unequal, budget)
         self.start_step = start_step
         self.calibration_batches = calibration_batches
         self.targets: list[Targets] = []

@@ -1,6 +1,6 @@
 """One measurement of one artefact: a prompt up to its first token, then tokens one by one; any session with a `run` will do.
 
-Letters as in `export/sessions/onnx_session.py`.
+Letters as in `export/sessions/session.py`.
 """
 
 import statistics
@@ -8,20 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from export.sessions.onnx_session import Output
+from export.sessions.session import Output, Session
 from export.sessions.shared_cache import SharedCacheSession
-
-
-class Session(Protocol):
-    """What `OnnxSession`, `EngineSession` and `TorchSession` have in common."""
-
-    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: Any = None) -> Output:
-        """Process T new tokens; the cache is what the previous call returned, None at first."""
 
 
 class SharedCache:

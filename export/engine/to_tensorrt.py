@@ -15,9 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import onnx
-
 from export.engine.parsed_layers import inspect
+from export.onnx_graph.metadata import metadata_of
 from program.files import move_into_place, staging_folder
 
 Flavour = Literal["auto", "tensorrt", "tensorrt_rtx"]
@@ -148,7 +147,7 @@ def build_engine(
         ModuleNotFoundError: TensorRT is not installed.
         ValueError: The target can't run the file's precision, its labels are too many, or TensorRT refuses the file.
     """
-    metadata = _metadata(onnx_path)
+    metadata = metadata_of(onnx_path)
     precision, name = metadata.get("precision", "fp32"), _engine_name(metadata)
     check_target(precision, compute_capabilities)
     trt = import_tensorrt(flavour)
@@ -183,11 +182,6 @@ def build_engine(
         compute_capability=target,
         **inspect(trt, network),
     )
-
-
-def _metadata(onnx_path: Path) -> dict[str, str]:
-    model = onnx.load(onnx_path, load_external_data=False)
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _engine_name(metadata: dict[str, str]) -> str:

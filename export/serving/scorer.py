@@ -9,7 +9,7 @@ Letters: N candidates, C labels, B batch, T new tokens, P tokens of the prefix, 
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.label_prompts import Prompt, encode_prompts, frame_of, label_token_ids
 from export.onnx_graph.labels import LOG_PROBS
-from export.sessions.onnx_session import Output
-
-
-class CacheSession(Protocol):
-    """What runs the model: `OnnxSession`, `export.sessions.torch_session.TorchSession`, or `EngineSession` on a GPU."""
-
-    def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: list[Any] | None = None) -> Output:
-        """See `OnnxSession.run`."""
-        ...
-
-    def repeat(self, cache: list[Any], batch: int) -> list[Any]:
-        """The cache of one conversation, for so many conversations that begin alike."""
-        ...
+from export.sessions.session import SharingSession
 
 
 class Scorer:
@@ -50,7 +38,7 @@ class Scorer:
 
     def __init__(
         self,
-        session: CacheSession,
+        session: SharingSession,
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] = ("no", "yes"),
         *,

@@ -1,6 +1,6 @@
 """Running a compiled engine on an NVIDIA GPU, token by token, with torch tensors as its memory.
 
-Letters as in `export/sessions/onnx_session.py`.  `EngineSession` has the same `run` as `OnnxSession`; results come back to the CPU, only the
+Letters as in `export/sessions/session.py`.  `EngineSession` has the same `run` as `OnnxSession`; results come back to the CPU, only the
 cache stays on the GPU.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from export.engine.to_tensorrt import Flavour, import_tensorrt
-from export.sessions.onnx_session import Output, position_ids
+from export.sessions.session import Output, position_ids
 
 
 def why_not_runnable(flavour: Flavour = "auto") -> str | None:

@@ -9,7 +9,6 @@ Letters: B batch, T new tokens, P past tokens, S = P + T, G key/value groups, E 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,15 @@ import torch
 from onnxruntime import OrtValue
 from torch import Tensor
 
+from export.onnx_graph.metadata import metadata_of
+from export.sessions.session import Output, position_ids
+
 _TYPES = {
     "tensor(float)": onnx.TensorProto.FLOAT,
     "tensor(float16)": onnx.TensorProto.FLOAT16,
     "tensor(int8)": onnx.TensorProto.INT8,
     "tensor(float8e4m3fn)": onnx.TensorProto.FLOAT8E4M3FN,
 }
-
-
-@dataclass
-class Output:
-    """What one run of a graph returns.
-
-    Attributes:
-        logits: (B, T, V), in the graph's own type; empty where a graph returns log-probabilities of labels in their place.
-        cache: One (B, G, S, E) value a layer for keys and one for values: key, value, key, value, ...  Codes, in a quantized cache.
-        others: Further outputs by name, if any were asked for.
-    """
-
-    logits: Tensor
-    cache: list[Any]
-    others: dict[str, Tensor]
-
-
-def position_ids(attention_mask_BS: Tensor, num_new: int) -> Tensor:
-    """Positions (B, T) of the last `num_new` tokens, counted from each row's first unmasked token."""
-    return (attention_mask_BS.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
 
 
 class OnnxSession:
@@ -77,8 +59,7 @@ class OnnxSession:
         self._inputs = {item.name for item in self._session.get_inputs()}
         self._cache_inputs = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
         self._outputs = [item.name for item in self._session.get_outputs()]
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self.labels: dict[str, int] = json.loads(metadata.get("labels", "{}"))
+        self.labels: dict[str, int] = json.loads(metadata_of(path).get("labels", "{}"))
 
     def empty_cache(self, batch: int) -> list[OrtValue]:
         """The cache of B conversations without past tokens."""

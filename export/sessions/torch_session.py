@@ -1,6 +1,6 @@
 """A torch model with the interface of `OnnxSession`: what scores or decodes in ONNX Runtime does so in torch.
 
-Letters as in `export/sessions/onnx_session.py`.
+Letters as in `export/sessions/session.py`.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from export.onnx_graph.trace import cache_tensors
-from export.sessions.onnx_session import Output, position_ids
+from export.sessions.session import Output, position_ids
 from models.architecture import CACHE
 
 

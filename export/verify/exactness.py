@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 from export.cpu_graph.head_blocks import with_stored_head
 from export.onnx_graph.labels import LABEL_TOKENS, LOG_PROBS
 from export.onnx_graph.layer_kinds import layer_kinds
+from export.onnx_graph.metadata import metadata_of
 from export.onnx_graph.trace import cache_names
-from export.sessions.onnx_session import OnnxSession, Output, new_entries
+from export.sessions.onnx_session import OnnxSession, new_entries
+from export.sessions.session import Output
 from export.verify.checks import Check, Comparison
 from export.verify.rounding import operands
 from export.verify.taps import FED, Entrance, FedGraph, Product, coarser_types, fed_graph, layer_of
@@ -63,7 +65,7 @@ def verify(
     graph = onnx.load(path, load_external_data=False)
     if for_cpu:
         model = with_stored_head(model, graph.graph)
-    name = f"onnx {next(entry.value for entry in graph.metadata_props if entry.key == 'precision')}"
+    name = f"onnx {metadata_of(graph)['precision']}"
     runs, session = [Run(model, input_ids_BT, attention_mask_BT, decode_steps)], FedSession(path, for_cpu=for_cpu)
     checks = compare_graph(name, runs, session)
     return [*checks, compare_alone(name, runs, session)] if len(input_ids_BT) > 1 else checks

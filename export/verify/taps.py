@@ -17,6 +17,8 @@ from typing import Any
 
 import onnx
 
+from export.onnx_graph.metadata import metadata_of
+
 FED = ".fed"
 _CACHE_SCALE = re.compile(r"(.*\.cache_quantizer\.(?:key|value))\.scale$")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -91,7 +93,7 @@ def fed_graph(path: Path, layers: Iterable[int] | None = None) -> FedGraph:
         wanted = set(layers)
         entrances = [entrance for entrance in entrances if layer_of(entrance.module) in wanted]
         products = [product for product in products if layer_of(product.modules[0]) in wanted]
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = metadata_of(model)
     half = metadata["activations"] == "float16"
     element = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
     graph.feed({entrance.value for entrance in entrances}, element)

@@ -19,6 +19,7 @@ from models.pruning.scores.importance import Total, identity
 from models.pruning.scores.removal_order import OsscarRanking, Ranking, ScoreRanking
 from models.structure.edits import Edit
 from models.structure.shape import Key, Shape, shape_of
+from program.ranges import check_no_nulls, check_ranges
 
 ScoreName = Literal["osscar", "activation", "taylor", "wanda", "magnitude", "random"]
 Repair = Literal["none", "layerwise", "sequential"]
@@ -79,16 +80,16 @@ class PruningSettings:
             the dense model's), or none.
         allocation: The same sizes in every layer (uniform), or where they cost least (per_layer; such a student is no plain
             Hugging Face model).
-        multiple: Neurons kept in a layer are a multiple of this where sizes differ by layer.
+        multiple: Neurons and channels kept are multiples of this (FP8 matrix units want 16, GPUs like 64 or 128).
         damping: Share of the mean diagonal that damps OSSCAR's statistics.
         ridge: Share of the mean diagonal that pulls a repair towards the weights before it.
         depth: Layers go where they turn the residual stream least (block_influence), or as the one contiguous block without which
             the cross-entropy of the calibration answers is lowest (search).
         swaps: The most swaps of OSSCAR's local search in each layer, after its greedy choice, where all layers keep as many.
-        seed: Of random choices.
+        seed: Of the choice of batches, and of the score random.
 
     Raises:
-        ValueError: There are swaps for another score, or where layers keep unlike numbers.
+        ValueError: A setting is out of its range, or a null; there are swaps for another score, or where layers keep unlike numbers.
     """
 
     score: ScoreName = "osscar"
@@ -102,10 +103,12 @@ class PruningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.swaps < 0 or (self.swaps and (self.score != "osscar" or self.allocation == "per_layer")):
+        check_no_nulls(self)
+        check_ranges("", vars(self), multiple=(1, 1e9), damping=(0, 1e3), ridge=(0, 1e3), swaps=(0, 1e9))
+        if self.swaps and (self.score != "osscar" or self.allocation == "per_layer"):
             raise ValueError(
-                f"expected swaps of 0 or more, and above 0 only with the score osscar and the allocation uniform, found {self.swaps} "
-                f"with {self.score} and {self.allocation}; set swaps to 0, or change the others"
+                f"expected swaps only with the score osscar and the allocation uniform, found {self.swaps} with {self.score} and "
+                f"{self.allocation}; set swaps to 0, or change the others"
             )
 
 

@@ -15,7 +15,7 @@ from export.benchmark.measure import Cell, measure
 from export.benchmark.turns import cells, compare
 from export.benchmark.worker import Worker
 from export.folders.student import save_student
-from export.sessions.onnx_session import Output
+from export.sessions.session import Output
 from export.sessions.torch_session import TorchSession
 from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
 

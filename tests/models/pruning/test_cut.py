@@ -291,5 +291,5 @@ def test_local_search_changes_what_is_kept_and_not_how_many() -> None:
     "wrong", [{"swaps": -1}, {"swaps": 1, "score": "taylor"}, {"swaps": 1, "allocation": "per_layer"}]
 )
 def test_swaps_that_would_do_nothing_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected swaps of 0 or more, and above 0 only with the score osscar"):
+    with pytest.raises(ValueError, match="expected swaps only with the score osscar"):
         PruningSettings(**wrong)
