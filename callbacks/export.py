@@ -21,7 +21,7 @@ from datamodules.collate import Batch
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
 from export.benchmark.worker import peak_bytes
-from export.calibration import quantized_anew
+from export.calibration import requantized
 from export.onnx_graph.to_onnx import UNQUANTIZED, format_for
 from export.phases import Phases
 from export.pipeline import export_all
@@ -207,7 +207,7 @@ class ExportOnFitEnd(Callback):
         title, layers = f"Quantizing to {self.settings.cpu_format} for the CPU", len(decoder_layers(student))
         with phases.phase(title, layers) as on_layer:
             settings = PostTrainingQuantization(method=self.cpu_method)
-            return quantized_anew(student, batches, self.settings.cpu_format, settings, on_layer=on_layer)
+            return requantized(student, batches, self.settings.cpu_format, settings, on_layer=on_layer)
 
 
 def release_optimizers(trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.shared.averaging import refuse_averaging
-from callbacks.shared.distributed import check_strategy, edit_on_all_ranks, synchronize_anew
+from callbacks.shared.distributed import check_strategy, edit_on_all_ranks, rebuild_ddp_wrapper
 from callbacks.shared.run import StepBoundary, check_order, data_of
 from export.phases import Phases
 from models.architecture import decoder_layers
@@ -177,7 +177,7 @@ class QuantizationAwareTraining(Callback):
         edit_on_all_ranks(trainer, module, [{"op": "learn_scales", "weights_follow": self._weights_follow}])
         rank_zero_info(f"Learning {len(learned_scales(module.student))} scales from step {trainer.global_step} on")
 
-    # Compiled code would be compiled anew for every set of hooks, to read a few batches.
+    # Compiled code would be recompiled for every set of hooks, to read a few batches.
     @torch.compiler.set_stance("force_eager")
     def _calibrate(self, trainer: Trainer, module: StudentModule, method: Method) -> None:
         """Quantize the student after training batches, the same ones on every device; all end with rank 0's weights and scales."""
@@ -187,4 +187,4 @@ class QuantizationAwareTraining(Callback):
             f"Quantizing after {len(batches)} batches", len(decoder_layers(module.student))
         ) as on_layer:
             calibrate_quantizers(module.student, batches, settings, on_layer=lambda _: on_layer())
-        synchronize_anew(trainer.strategy)
+        rebuild_ddp_wrapper(trainer.strategy)

@@ -11,7 +11,7 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.calibration import Calibration, batches_of, calibrate, has_scales, quantized_anew
+from export.calibration import Calibration, batches_of, calibrate, has_scales, requantized
 from export.folders.student import load_student, rounded
 from export.onnx_graph.to_onnx import UNQUANTIZED, check_exportable
 from export.options import calibration_of, parser, settings_of
@@ -58,7 +58,7 @@ def _export(options: argparse.Namespace, settings: ExportSettings, calibration: 
         batches = batches_of(tokenizer, calibration)
         title = f"Quantizing for the CPU after {options.calibration}"
         with Phases().phase(title, len(decoder_layers(model))) as on_layer:
-            for_cpu = quantized_anew(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)
+            for_cpu = requantized(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)
         if has_scales(model) or not (calibration.formats or calibration.kv_cache):
             calibration = None  # it was for the CPU alone
     if calibration is not None:

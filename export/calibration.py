@@ -106,7 +106,7 @@ def _choose(model: PreTrainedModel, batches: list[Batch], calibration: Calibrati
     return formats_by_sensitivity(model, some, calibration.candidates, calibration.average_bits)
 
 
-def quantized_anew(
+def requantized(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     format: str,

@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(prompt) >= conversation.length:
             raise ValueError(
                 f"expected a conversation of fewer than {conversation.length} tokens, found {len(prompt)}; ask for more with --length, "
-                "or start anew"
+                "or start again"
             )
         tokens = answer(
             conversation,

@@ -101,7 +101,7 @@ def export_all(
         settings: What to export.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P) for the verification.
         held_out: Conversations on which graphs are judged as they are served; None: answers that the student samples.
-        for_cpu: The student in the format that `settings.cpu` names, see `quantized_anew`; None where it names none.
+        for_cpu: The student in the format that `settings.cpu` names, see `requantized`; None where it names none.
         compare: Further graphs (of the teacher) to measure in turns with the new ones, by name.
         overwrite: Replace what an earlier export wrote, unless the verification fails: then the results go into `failed/`.
         phases: Show the progress; by default new ones.

@@ -39,7 +39,7 @@ def plot_training(
 
 
 def _plot_events(axes: Axes, pruning: list[dict[str, Any]]) -> None:
-    """How far each cut throws the student back, and what its repair makes good."""
+    """How far each cut throws the student back, and what its repair recovers."""
     for moment, marker, color in (("cut", "^", "tab:red"), ("repair", "v", "tab:green")):
         for measure, name in (("kl", "KL"), ("loss", "loss")):
             key = f"{measure}_after_{moment}"

@@ -30,7 +30,7 @@ class ExportSettings:
         labels: Write also a graph on the same weights, and an engine, that return the log-probabilities of these labels, such as no yes,
             one token each.
         cpu: Write the graph also in the form that ONNX Runtime runs fastest on CPUs (onnx/cpu.onnx), with the numbers of model.onnx; with a
-            format such as int8, of the student quantized anew in that format, without the quantizers of its training, and compressed/
+            format such as int8, of the student, requantized in that format, without the quantizers of its training, and compressed/
             holds the same.
         tensorrt: Which package compiles the engine: tensorrt, tensorrt_rtx, or auto for the one that is installed.
         compute_capability: GPU generations the engine must run on, for example 8.9; by default the compiler's choice.
@@ -114,7 +114,7 @@ class ExportSettings:
 
     @property
     def cpu_format(self) -> FormatName | None:
-        """The format of a student that is quantized anew for CPUs; None: `cpu.onnx`, if there is one, has the numbers of `model.onnx`."""
+        """The format of a student that is requantized for CPUs; None: `cpu.onnx`, if there is one, has the numbers of `model.onnx`."""
         return None if isinstance(self.cpu, bool) else self.cpu
 
 

@@ -116,7 +116,9 @@ class RankingDistillation(StudentModule):
         self.labels, self.label_tokens_C = data.labels, data.label_token_ids.to(device)
         if self.teacher:
             self.teacher.to(device)
-            self._remembering = RememberingTeacher(self.teacher)  # anew: samples of another split have the same numbers
+            self._remembering = RememberingTeacher(
+                self.teacher
+            )  # again: samples of another split have the same numbers
 
     # Training -------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ BACKENDS = {"torch": torch_run, "onnxruntime": onnx_run}
 
 
 def main() -> None:
-    """Search, then build both models anew and time them once more."""
+    """Search, then build both models again and time them once more."""
     options = parser(__doc__)
     options.set_defaults(repetitions=15)
     options.add_argument("--model", default="package:smollm2-135m-instruct", help="model reference")

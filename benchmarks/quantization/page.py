@@ -48,7 +48,7 @@ def _method(rows: Sequence[Row]) -> str:
         "| max, mse, percentile | scales: no value is clipped; least squared error of weights and inputs; 99.99 % of the inputs fit |\n"
         "| smoothed where it helps | channels are scaled before rounding, folded into the layer before |\n"
         "| sensitive | tokens count by what the predictions owe to them |\n"
-        "| compensating | weights make good what was rounded before them |\n"
+        "| compensating | each layer compensates for the rounding errors of earlier ones |\n"
         "| cache | only keys and values are rounded, weights keep 16 bits |\n"
         "| head | only the output head is rounded, with a weight of its own |\n\n"
         "ModelOpt and torchao quantize the same layers by their presets, their INT4 in groups of the same size; the scales that ModelOpt's AWQ "

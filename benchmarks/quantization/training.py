@@ -112,7 +112,7 @@ def _fit(module: LightningModule, batches: list[Any], steps: int) -> None:
 
 
 def _batches(bench: Any, steps: int, seed: int) -> list[Any]:
-    """Answers of the unquantized model to instructions behind those of calibration, shuffled anew in every epoch."""
+    """Answers of the unquantized model to instructions behind those of calibration, reshuffled in every epoch."""
     used = sum(len(batch["input_ids"]) for batch in bench.calibration)
     prompts = calibration_prompts(used + TRAINING_SAMPLES)[used:]
     batches = answered(bench.model, bench.tokenizer, bench.reference, prompts, batch_size=BATCH_SIZE)

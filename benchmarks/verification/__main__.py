@@ -40,7 +40,7 @@ from benchmarks.harness import parser, report
 from benchmarks.verification.faults import PLANTED, Fault
 from datamodules.chat import Conversation, encode
 from datamodules.collate import Batch, collate, pad_id_of
-from export.calibration import quantized_anew
+from export.calibration import requantized
 from export.cpu_graph.head_blocks import with_stored_head
 from export.cpu_graph.to_cpu import write_cpu_graph
 from export.folders.student import load_student
@@ -148,7 +148,7 @@ def right_graphs(
     graphs = []
     for precision in tqdm(formats, desc=f"Graphs of {of}", leave=False):
         plain = precision == "fp16"
-        made = model if plain else quantized_anew(model, batches, _format(precision), METHOD)
+        made = model if plain else requantized(model, batches, _format(precision), METHOD)
         graphs += _written(made, folder / precision, precision, of)
     return graphs
 

@@ -68,7 +68,7 @@ class PruningBudget:
             if shape_of(module.student) != self.dense:
                 raise ValueError(
                     "expected the dense student for the search of a latency, found one that a run without this budget has pruned; "
-                    "resume with that run's settings, or start anew from its student/ folder"
+                    "resume with that run's settings, or start again from its student/ folder"
                 )
             self.found = self._search_on_rank_0(trainer, module, shape_after(self.dense, others))
         elif self.found["settings"] != self._settings:
@@ -107,7 +107,7 @@ class PruningBudget:
             raise ValueError(outcome)
         return outcome
 
-    # Compiled code would be compiled anew for every shape.
+    # Compiled code would be recompiled for every shape.
     @torch.compiler.set_stance("force_eager")
     def _search(self, module: StudentModule, start: Shape) -> dict[str, Any]:
         axes, measure = self._budget.axes, self._budget.measure

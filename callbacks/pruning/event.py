@@ -11,14 +11,14 @@ from torch import Tensor
 
 from callbacks.pruning.judge import PruningJudge
 from callbacks.shared.averaging import follow_edits, follow_weights
-from callbacks.shared.distributed import share_of_rank, synchronize_anew
+from callbacks.shared.distributed import rebuild_ddp_wrapper, share_of_rank
 from datamodules.collate import Batch
 from models.architecture import count_parameters, decoder_layers
 from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut
 from models.student import StudentModule
 
 
-# Compiled code would be compiled anew for every set of hooks, to read a few batches.
+# Compiled code would be recompiled for every set of hooks, to read a few batches.
 @torch.compiler.set_stance("force_eager")
 def cut_student(
     trainer: Trainer,
@@ -71,7 +71,7 @@ def cut_student(
         unrepaired = _projection_weights(module)
         with _autocast(module):
             repair_cut(module.student, dense, edits, share, settings, total=total)
-        synchronize_anew(trainer.strategy)
+        rebuild_ddp_wrapper(trainer.strategy)
         measured("after_repair")
         if judge.num_batches and figures[f"{measure}_after_repair"] > figures[f"{measure}_after_cut"]:
             module.student.load_state_dict(unrepaired, strict=False)
@@ -79,7 +79,7 @@ def cut_student(
         else:
             follow_weights(trainer, module, unrepaired)
     elif edits:
-        synchronize_anew(trainer.strategy)
+        rebuild_ddp_wrapper(trainer.strategy)
     return figures | sizes_of(module)
 
 

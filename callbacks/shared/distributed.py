@@ -1,4 +1,4 @@
-"""Changing a student that several processes train together: every rank makes the same change, then synchronizes anew.
+"""Changing a student that several processes train together: every rank makes the same change, then DDP is wrapped again.
 
 `DistributedDataParallel` sorts gradients into buckets when it wraps a model.  After a change of structure its buckets have the
 old sizes and its hooks hold on to the old shapes, so the wrapper is thrown away and made again.
@@ -46,10 +46,10 @@ def edit_on_all_ranks(trainer: Trainer, module: StudentModule, edits: Sequence[E
     edits = trainer.strategy.broadcast(list(edits))
     if edits:
         module.edit(edits)
-        synchronize_anew(trainer.strategy)
+        rebuild_ddp_wrapper(trainer.strategy)
 
 
-def synchronize_anew(strategy: Strategy) -> None:
+def rebuild_ddp_wrapper(strategy: Strategy) -> None:
     """Replace the wrapper that averages gradients by one for the model as it is now; does nothing on one device."""
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         # Nobody else holds the old wrapper: with it go its reducer and the reducer's hooks on the parameters.

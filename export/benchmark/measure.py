@@ -30,7 +30,7 @@ class SharedCache:
         self._session = SharedCacheSession(path, length=length, threads=threads)
 
     def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: Any = None) -> Output:
-        """Process T new tokens of one conversation; the cache is the session's own, and begins anew where none is given."""
+        """Process T new tokens of one conversation; the cache is the session's own, and starts empty where none is given."""
         if cache is None:
             self._session.reset()
         return Output(self._session.run(input_ids_BT, last_only=True), [self._session], {})

@@ -40,7 +40,7 @@ class OnPolicy:
         tokens: Length of the student's own answers in tokens, at most.
         batch_size: Answers sampled at once; 0 for all of the optimizer step. Less needs less memory and more time.
         replay_size: Answers kept for replay; once there are so many, a share of on-policy steps that grows from 0 to 1 over
-            the run learns from them instead of sampling anew (DistiLLM: 1000). 0 samples anew in every step.
+            the run learns from them instead of sampling again (DistiLLM: 1000). 0 samples again in every step.
         seed: Seed of the draws and samples; the same on every rank.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Replay of the student's own answers, as in DistiLLM (arXiv 2402.03898, section 3.2): sampling is dear, learning is not.
+"""Replay of the student's own answers, as in DistiLLM (arXiv 2402.03898, section 3.2): sampling is expensive, learning is cheap.
 
 Fresh answers enter a buffer; as training goes on, a growing share of on-policy steps learns from the buffer instead of sampling.
 

@@ -3,7 +3,7 @@
 The backward pass of the fused kernel costs several times that of the plain products at the lengths of short answers (batch 16, 109
 tokens, 9 heads on 2 cores: 34 ms a layer against 8); its saving of memory matters at long ones, where it stays in use.
 
-glibc maps every large tensor anew and unmaps it when it is freed, so that each step touches hundreds of megabytes of fresh pages,
+glibc maps every large tensor and unmaps it when it is freed, so that each step touches hundreds of megabytes of fresh pages,
 which the kernel has to clear first.  On two cores that was a third of an on-policy step.
 
 Legend: B samples, H query heads, G key/value heads, T tokens, K head width.

@@ -113,7 +113,7 @@ def default_chunk_tokens(tokens: int, vocabulary: int, hidden: int, device: str)
 
     CUDA: the power of two at or above N D / V, so that a chunk's logits take about as much memory as all hidden states (Liger's
     rule), but at least 128.  CPU: 2^23 logits (32 MiB in float32), between 64 and 1,024 tokens.  Fewer tokens make the sum of the
-    weight's gradient, a pass over (V, D) for every chunk, the dearest part.
+    weight's gradient, a pass over (V, D) for every chunk, the most expensive part.
     """
     if device == "cuda":
         return max(128, 2 ** math.ceil(math.log2(max(1, math.ceil(tokens / math.ceil(vocabulary / hidden))))))

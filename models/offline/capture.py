@@ -221,7 +221,7 @@ class _Run:
                 yield store.shard_path(self.folder, split, number), samples[shard.start : shard.stop]
 
     def _is_finished(self, path: Path, samples: list[Example]) -> bool:
-        """Whether the shard is there and whole; a damaged one is made anew."""
+        """Whether the shard is there and whole; a damaged one is made again."""
         if not path.exists():
             return False
         try:

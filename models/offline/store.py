@@ -36,7 +36,7 @@ from models.offline.forms import Columns, Layout, exact_layout, top_k_layout
 INDEX_FILE, HEAD_FILE, STAGING = "index.json", "head.safetensors", ".writing"
 FORMAT, VERSION = "potstill-offline-teacher", 1
 Index = dict[str, Any]
-AGAIN = "remove this file and run the capture again: only this file is made anew"
+AGAIN = "remove this file and run the capture again: only this file is made again"
 
 
 class DamagedError(ValueError):

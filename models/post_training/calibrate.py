@@ -1,7 +1,7 @@
 """Quantization after training: smoothing, scales of inputs and rounding, layer after layer, from a few calibration batches.
 
 Every layer is fitted to the inputs that it will have, which come from the quantized layers before it; each projection in it sees
-those of the projections before it, and may make good what they have changed, see `models/post_training/compensation.py`.  A token counts as
+those of the projections before it, and may compensate for what they have changed, see `models/post_training/compensation.py`.  A token counts as
 much as the predictions depend on it, see `models/calibration/sensitivity.py`.
 
 Legend: B samples, T tokens, S valid tokens, I inputs, O outputs, D hidden, G key/value groups, K head width.

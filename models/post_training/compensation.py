@@ -1,4 +1,4 @@
-"""Weights that make good what was rounded before them ("asymmetric calibration": GPTAQ, arXiv 2504.02692; Qronos, 2505.11695).
+"""Each layer compensates for the rounding errors of earlier ones ("asymmetric calibration": GPTAQ, arXiv 2504.02692; Qronos, 2505.11695).
 
 Layer after layer, a projection is given other inputs X than those it had.  Instead of its weight W, the weight V is rounded with which
 its outputs come closest to an aim Y: |X V^T - Y|^2 + r sum_i H_ii |V_i - W_i|^2, with H = X^T X and a ridge r.

@@ -23,7 +23,7 @@ class PostTrainingQuantization:
             found to help, which is where inputs are rounded to integers, and where weights alone are rounded to nearest, or to 8 bits:
             then most is lost by inputs in kernels that round them.
         sensitive: Tokens count by what the predictions owe to them, which takes a backward pass; otherwise all alike.
-        compensate: Weights make good what was rounded before them, which takes a second forward pass; None: where it was found to
+        compensate: Each layer compensates for the rounding errors of earlier ones, which takes a second forward pass; None: where it was found to
             help, which is where a solver rounds weights alone.
         damping: Share of the mean diagonal of a Gram matrix that is added to it.
         sweeps: Passes of `quantease`, at most.
@@ -52,7 +52,7 @@ class PostTrainingQuantization:
         return STRENGTHS if helps else ()
 
     def compensates(self, format: str) -> bool:
-        """Whether weights of this format make good what was rounded before them."""
+        """Whether layers of this format compensate for the rounding errors of earlier ones."""
         if self.compensate is not None:
             return self.compensate
         return self.method != "nearest" and format_of(format).input is None

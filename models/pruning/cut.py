@@ -71,12 +71,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """How units are chosen, and what is made good afterwards.
+    """How units are chosen, and how the remaining weights are repaired.
 
     Args:
         score: What ranks neurons, heads and groups: osscar (what removing them costs after the best repair, second order),
             activation (Minitron), taylor, wanda, magnitude or random.
-        repair: Fit o_proj and down_proj of all layers anew after a cut: sequential (on the cut model's own inputs), layerwise (on
+        repair: Refit o_proj and down_proj of all layers after a cut: sequential (on the cut model's own inputs), layerwise (on
             the dense model's), or none.
         allocation: The same sizes in every layer (uniform), or where they cost least (per_layer; such a student is no plain
             Hugging Face model).

@@ -1,7 +1,7 @@
-"""Repair after a cut: `o_proj` and `down_proj` of every layer are fitted anew, so that the student follows the model before the cut.
+"""Repair after a cut: `o_proj` and `down_proj` of every layer are refitted, so that the student follows the model before the cut.
 
 Layer after layer, both models read the same tokens.  The inputs of a projection are taken from the cut model; what it should give
-is what still lacks between the cut model's residual stream and the dense model's.  So a projection makes good what its own inputs
+is what still lacks between the cut model's residual stream and the dense model's.  So a projection compensates for what its own inputs
 lost, what was lost before it, and the layers that were dropped after it.  (Where a norm stands between projection and stream, the
 aim is the dense projection's output.)
 

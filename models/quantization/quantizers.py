@@ -202,7 +202,7 @@ class InputQuantizer(FakeQuantizer):
 
 
 class RowQuantizer(FakeQuantizer):
-    """Quantizer of a layer's input with a scale for each token, found anew at every call.
+    """Quantizer of a layer's input with a scale for each token, computed at every call.
 
     Its buffer `scale` holds a 1 once it is frozen, and nothing else.
     """

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
-from models.structure.sizes import follow_weights
+from models.structure.sizes import sync_config
 from models.structure.slicing import checked_indices, narrow_linear, narrow_parameter
 
 
@@ -60,7 +60,7 @@ def narrow_hidden(model: PreTrainedModel, optimizers: Sequence[Optimizer] = (), 
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
     else:
         _multiply_epsilon(model, 1 / share)
-    follow_weights(model)
+    sync_config(model)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, Part, decoder_layers
-from models.structure.sizes import follow_weights
+from models.structure.sizes import sync_config
 from models.structure.slicing import checked_indices, drop_parameters, group_indices, narrow_linear
 
 Optimizers = Sequence[Optimizer]
@@ -28,7 +28,7 @@ def narrow_mlp(model: PreTrainedModel, optimizers: Optimizers = (), *, layer: in
     neurons = checked_indices(keep, view.num_neurons, f"narrow_mlp to keep neurons of layer {layer}")
     _narrow_outputs([(view.gate, neurons), (view.up, neurons)], optimizers)
     narrow_linear(view.down_proj, neurons, 1, optimizers)
-    follow_weights(model)
+    sync_config(model)
 
 
 def narrow_kv_groups(model: PreTrainedModel, optimizers: Optimizers = (), *, layer: int, keep: Sequence[int]) -> None:
@@ -41,7 +41,7 @@ def narrow_kv_groups(model: PreTrainedModel, optimizers: Optimizers = (), *, lay
     groups = checked_indices(keep, view.num_kv_groups, f"narrow_kv_groups to keep key/value groups of layer {layer}")
     heads = group_indices(groups, view.num_query_heads // view.num_kv_groups)
     _narrow_heads(view, heads, groups, optimizers)
-    follow_weights(model)
+    sync_config(model)
 
 
 def narrow_query_heads(model: PreTrainedModel, optimizers: Optimizers = (), *, layer: int, keep: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ def narrow_query_heads(model: PreTrainedModel, optimizers: Optimizers = (), *, l
             f"{counts}; choose the heads within each group"
         )
     _narrow_heads(view, heads, torch.arange(groups), optimizers)
-    follow_weights(model)
+    sync_config(model)
 
 
 def drop_layers(model: PreTrainedModel, optimizers: Optimizers = (), *, layers: Sequence[int]) -> None:
@@ -82,7 +82,7 @@ def drop_layers(model: PreTrainedModel, optimizers: Optimizers = (), *, layers: 
         for module in (view.block, view.attention):
             if hasattr(module, "layer_idx"):
                 module.layer_idx = view.index
-    follow_weights(model)
+    sync_config(model)
 
 
 def _layer(model: PreTrainedModel, index: int) -> DecoderLayer:

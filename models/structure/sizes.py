@@ -1,4 +1,4 @@
-"""What a model remembers of its sizes beside the weights: written anew from their shapes after every cut.
+"""What a model remembers of its sizes beside the weights: updated from their shapes after every cut.
 
 Most of it only has to be true.  Some of it is read in `forward`: how often keys and values are repeated, and, where one linear
 layer stacks queries, keys and values, how many of its outputs are queries.
@@ -37,7 +37,7 @@ def is_uniform(model: PreTrainedModel) -> bool:
     return len({_sizes(layer) for layer in decoder_layers(model)}) == 1
 
 
-def follow_weights(model: PreTrainedModel) -> None:
+def sync_config(model: PreTrainedModel) -> None:
     """Make modules and config say what the weights' shapes are; where layers differ, the config has the largest sizes."""
     layers, config = decoder_layers(model), model.config
     embedding: Any = model.get_input_embeddings()

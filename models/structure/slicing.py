@@ -28,7 +28,7 @@ def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers
     old_shape = parameter.shape
     keep = keep.to(parameter.device)
     kept = parameter.data.index_select(dim, keep)
-    # autograd's node for a parameter remembers its shape for as long as any graph holds the node; a change of type makes it anew
+    # autograd's node for a parameter remembers its shape for as long as any graph holds the node; a change of type rebuilds it
     parameter.data = kept.new_empty(0, dtype=torch.float32 if kept.dtype == torch.float16 else torch.float16)
     parameter.data = kept
     parameter.grad = None
@@ -41,7 +41,7 @@ def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers
 def _narrow_state(optimizer: Optimizer, parameter: nn.Parameter, value: Tensor, dim: int, keep: Tensor) -> Tensor:
     if type(value) is Tensor:
         return value.index_select(dim, keep.to(value.device))
-    # torchao's low-bit states share a scale among neighbours, which slicing separates: quantize anew, in a buffer that the
+    # torchao's low-bit states share a scale among neighbours, which slicing separates: quantize again, in a buffer that the
     # optimizer itself makes for the parameter's new shape.
     if not hasattr(optimizer, "_new_buffer"):
         raise ValueError(

@@ -76,7 +76,7 @@ def allocate(
     if wrong is not None:
         raise ValueError(
             f"expected the curve of {wrong} to start at all {shape.units(wrong)} units, found {kept[wrong]}; "
-            "make the curves anew after every cut"
+            "compute the curves again after every cut"
         )
     hulls = [_stretches(shape, keys, _summed(curves, keys), measure) for keys in _together(curves, uniform=uniform)]
     reached = measure(shape)

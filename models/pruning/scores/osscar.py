@@ -1,7 +1,7 @@
 """Second-order pruning of the inputs of a linear layer, with repair of what is kept (OSSCAR, arXiv 2403.12983).
 
 For a layer y = x W the error on calibration inputs X is f(W) = 1/2 tr((W - W0)^T H (W - W0)) with H = X^T X + ridge.  Removing the
-inputs S and choosing the other rows of W anew costs exactly 1/2 tr(W_S^T [(H^-1)_SS]^-1 W_S); the inverse without S follows from the
+inputs S and refitting the other rows of W costs exactly 1/2 tr(W_S^T [(H^-1)_SS]^-1 W_S); the inverse without S follows from the
 old one by a downdate, so that a greedy search re-scores all units after every removal; a removal can be taken back in the same way.
 Everything is computed in float64.
 
