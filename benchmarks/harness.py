@@ -1,4 +1,4 @@
-"""What all benchmarks share: both sides in one run and in turns, medians with their spread, versions, and `--json`.
+"""Shared by all benchmarks: both sides in one run and in turns, medians with their spread, versions, and `--json`.
 
 The JSON object has `results` (a list of rows), `ratios` (names to numbers, this project over the reference) and `versions`.
 """

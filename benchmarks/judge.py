@@ -1,4 +1,4 @@
-"""How a study judges students, and how it times them.
+"""Judging and timing the students of a study.
 
 Legend: N answer tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Is a run that was killed and resumed, again and again, the run that nobody touched?  SIGKILL at random moments, tiny models.
+"""A run that was killed and resumed, again and again, equals an uninterrupted one: SIGKILL at random moments, tiny models.
 
     python -m benchmarks.kills --kills 300 [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What the studies share: rows on disk that survive an interruption, their mean and spread over seeds, tables and plots.
+"""Shared by the studies: rows on disk that survive an interruption, their mean and spread over seeds, tables and plots.
 
 A study is a list of runs.  Every finished run is one line of `<out>.jsonl`, written at once or not at all, so that the same
 command goes on where it stopped.  A row carries the settings it was made with; rows made otherwise are refused, not mixed.

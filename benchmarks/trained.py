@@ -1,4 +1,4 @@
-"""What the studies that train have in common: recipe, data and precision (`study.yaml`), one judge, and rows that survive.
+"""Shared by the studies that train: recipe, data and precision (`study.yaml`), one judge, and rows that survive.
 
 All runs of a study start from the same student, see the same batches in the same order for a seed, and are judged on the same
 held-out questions; a seed decides the order of the training questions and what the student samples.

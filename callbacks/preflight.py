@@ -1,4 +1,4 @@
-"""Before the first step: check in seconds what would otherwise fail after hours."""
+"""Checks in seconds, before the first step, what would otherwise fail after hours."""
 
 import copy
 import shutil

@@ -1,4 +1,4 @@
-"""How far a run is and how long it will take: one bar over its optimizer steps, one for each validation, test or prediction."""
+"""Progress bars of a run with an estimate: one over its optimizer steps, one for each validation, test or prediction."""
 
 from typing import Any
 

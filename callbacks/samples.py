@@ -1,4 +1,4 @@
-"""What the student says: greedy completions of a few validation prompts, as a table."""
+"""Greedy completions of a few validation prompts, as a table."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What all chat data modules share: tokenizing, truncation, loaders that resume exactly, calibration batches.
+"""Base class of all chat data modules: tokenizing, truncation, loaders that resume exactly, calibration batches.
 
 A subclass says where conversations come from (`load_split`) and, if the task has one, how completions are scored.
 Everything is tokenized once in `setup`; loaders only pad.

@@ -1,4 +1,4 @@
-"""From tokenized examples to one padded batch, as a pure function.
+"""Collates tokenized examples into one padded batch, as a pure function.
 
 Training rows are padded on the right, rollout prompts on the left (so that every prompt's last token stands in the
 last column and sampling continues there). Masks and labels come from the lengths, never from comparing ids with the

@@ -1,4 +1,4 @@
-"""What can be learned from MovieLens' ratings without knowing the future: pairs of a member and a film, split by time.
+"""Labels from MovieLens' ratings without leaking the future: pairs of a member and a film, split by time.
 
 A pair's history are the member's ratings of earlier seconds, and all training pairs are older than all validation pairs, which are
 older than all test pairs.

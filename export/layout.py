@@ -1,4 +1,4 @@
-"""Where an export puts its files.
+"""File names of an export.
 
 OUTPUT/student/                    Hugging Face folder, see `models/loading/student_folder.py` for students of unequal layers
 OUTPUT/compressed/                 of quantized students: the same as codes and scales, see `export/folders/compressed.py`

@@ -1,4 +1,4 @@
-"""What to export and how, checked as far as no model is needed for it."""
+"""Settings of an export, checked as far as no model is needed for it."""
 
 from dataclasses import dataclass, fields
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What surgery and quantization must know about a model family: where the decoder layers are and how they are wired.
+"""Model families for surgery and quantization: where the decoder layers are and how they are wired.
 
 Everything else in Potstill talks to a model through plain Hugging Face calls.  A `DecoderLayer` is a *view*: it owns nothing, and
 it is rebuilt whenever it is needed, so that it can never disagree with the modules it describes.  A `Family` gives names only;

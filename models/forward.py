@@ -1,4 +1,4 @@
-"""From a batch to next-token logits at the answer positions, and only there: the head is the most expensive layer of a small model.
+"""Next-token logits of a batch at the answer positions, and only there: the head is the most expensive layer of a small model.
 
 Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary, D hidden.
 """

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a stopwatch per named part, read by `callbacks.Throughput`."""
+"""Time of the parts of a training step: a stopwatch per named part, read by `callbacks.Throughput`."""
 
 import time
 from collections import defaultdict

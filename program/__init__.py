@@ -1,1 +1,1 @@
-"""How every command behaves: what it shows, how it writes results, which numbers it takes, what it downloads."""
+"""Behaviour of all commands: what they show, how they write results, which settings they take, what they download."""

@@ -1,4 +1,4 @@
-"""What a user reads on the screen: of other libraries what is of use, and of errors one sentence, not a stack.
+"""The screen of a command: other libraries' noise is filtered, and an error is one sentence, not a stack.
 
 Importing this module silences torchao: kernels of other GPUs that it has not got, and its own deprecations.  transformers imports
 it wherever it is installed, so every program of this project would begin with these lines.  The packages import this module before

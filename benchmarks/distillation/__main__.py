@@ -1,4 +1,4 @@
-"""Which distillation? Fine-tuning, stage 1, on-policy and two-stage, at equal optimizer steps and at equal time, over seeds.
+"""Study of distillation: fine-tuning, stage 1, on-policy and two-stage, at equal optimizer steps and at equal time, over seeds.
 
     python -m benchmarks.distillation [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--arms ...] [--out FOLDER] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What does structured pruning leave of a model, before any training?  Scores, repairs and allocations side by side.
+"""Study of structured pruning before any training: scores, repairs and allocations side by side.
 
     python -m benchmarks.pruning --quick [--json FILE]                 OSSCAR with repair against the activation score
     python -m benchmarks.pruning [--cuts ...] [--out FOLDER]           scores x sparsities, speed, and a page; goes on where it stopped

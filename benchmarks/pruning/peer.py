@@ -1,4 +1,4 @@
-"""What Torch-Pruning would keep: the peer of the pruning study.
+"""The units that Torch-Pruning would keep: the peer of the pruning study.
 
 Torch-Pruning (PyPI `torch-pruning`, MIT) finds by tracing which matrices share an axis, scores the channels of such a group, and
 lists what it would cut.  Its scores of a neuron, at their defaults, over the rows of the gate and up projections and the column of

@@ -1,4 +1,4 @@
-"""How much of a cut does distillation regain?  One cut against three small ones, the data's answers against the student's own.
+"""Recovery of a pruned student by distillation: one cut against three small ones, the data's answers against the student's own.
 
     python -m benchmarks.pruning.recovery [--teacher FOLDER] [--steps N] [--seeds 1 2 3] [--arms ...] [--out FOLDER] [--json FILE]
 

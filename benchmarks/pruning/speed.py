@@ -1,4 +1,4 @@
-"""How fast is each student of the pruning study?  Speed depends on sizes alone, so every shape is timed once, beside the dense model.
+"""Speed of the students of the pruning study.  It depends on sizes alone, so every shape is timed once, beside the dense model.
 
 The prefill of one prompt of 128 tokens with logits at all positions, in float32, in torch and in ONNX Runtime; runs of both models
 take turns, see `models/pruning/budget/latency.py`.

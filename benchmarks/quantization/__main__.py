@@ -1,4 +1,4 @@
-"""What does quantization leave of a model, and what does training give back?  Side by side with ModelOpt and torchao.
+"""Study of quantization, before and after training, side by side with ModelOpt and torchao.
 
     python -m benchmarks.quantization --quick [--json FILE]               our best against the others' presets, one format after the other
     python -m benchmarks.quantization --qat [--json FILE]                 our best before and after distillation with quantizers in place

@@ -1,4 +1,4 @@
-"""What the quantization study compares: our ways to quantize after training, and for each format what others make of it."""
+"""The arms of the quantization study: our ways to quantize after training, and for each format what others make of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

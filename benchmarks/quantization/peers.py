@@ -1,4 +1,4 @@
-"""What others make of a model: the peers of the quantization study, with their own presets and defaults.
+"""The peers of the quantization study, with their own presets and defaults.
 
 | package           | preset                                  | weights                          | inputs                   |
 |-------------------|-----------------------------------------|----------------------------------|--------------------------|

@@ -1,4 +1,4 @@
-"""What training gives back of what quantization took: ways to train a calibrated student with its quantizers in place.
+"""Quantization-aware training of calibrated students, for the quantization study.
 
 | way                           | answers                | learns from             |
 |-------------------------------|------------------------|-------------------------|

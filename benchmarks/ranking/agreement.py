@@ -1,4 +1,4 @@
-"""How far apart the ways to score the same pairs are.
+"""Differences between the ways to score the same pairs.
 
 Letters: W ways, N candidates, C labels.
 """

@@ -1,4 +1,4 @@
-"""What is ranked: members and films of MovieLens' test split, in the prompts that the recipes train on."""
+"""The candidates of the benchmark: members and films of MovieLens' test split, in the prompts that the recipes train on."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What does a small ranker lose against its teacher, learning from labels alone and from the teacher?
+"""Study of small rankers: trained on labels alone, and distilled from a teacher.
 
     python -m benchmarks.ranking.study [--steps N] [--seeds 1 2 3] [--students ...] [--arms ...] [--work FOLDER] [--out FOLDER] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""How far is the student from its teacher, on the same few batches before and after every change."""
+"""Distance of the student from its teacher, on the same few batches before and after every change."""
 
 from itertools import islice
 

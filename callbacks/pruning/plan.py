@@ -1,4 +1,4 @@
-"""When pruning events take place and what is kept after each: pure functions of the recipe and of the unpruned student's sizes."""
+"""Steps of the pruning events, and the sizes after each: pure functions of the recipe and of the unpruned student's sizes."""
 
 import math
 from dataclasses import dataclass, fields, replace

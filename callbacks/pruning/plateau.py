@@ -1,4 +1,4 @@
-"""Has a loss stopped falling?  Plain numbers, so that a resumed run answers the same."""
+"""Detects that a loss has stopped falling, from plain numbers, so that a resumed run answers the same."""
 
 from statistics import fmean
 

@@ -1,1 +1,1 @@
-"""What several callbacks need to know of a run: its data, its order, its processes."""
+"""Shared by several callbacks: the run's data, the callbacks' order, its processes."""

@@ -1,4 +1,4 @@
-"""Which artefacts of export folders can be measured on this machine, and how each is opened."""
+"""Finds the artefacts of export folders that this machine can measure, and opens them."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What `python -m export.benchmark` shows: tables on the screen, a picture, and the machine it was measured on."""
+"""Output of `python -m export.benchmark`: tables on the screen, a picture, and the machine it was measured on."""
 
 import os
 import platform

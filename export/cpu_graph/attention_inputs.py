@@ -1,4 +1,4 @@
-"""What attention with its cache inside reads beside queries, keys and values: lengths, a bias for padding, tables of rotary angles.
+"""Further inputs of attention with its cache inside: lengths, a bias for padding, tables of rotary angles.
 
 All attentions of a graph share them; each is made when the first one needs it.
 

@@ -1,4 +1,4 @@
-"""What a compiler's parser made of a graph: its layers by type, its matrix products by the types of their operands."""
+"""Inspects the network that TensorRT's parser makes of a graph: its layers by type, its matrix products by the types of their operands."""
 
 from collections import Counter
 from types import ModuleType

@@ -1,1 +1,1 @@
-"""What servers read: `python -m export.serving` writes a model repository for Triton."""
+"""Files for servers: `python -m export.serving` writes a model repository for Triton."""

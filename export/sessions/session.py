@@ -1,4 +1,4 @@
-"""What all sessions have in common: `OnnxSession`, `EngineSession` on a GPU, and `TorchSession`.
+"""The interface of all sessions: `OnnxSession`, `EngineSession` on a GPU, and `TorchSession`.
 
 Letters: B batch, T new tokens, P past tokens, S = P + T, G key/value groups, E head width, V vocabulary.
 """

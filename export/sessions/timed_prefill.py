@@ -1,4 +1,4 @@
-"""What `models/pruning/budget/latency.py` times for a budget in ONNX Runtime: the prefill of a model's exported graph, on the CPU.
+"""Latency of a model's prefill in ONNX Runtime on the CPU, for the budgets of `models/pruning/budget/latency.py`.
 
 Legend: B prompts, T tokens.
 """

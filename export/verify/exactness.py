@@ -1,4 +1,4 @@
-"""Does a graph compute what the torch model computes?  Layer by layer, with every product and quantizer fed from torch.
+"""Exactness: a graph computes what the torch model computes, layer by layer, with every product and quantizer fed from torch.
 
 Compared at each step of a run (prompts, then tokens with the cache, one at a time): what each linear layer and each quantizer of keys
 and values reads, each product, new cache entries, and the logits.  The distance of a token's features is divided by what rounding explains at

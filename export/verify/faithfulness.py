@@ -1,4 +1,4 @@
-"""Is an artefact, running freely as a server would run it, as good as the torch model?  A paired test of equivalence on held-out text.
+"""Faithfulness: a graph that runs freely, as a server runs it, is as good as the torch model; a paired test of equivalence on held-out text.
 
 A model that rounds its inputs is chaotic: one rounding that falls to the other side moves everything behind it, so two right runs give
 different predictions, and no bound on their distance tells a fault from chance.  What must agree is how good they are.  Both are judged

@@ -1,4 +1,4 @@
-"""Which matrix products of a network are quantized, as TensorRT read it: a product that was wanted in FP8 and is not must not hide.
+"""Checks that TensorRT's parsed network has a quantized matrix product for every quantized layer.
 
 Strongly typed networks keep the types of the file, so that a product between two DequantizeLinear of FP8 is what the compiler
 fuses.  What it chose in the end only a GPU can tell.

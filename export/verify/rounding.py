@@ -1,4 +1,4 @@
-"""How far apart two right computations of the same layer can be: rounding errors, derived from the arithmetic of the graph.
+"""Bounds on the difference between two correct computations of the same layer, derived from the arithmetic of the graph.
 
 Verification feeds every product of a graph with torch's values (`taps.py`), so what is compared is a handful of operators: a norm, an
 attention, an activation, a product.  Between them nothing is rounded to a grid, so their result is a smooth function of their inputs, and

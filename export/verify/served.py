@@ -1,4 +1,4 @@
-"""How good a graph is as it is served: how far its predictions are from a teacher's, and how often its own answers are right.
+"""Quality of a graph as it is served: KL to a teacher, and task score of its own answers.
 
 Everything goes through the session that serves: a prompt at once, then token by token on the cache, the gold answer for the distance
 and greedy tokens for the score.  A batch is forgotten before the next one begins, and logits are compared one position at a time, so

@@ -1,4 +1,4 @@
-"""Where a graph's matrix products read and write, and a version of the graph that is fed with torch's values there.
+"""Taps on the inputs and outputs of a graph's matrix products, and a version of the graph that is fed with torch's values there.
 
 Every product with a weight is a place where graph and torch model meet: the weight's name says which linear layer it belongs to.
 In the *fed* graph each product reads what entered that layer in torch, and returns two things: the value that the graph itself would

@@ -1,1 +1,1 @@
-"""What pruning and quantization both learn from calibration batches."""
+"""Statistics of calibration batches, for pruning and quantization."""

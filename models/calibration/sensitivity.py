@@ -1,4 +1,4 @@
-"""How much the predictions of a model notice an error at each token, for every tensor that linear layers read.
+"""Sensitivity of the loss to an error at each token, for every tensor that linear layers read.
 
 Rounding weights changes the outputs of a linear layer at token t by e_t.  To second order that costs 1/2 (g_t . e_t)^2 nats on
 average, with the gradient g_t of the log-likelihood of labels that the model draws itself.  A Gram matrix that weighs each token's

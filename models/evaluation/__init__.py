@@ -1,1 +1,1 @@
-"""How good a student is: on answers, and on ranks."""
+"""Evaluation of students: on answers, and in ranking."""

@@ -1,4 +1,4 @@
-"""How good is a student: perplexity, KL to the teacher, top-1 agreement and task score, through torchmetrics.
+"""Evaluates a student: perplexity, KL to the teacher, top-1 agreement and task score, through torchmetrics.
 
 Legend: N answer tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""How well label probabilities rank, and how far they can be believed: AUROC, log-loss and calibration, with intervals.
+"""Metrics of label probabilities: AUROC, log-loss and calibration, with intervals.
 
 Several models are judged on the same samples at once, so that the difference of two models gets an interval of its own.  Scores
 are gathered from all ranks once; every rank then computes the same figures from the same rows.

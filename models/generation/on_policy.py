@@ -1,4 +1,4 @@
-"""Which optimizer steps learn from the student's own answers, and where these answers come from.
+"""On-policy distillation: decides which optimizer steps learn from the student's own answers, and samples or replays these.
 
 Every decision is a draw whose seed names the optimizer step: all micro-batches of a step and all ranks decide alike, and a
 resumed run decides as the uninterrupted one did.

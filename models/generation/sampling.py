@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, minimum length, and randomness that belongs to the sample.
+"""Samples a token from logits: temperature, top-k, top-p, minimum length, and randomness that belongs to the sample.
 
 Every answer has random numbers of its own, drawn from a seed that names the sample.  What a student says to a prompt is then a
 function of (weights, prompt, seed): not of the batch it was sampled in, of the micro-batching, of the rank, or of a saved state.

@@ -1,1 +1,1 @@
-"""What depends on the machine: training on a CPU, weights in few bits, shards, timing side by side."""
+"""Code that depends on the machine: training on a CPU, weights in few bits, shards, timing side by side."""

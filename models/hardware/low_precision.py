@@ -1,4 +1,4 @@
-"""What weights and optimizer states in few bits need around them: rounding that loses no update, and checkpoints that load.
+"""Weights and optimizer states in few bits: rounding that loses no update, and checkpoints that load.
 
 torchao provides the optimizers (`torchao.optim`, named in a recipe like any other) and the 8-bit weights of a frozen model; it is
 an optional dependency (extra `torchao`) and imported only where it is used.

@@ -1,1 +1,1 @@
-"""From a reference, a folder or a checkpoint to a model; what comes with it is data, never code."""
+"""Loads models from references, folders and checkpoints; files are data, never code."""

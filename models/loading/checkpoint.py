@@ -1,4 +1,4 @@
-"""What a checkpoint of ours may say: weights, structure and plain settings; never code, nor which model to fetch.
+"""Reads checkpoints: weights, structure and plain settings; never code, nor which model to fetch.
 
 Settings in a checkpoint are data that somebody else may have written.  Each is taken over only if it fits the type that our module
 declares for it, and an optimizer only if it is listed here; text without a fixed choice never is, as it could name a model.

@@ -1,4 +1,4 @@
-"""What comes with a model is data: its files may name no code and no other place, and must hold exactly the model they describe.
+"""Checks a model's files: they may name no code and no other place, and must hold exactly the model they describe.
 
 transformers fills tensors that a folder lacks with random numbers, drops those that the configuration has no room for, and fetches
 attention kernels, adapters and their base model from wherever a file says; here all of that is refused, in one sentence each.

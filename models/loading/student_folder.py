@@ -1,4 +1,4 @@
-"""What a student's folder says beyond Hugging Face's files: the sizes of its layers, and the scales of its quantizers.
+"""A student's folder beyond Hugging Face's files: the sizes of its layers, and the scales of its quantizers.
 
 | file                          | holds                                                              | read by                       |
 |-------------------------------|--------------------------------------------------------------------|-------------------------------|

@@ -1,4 +1,4 @@
-"""What the chunked loss is made of: a model's logits a chunk at a time, and gradients that are summed over chunks.
+"""Building blocks of the chunked loss: a model's logits a chunk at a time, and gradients that are summed over chunks.
 
 Matrix products run in autocast's dtype where autocast is on, else in the hidden states' own; logits and their gradient are
 float32 (float64 for float64), and gradients of weight and bias are summed in that.

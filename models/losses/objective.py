@@ -1,4 +1,4 @@
-"""What a student is trained on: a weighted mix of per-token losses, as a recipe states it."""
+"""The objective of a student: a weighted mix of per-token losses, as a recipe states it."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a capture belongs to: fingerprints of teacher, tokenizer, chat template and data.
+"""Fingerprints of teacher, tokenizer, chat template and data.
 
 Every fingerprint is a SHA-256 with figures that a person can compare.  They say *what* was hashed, not where it lay: a model that
 was moved, or saved again in other shards, keeps its fingerprint, and another seed of generated data changes it.

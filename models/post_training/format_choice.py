@@ -1,4 +1,4 @@
-"""Which format for which layer: by patterns of names, or by measured sensitivity under a budget of bits.
+"""Chooses a format for each layer: by patterns of names, or by measured sensitivity under a budget of bits.
 
 The cost of a format in a layer is what its rounded weight changes in the predictions, to second order: with the error e_t = dW x_t of
 the outputs at token t and the gradient g_t there, on average 1/2 |g_t|^2 |e_t|^2 / O nats (O outputs; gradients and errors are

@@ -1,4 +1,4 @@
-"""What fast kernels do to inputs where weights alone are quantized: ONNX Runtime's MatMulNBits computes in 8 bits.
+"""Models the activation rounding of weight-only kernels: ONNX Runtime's MatMulNBits computes in 8 bits.
 
 It rounds a token's inputs in blocks, each with a scale of its own, that are the groups of the weight.  Kernels on GPUs leave inputs as
 they are.

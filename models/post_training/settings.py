@@ -1,4 +1,4 @@
-"""How a model is quantized after training, and what is done where the user leaves it open."""
+"""Settings of quantization after training, and their defaults by format."""
 
 from dataclasses import dataclass
 from typing import Literal

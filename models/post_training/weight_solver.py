@@ -1,4 +1,4 @@
-"""One quantized layer after the inputs that it will have: compensation, then rounding by the chosen method.
+"""Quantizes a layer on the inputs that it will actually receive: compensation, then rounding by the chosen method.
 
 Legend: S tokens, I inputs, O outputs.
 """

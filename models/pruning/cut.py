@@ -1,4 +1,4 @@
-"""From target sizes to edits, and the repair of what is left: the axes of a cut together."""
+"""Plans a cut over all axes as edits, and repairs the remaining weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""Which decoder layers to drop: by how much each one turns the residual stream, or by a metric measured without a block of them.
+"""Chooses the decoder layers to drop: by how much each one turns the residual stream, or by a metric measured without a block of them.
 
 Legend: B samples, T tokens, D hidden, L layers.
 """

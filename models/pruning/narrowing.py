@@ -1,4 +1,4 @@
-"""Which neurons, key/value groups and query heads each layer keeps: units are ranked, sizes are shared out, edits name what stays."""
+"""Chooses the neurons, key/value groups and query heads that each layer keeps: units are ranked, sizes are shared out, edits name what stays."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean

@@ -1,4 +1,4 @@
-"""From what was seen to scales: the largest magnitude, a percentile, or the least squared error.
+"""Scales from observed values: the largest magnitude, a percentile, or the least squared error.
 
 Scales are float16 numbers held in float32, so that float32 and float16 graphs and engines hold the very same ones.
 

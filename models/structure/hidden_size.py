@@ -1,8 +1,8 @@
-"""Cutting channels of the residual stream, so that the rest computes what the model would with those channels always zero.
+"""Cuts channels of the residual stream: equivalent to the old model with those channels zeroed.
 
 Zero is meant of everything that is written over the hidden size: the embedding and the outputs of `o_proj` and `down_proj`.  A norm
-over D channels of which D' are kept divides by the mean over D, and over D' afterwards, though the sum of squares is the same.  That
-is made good by
+over D channels of which D' are kept divides by the mean over D, and over D' afterwards, though the sum of squares is the same.  The
+cut compensates by
 
 - the gain of the norms that read the residual stream: times sqrt(D / D');
 - epsilon, which stands beside that mean: times D / D'.

@@ -1,4 +1,4 @@
-"""What a model remembers of its sizes beside the weights: updated from their shapes after every cut.
+"""Sizes that modules and config store beside the weights: updated from their shapes after every cut.
 
 Most of it only has to be true.  Some of it is read in `forward`: how often keys and values are repeated, and, where one linear
 layer stacks queries, keys and values, how many of its outputs are queries.

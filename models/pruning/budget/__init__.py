@@ -1,1 +1,1 @@
-"""How much to remove where: costs, targets, and sizes that meet them."""
+"""Budgets: costs of a shape, targets, and sizes that meet them."""

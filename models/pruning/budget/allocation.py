@@ -1,4 +1,4 @@
-"""How much to remove where, so that a budget is reached at the least cost.
+"""Allocates a budget over the layers at the least cost.
 
 Each key (an axis of a layer, see `models/structure/shape.py`) has a *curve*: what it costs, in nats of KL, to keep fewer and fewer of its
 units.  The greedy rule takes next whatever costs least for what it saves.  That is right only where every further unit costs more than

@@ -1,4 +1,4 @@
-"""What a student of a given shape costs, exactly, without building it: parameters and FLOPs.
+"""Exact cost of a student's shape, without building it: parameters and FLOPs.
 
 `parameters(shape_of(model))` is `count_parameters(model)`; `flops` is what torch's own counter finds in a forward pass.  The third
 cost, seconds, has to be measured: `models/pruning/budget/latency.py`.

@@ -1,4 +1,4 @@
-"""How much to prune at which step: pure functions of the step, so that a resumed run needs no counter."""
+"""Pruning schedules: pure functions of the step, so that a resumed run needs no counter."""
 
 from typing import Literal
 

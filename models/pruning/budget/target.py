@@ -1,4 +1,4 @@
-"""What a student may cost: a budget as a user writes it, and the limit that it sets one cut."""
+"""A budget as a user writes it, and the limit that it sets for one cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -1,1 +1,1 @@
-"""What each unit is worth, and in which order units would go."""
+"""Importance scores of units, and the removal order that follows."""

@@ -1,4 +1,4 @@
-"""What a score is: one number for every unit of a model, and the signature that all scores share.
+"""Importance: one number for every unit of a model, and the signature that all scores share.
 
 Legend: L layers, M neurons, H query heads, G key/value groups, D hidden.
 """

@@ -1,4 +1,4 @@
-"""In which order the units of a layer would go, and at what cost: the same question answered by OSSCAR or by importance scores.
+"""Removal order of a layer's units, and the cost of each, by OSSCAR or by importance scores.
 
 Legend: U units, P inputs of a projection, D hidden, W inputs of a unit.
 """
