@@ -8,9 +8,10 @@ Shapes: B batch, T tokens of prompt and answer, P prompt tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.chat import Example
@@ -31,10 +32,36 @@ Batch = dict[str, Any]
 | `prompts`        | readable prompts                                                                                  |
 | `answers`        | gold answers                                                                                      |
 | `index`          | positions in the split                                                                            |
-| `step`           | training only: the optimizer step it belongs to, see `datamodules/loader.py`                      |
+| `step`           | training only: the `OptimizerStep` it belongs to, see `datamodules/loader.py`                     |
 
 Data modules may add their own, as `datamodules/ranking.py` does.
 """
+
+
+class OptimizerStep(NamedTuple):
+    """The optimizer step that a micro-batch belongs to.
+
+    Attributes:
+        position: Of the micro-batch in the step.
+        size: Micro-batches of the step.
+        answer_tokens: Of all of them, on this rank.
+        batches: Their prompts, with the micro-batch that begins the step or resumes within it; with the others, none.
+    """
+
+    position: int
+    size: int
+    answer_tokens: int | Tensor
+    batches: list[Batch]
+
+    @property
+    def begins(self) -> bool:
+        """Whether this micro-batch is the first one of the step that is handed out."""
+        return bool(self.batches)
+
+    @property
+    def ends(self) -> bool:
+        """Whether this micro-batch is the last one of the step."""
+        return self.position + 1 == self.size
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from datamodules.collate import IGNORE_INDEX, Batch
+from datamodules.collate import IGNORE_INDEX, Batch, OptimizerStep
 
 # What a rollout needs of a batch that is not its turn yet.
 _PROMPT_KEYS = ("prompt_ids", "prompt_mask", "index")
@@ -92,11 +92,6 @@ class ResumableLoader(StatefulDataLoader):
 def _announce(step: list[Batch], first: int) -> None:
     """Tell every micro-batch about its optimizer step; `first` is the position of the one handed out first."""
     answer_tokens = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in step)
-    prompts = [{key: batch[key] for key in _PROMPT_KEYS} for batch in step]  # type: ignore[literal-required]
+    prompts = [{key: batch[key] for key in _PROMPT_KEYS} for batch in step]
     for position, batch in enumerate(step):
-        batch["step"] = {
-            "position": position,
-            "size": len(step),
-            "answer_tokens": answer_tokens,
-            "batches": prompts if position == first else [],
-        }
+        batch["step"] = OptimizerStep(position, len(step), answer_tokens, prompts if position == first else [])

@@ -7,6 +7,7 @@ Legend: N answer tokens, D hidden, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.collate import Batch
+from datamodules.collate import Batch, OptimizerStep
 from models.evaluation.answers import AnswerMetrics
 from models.forward import answer_hidden, answer_labels, answer_lengths, answer_states
 from models.generation.decoder import decoder_for
@@ -33,7 +34,6 @@ from models.losses import (
 from models.losses.hidden_states import check_hidden_states
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.offline.teacher import check_offline
-from models.step_mean import step_of
 from models.student import StudentModule, settings_of
 from models.teacher import Teacher, TeacherDtype, load_teacher
 
@@ -166,11 +166,50 @@ class Distillation(StudentModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective of the optimizer step's source of answers, on one micro-batch."""
-        source, batch = self._answered(batch)
+        step = self.step_of(batch)
+        if step.begins:
+            self._begin_step(step)
+        batch = self._with_answers(batch, step)
         with self.stopwatch("teacher"):
             targets, their_states = self._ask_teacher(batch)
+        return self.share_of_step(self._loss(batch, targets, their_states), batch)
+
+    def _begin_step(self, step: OptimizerStep) -> None:
+        """Draw where the answers come from, once a step, and sample the student's own for all its micro-batches."""
+        self._source = self.own_answers.source(self.global_step, self.trainer.max_steps)
+        if self._source == "dataset":
+            self.step_mean.start(step.answer_tokens)
+            return
+        with self.stopwatch("rollout"):
+            self._rolled = self.own_answers.answers(
+                self._source,
+                step.batches,
+                self.global_step,
+                self.global_rank,
+                lambda: decoder_for(self.student, self.inference_dtype),
+                end_tokens=end_token_ids(self.student),
+                vocabulary=self.vocabulary,
+            )
+        num_tokens = torch.stack([answers.mask_BG.sum() for _, answers in self._rolled]).sum()
+        self.step_mean.start(num_tokens)
+        self.log("train/rollout_tokens", num_tokens / sum(len(answers.mask_BG) for _, answers in self._rolled))
+
+    def _with_answers(self, batch: Batch, step: OptimizerStep) -> Batch:
+        """The micro-batch with the answers to learn from."""
+        if self._source == "dataset":
+            return batch
+        prompts, answers = self._rolled[step.position]
+        return {**batch, **rollout_batch(prompts, answers)}
+
+    def _ask_teacher(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
+        if isinstance(self.teacher, OfflineTeacher):
+            return self.teacher.targets(batch, "train"), []
+        return self.teacher.targets(batch, layers=self.hidden_state_layers.values())
+
+    def _loss(self, batch: Batch, targets: Targets, their_states: Sequence[Tensor]) -> Tensor:
+        """The objective, summed over the answer tokens of a micro-batch."""
+        objective = self.objectives[self._source]
         hidden_ND, our_states = answer_states(self.student, batch, layers=self.hidden_state_layers)
-        objective = self.objectives[source]
         total, sums = linear_objective(
             hidden_ND,
             head_of(self.student),
@@ -186,40 +225,8 @@ class Distillation(StudentModule):
             total = total + self.hidden_state_weight * distance
             self.step_mean.add("train/hidden_states", distance)
         for name, value in sums.items():
-            self.step_mean.add(f"train/{name}_{'dataset' if source == 'dataset' else 'on_policy'}", value)
-        return self.share_of_step(total, batch)
-
-    def _ask_teacher(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
-        if isinstance(self.teacher, OfflineTeacher):
-            return self.teacher.targets(batch, "train"), []
-        return self.teacher.targets(batch, layers=self.hidden_state_layers.values())
-
-    def _answered(self, batch: Batch) -> tuple[Source, Batch]:
-        """The micro-batch with the answers to learn from; those of the whole optimizer step are sampled with its first."""
-        step = step_of(batch, self.trainer.accumulate_grad_batches)
-        if step["batches"]:  # drawn once: a validation in the middle of the step may change the share
-            self._source = self.own_answers.source(self.global_step, self.trainer.max_steps)
-        source = self._source
-        if source == "dataset":
-            if step["batches"]:
-                self.step_mean.start(step["answer_tokens"])
-            return source, batch
-        if step["batches"]:
-            with self.stopwatch("rollout"):
-                self._rolled = self.own_answers.answers(
-                    source,
-                    step["batches"],
-                    self.global_step,
-                    self.global_rank,
-                    lambda: decoder_for(self.student, self.inference_dtype),
-                    end_tokens=end_token_ids(self.student),
-                    vocabulary=self.vocabulary,
-                )
-            num_tokens = torch.stack([answers.mask_BG.sum() for _, answers in self._rolled]).sum()
-            self.step_mean.start(num_tokens)
-            self.log("train/rollout_tokens", num_tokens / sum(len(answers.mask_BG) for _, answers in self._rolled))
-        prompts, answers = self._rolled[step["position"]]
-        return source, {**batch, **rollout_batch(prompts, answers)}
+            self.step_mean.add(f"train/{name}_{'dataset' if self._source == 'dataset' else 'on_policy'}", value)
+        return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the draws of stage 2 depend on: each rank's own replay buffer, and the adaptive share."""

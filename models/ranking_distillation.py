@@ -19,7 +19,6 @@ from models.loading.reference import vocabulary_size
 from models.losses import FullTargets, head_of, logits_of
 from models.losses.labels import LabelObjective, label_logits, label_objective
 from models.offline import is_offline
-from models.step_mean import step_of
 from models.student import StudentModule, settings_of
 from models.teacher import RememberingTeacher, Teacher, TeacherDtype, load_teacher
 
@@ -124,9 +123,9 @@ class RankingDistillation(StudentModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective on one micro-batch."""
-        step = step_of(batch, self.trainer.accumulate_grad_batches)
-        if step["batches"]:
-            self.step_mean.start(step["answer_tokens"])  # one for each sample
+        step = self.step_of(batch)
+        if step.begins:
+            self.step_mean.start(step.answer_tokens)  # one for each sample
         targets = None
         if self.teacher and self.objective.needs_teacher:
             with self.stopwatch("teacher"):

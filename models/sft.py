@@ -5,7 +5,6 @@ from torch import Tensor
 from datamodules.collate import Batch
 from models.forward import answer_hidden, answer_labels
 from models.losses import Objective, head_of, linear_objective
-from models.step_mean import step_of
 from models.student import StudentModule
 
 CROSS_ENTROPY = Objective({"cross_entropy": 1.0})
@@ -16,9 +15,9 @@ class SFT(StudentModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one micro-batch."""
-        step = step_of(batch, self.trainer.accumulate_grad_batches)
-        if step["batches"]:
-            self.step_mean.start(step["answer_tokens"])
+        step = self.step_of(batch)
+        if step.begins:
+            self.step_mean.start(step.answer_tokens)
         hidden_ND = answer_hidden(self.student, batch)
         total, _ = linear_objective(
             hidden_ND,

@@ -5,13 +5,11 @@ another gradient with another batch size.  Here every token counts the same: the
 answer tokens of all its fellows, on all ranks.
 """
 
-from typing import Any
-
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from datamodules.collate import Batch
+from datamodules.collate import IGNORE_INDEX, Batch, OptimizerStep
 
 
 class StepMean:
@@ -48,14 +46,14 @@ class StepMean:
         return {name: total * self._module.trainer.world_size / self._tokens for name, total in self._sums.items()}
 
 
-def step_of(batch: Batch, accumulate: int) -> dict[str, Any]:
+def step_of(batch: Batch, accumulate: int) -> OptimizerStep:
     """What the loader says about the optimizer step a micro-batch belongs to, see `datamodules.loader`.
 
     Raises:
         ValueError: It says nothing although gradients accumulate.
     """
     if "step" in batch:
-        step: dict[str, Any] = batch["step"]
+        step: OptimizerStep = batch["step"]
         return step
     if accumulate != 1:
         raise ValueError(
@@ -63,4 +61,4 @@ def step_of(batch: Batch, accumulate: int) -> dict[str, Any]:
             "batches that do not say how many answer tokens the optimizer step has; use Conversations or ReasoningTasks, "
             "or set trainer.accumulate_grad_batches to 1"
         )
-    return {"position": 0, "size": 1, "answer_tokens": (batch["labels"][:, 1:] != -100).sum(), "batches": [batch]}
+    return OptimizerStep(0, 1, (batch["labels"][:, 1:] != IGNORE_INDEX).sum(), [batch])

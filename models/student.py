@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_scheduler
 
-from datamodules.collate import Batch
+from datamodules.collate import Batch, OptimizerStep
 from models.architecture import check_family
 from models.evaluation.module import EvaluatedModule
 from models.forward import checkpoint_activations
@@ -198,17 +198,20 @@ class StudentModule(EvaluatedModule):
         Lightning would keep the gradients of one step until the forward pass of the next is over: memory that is better spent
         on the next rollout.
         """
-        if step_of(batch, self.trainer.accumulate_grad_batches)["batches"]:
+        if self.step_of(batch).begins:
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
         seed = os.environ.get("PL_GLOBAL_SEED", "0")  # of seed_everything
         torch.manual_seed(seed_of("dropout", seed, self.global_step, batch_idx, self.global_rank))
 
+    def step_of(self, batch: Batch) -> OptimizerStep:
+        """The optimizer step that a micro-batch of training belongs to."""
+        return step_of(batch, self.trainer.accumulate_grad_batches)
+
     def share_of_step(self, total: Tensor, batch: Batch) -> Tensor:
         """What `training_step` returns for a loss summed over answer tokens: its share of the optimizer step's mean."""
         self.step_mean.add("train/loss", total)
-        step = step_of(batch, self.trainer.accumulate_grad_batches)
-        if step["position"] + 1 == step["size"]:
+        if self.step_of(batch).ends:
             figures = self.step_mean.means()
             self.log("train/loss", figures.pop("train/loss"), prog_bar=True, sync_dist=self.trainer.world_size > 1)
             self.log_dict(figures, sync_dist=self.trainer.world_size > 1)

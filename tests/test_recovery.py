@@ -18,6 +18,7 @@ from lightning import Callback, LightningModule, Trainer
 
 import train
 from callbacks import PhaseEvaluation
+from datamodules.collate import OptimizerStep
 from export.report import read_metrics
 from models import Distillation
 from tests.helpers.same import assert_same
@@ -121,16 +122,16 @@ class Run:
 
     def __init__(self, *more: str) -> None:
         self.tokens: dict[int, list[list[list[int]]]] = {}
-        answer = Distillation._answered
+        with_answers = Distillation._with_answers
 
-        def recorded(module: Distillation, batch: dict) -> tuple[str, dict]:
-            source, answered = answer(module, batch)
-            if source != "dataset":
+        def recorded(module: Distillation, batch: dict, step: OptimizerStep) -> dict:
+            answered = with_answers(module, batch, step)
+            if module._source != "dataset":
                 self.tokens.setdefault(module.global_step, []).append(answered["input_ids"].tolist())
-            return source, answered
+            return answered
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Distillation, "_answered", recorded)
+            patch.setattr(Distillation, "_with_answers", recorded)
             self.cli = train.main(["fit", "--config", "recipe.yaml", *more])
         self.trainer, self.folder = self.cli.trainer, Path(self.cli.trainer.default_root_dir)
 

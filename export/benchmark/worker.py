@@ -21,7 +21,7 @@ from export.benchmark.artefacts import Artefact, open_session
 from export.benchmark.energy import Meter, find_counters
 from export.benchmark.measure import Cell, measure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 Answer = dict[str, Any]
 

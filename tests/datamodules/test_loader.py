@@ -20,7 +20,9 @@ class StepRecorder(Recorder):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        self.steps.append({**batch["step"], "index": batch["index"], "tokens": tokens, "at": self.global_step})
+        self.steps.append(
+            {**batch["step"]._asdict(), "index": batch["index"], "tokens": tokens, "at": self.global_step}
+        )
         return super().training_step(batch, batch_idx)
 
 
@@ -86,9 +88,9 @@ def test_a_state_from_the_middle_of_a_step_goes_on_in_that_step(tokenizer_folder
     second.load_state_dict(state)
     resumed = list(second)
     assert [b["index"] for b in resumed] == [b["index"] for b in rest]
-    assert [b["step"]["position"] for b in resumed] == [b["step"]["position"] for b in rest] == [2, 0]
+    assert [b["step"].position for b in resumed] == [b["step"].position for b in rest] == [2, 0]
     assert resumed[0]["step"]["answer_tokens"] == seen[0]["step"]["answer_tokens"]
-    assert [b["index"] for b in resumed[0]["step"]["batches"]] == [b["index"] for b in [*seen, rest[0]]]
+    assert [b["index"] for b in resumed[0]["step"].batches] == [b["index"] for b in [*seen, rest[0]]]
 
 
 def test_evaluation_has_no_steps(tokenizer_folder: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.collate import Batch
+from datamodules.collate import Batch, OptimizerStep
 from models import Distillation
 from models.forward import answer_labels
 from models.generation.decoder import FusedDecoder
@@ -54,7 +54,7 @@ def cut(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
     return [
         {
             **part,
-            "step": {"position": i, "size": len(parts), "answer_tokens": tokens, "batches": [] if i else prompts},
+            "step": OptimizerStep(i, len(parts), tokens, [] if i else prompts),
         }
         for i, part in enumerate(parts)
     ]

@@ -143,8 +143,8 @@ def test_a_micro_batch_without_answers_changes_nothing(place: Path, tmp_path: Pa
 
 def test_a_plain_loader_is_enough_without_accumulation(batch: Batch) -> None:
     step = step_of(batch, 1)
-    assert (step["position"], step["size"], int(step["answer_tokens"])) == (0, 1, len(answer_labels(batch)))
-    assert step["batches"] == [batch]
+    assert (step.position, step.size, int(step.answer_tokens)) == (0, 1, len(answer_labels(batch)))
+    assert step.batches == [batch] and step.begins and step.ends
 
 
 @pytest.mark.parametrize("on_policy", [OnPolicy(), OnPolicy(start=0)])

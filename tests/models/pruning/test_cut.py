@@ -288,8 +288,15 @@ def test_local_search_changes_what_is_kept_and_not_how_many() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"swaps": -1}, {"swaps": 1, "score": "taylor"}, {"swaps": 1, "allocation": "per_layer"}]
+    ("wrong", "message"),
+    [
+        ({"swaps": -1}, "expected swaps between 0 and"),
+        ({"ridge": float("nan")}, "expected ridge between 0 and"),
+        ({"score": None}, "expected a value for score, found null"),
+        ({"swaps": 1, "score": "taylor"}, "expected swaps only with the score osscar"),
+        ({"swaps": 1, "allocation": "per_layer"}, "expected swaps only with the score osscar"),
+    ],
 )
-def test_swaps_that_would_do_nothing_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected swaps only with the score osscar"):
+def test_settings_out_of_range_and_swaps_that_would_do_nothing_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         PruningSettings(**wrong)
