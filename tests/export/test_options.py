@@ -70,8 +70,8 @@ def test_what_the_options_ask_for() -> None:
         (["--threads", "100000"], "expected threads between 1 and 1024, found 100000"),
         (["--decode-steps", "-1"], "expected decode_steps between 0 and 1e+06, found -1"),
         (["--decode-steps", "1000000000"], "expected decode_steps between 0 and 1e+06, found 1e+09"),
-        (["--benchmark-prompt", "0"], "expected prompt_tokens between 1 and"),
-        (["--benchmark-repetitions", "-1"], "expected repetitions between 0 and"),
+        (["--benchmark-prompt", "0"], "expected benchmark_prompt between 1 and"),
+        (["--benchmark-repetitions", "-1"], "expected benchmark_repetitions between 0 and"),
     ],
 )
 def test_numbers_out_of_their_range(
