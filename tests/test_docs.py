@@ -46,10 +46,11 @@ def test_the_recipes_page_names_every_setting_of_distillation() -> None:
 
 def test_the_benchmarks_page_names_every_benchmark() -> None:
     files = [
-        path for path in (ROOT / "benchmarks").glob("*.py") if "if __name__ ==" in path.read_text(encoding="utf-8")
+        path for path in (ROOT / "benchmarks").rglob("*.py") if "if __name__ ==" in path.read_text(encoding="utf-8")
     ]
-    public = {path.stem for path in files} - {"workers"}
-    assert public == set(re.findall(r"^\| `python -m benchmarks\.(\w+)`", BENCHMARKS, re.MULTILINE))
+    commands = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in files}
+    named = set(re.findall(r"^\| `python -m (benchmarks[\w.]+)`", BENCHMARKS, re.MULTILINE))
+    assert commands - {"benchmarks.workers"} == named
 
 
 def test_ci_runs_both_commands_of_the_readme_and_holds_its_figures_against_a_run() -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from callbacks import AtomicCheckpointIO
-from export import benchmark, pipeline
+from export import pipeline
 from export.__main__ import main
+from export.benchmark import __main__ as benchmark
 from export.layout import FILES
 from export.settings import ExportSettings
 from export.verify import Verification
