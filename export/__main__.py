@@ -11,12 +11,13 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.calibration import Calibration, batches_of, calibrate, has_scales, requantized
+from datamodules.calibration import batches_from
+from export.calibration import Calibration, calibrate, has_scales, requantized
 from export.folders.student import load_student, rounded
 from export.onnx_graph.to_onnx import UNQUANTIZED, check_exportable
 from export.options import calibration_of, parser, settings_of
 from export.phases import Phases
-from export.pipeline import check_cpu_format, check_formats, check_output, export_all, results_folder
+from export.pipeline import check_cpu_model, check_formats, check_output, export_all, results_folder
 from export.report import write_report
 from export.settings import ExportSettings, check_settings
 from export.verify import HeldOut
@@ -50,12 +51,12 @@ def _export(options: argparse.Namespace, settings: ExportSettings, calibration: 
     check_room(model, prompts, settings.decode_steps)
     held_out = None
     if options.verify_on is not None and tokenizer.chat_template:
-        held_out = HeldOut(batches_of(tokenizer, Calibration(options.verify_on, num_conversations=_HELD_OUT)))
+        held_out = HeldOut(batches_from(options.verify_on, tokenizer, num_conversations=_HELD_OUT))
+    check_cpu_model(model, settings)
     for_cpu = None
     if settings.cpu_format is not None:
         assert calibration is not None
-        check_cpu_format(model, settings)
-        batches = batches_of(tokenizer, calibration)
+        batches = batches_from(calibration.conversations, tokenizer, num_conversations=calibration.num_conversations)
         title = f"Quantizing for the CPU after {options.calibration}"
         with Phases().phase(title, len(decoder_layers(model))) as on_layer:
             for_cpu = requantized(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)

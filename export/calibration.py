@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.chat import encode, truncate
-from datamodules.collate import Batch, collate, pad_id_of
-from datamodules.files import read_conversations
+from datamodules.calibration import batches_from
+from datamodules.collate import Batch
 from export.folders.student import without_quantizers
 from models.post_training.calibrate import quantize_after_training
 from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern, formats_by_sensitivity
@@ -23,7 +22,6 @@ from models.quantization.linear import freeze_scales
 from models.quantization.quantizers import FakeQuantizer
 from models.structure.adapters import merged
 
-BATCH_SIZE = 8
 _SENSITIVITY_BATCHES = 4
 _DEFAULT = PostTrainingQuantization()
 
@@ -82,7 +80,12 @@ def calibrate(
             f"expected a model without scales to calibrate, found {len(quantizers)} quantizers that have theirs from training or an "
             "earlier calibration; leave --calibration out, or name the student before it was quantized"
         )
-    batches = batches_of(tokenizer, calibration)
+    batches = batches_from(
+        calibration.conversations,
+        tokenizer,
+        num_conversations=calibration.num_conversations,
+        max_length=calibration.max_length,
+    )
     if quantizers:
         _observe(model, batches)
     else:
@@ -136,25 +139,6 @@ def has_scales(model: PreTrainedModel) -> bool:
 
 def _quantizers(model: PreTrainedModel) -> list[FakeQuantizer]:
     return [module for module in model.modules() if isinstance(module, FakeQuantizer)]
-
-
-def batches_of(tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> list[Batch]:
-    """The conversations that a calibration names, those of similar length together.
-
-    Raises:
-        FileNotFoundError, ValueError: The file is missing, broken, or holds no conversation that is short enough.
-    """
-    max_length = calibration.max_length
-    records = read_conversations(str(calibration.conversations), default_split="train")[: calibration.num_conversations]
-    examples = [truncate(example, max_length=max_length) for example in encode(tokenizer, records)]
-    kept = sorted((example for example in examples if example is not None), key=len)
-    if not kept:
-        raise ValueError(
-            f"expected conversations of at most {max_length} tokens before their answer in {str(calibration.conversations)!r}, found none; "
-            "choose others"
-        )
-    pad_id = pad_id_of(tokenizer)
-    return [{**collate(kept[start : start + BATCH_SIZE], pad_id=pad_id)} for start in range(0, len(kept), BATCH_SIZE)]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.label_prompts import label_token_ids
 from export.benchmark.graphs import benchmark_onnx
-from export.cpu_graph.to_cpu import check_cpu, write_cpu_graph
+from export.cpu_graph.to_cpu import HEAD_MULTIPLE, check_cpu, write_cpu_graph
 from export.engine.write import Engines, write_engines
 from export.folders.compressed import check_compressible, check_compressible_formats, save_compressed
 from export.folders.student import check_plain, rounded, save_student, without_quantizers
@@ -43,6 +43,7 @@ from export.settings import ExportSettings, check_settings
 from export.verify import HeldOut, Verification, verify_artefacts
 from export.verify.checks import Check
 from export.verify.served import Served
+from models.architecture import decoder_layers
 from models.loading.contents import check_finite
 from models.loading.student_folder import why_not_plain
 from models.post_training.format_choice import formats_by_pattern
@@ -133,6 +134,7 @@ def export_all(
         check_exportable(computed, precision=settings.precision, opset=settings.opset)
         if "engine" in settings.formats:
             check_engine_formats(formats_of(computed))
+    check_cpu_model(model, settings)
     if settings.cpu and for_cpu is None:
         check_cpu(settings.precision, settings.opset, cache_format(model))
 
@@ -210,10 +212,17 @@ def check_formats(
         check_engine_formats(quantized.values())
 
 
-def check_cpu_format(model: PreTrainedModel, settings: ExportSettings) -> None:
-    """Raise for a format of `settings.cpu` that this model cannot be given; see `check_formats`."""
-    assert settings.cpu_format is not None
-    if settings.compressed is True:
+def check_cpu_model(model: PreTrainedModel, settings: ExportSettings) -> None:
+    """Raise for a model that has no graph for CPUs, or cannot be given the format of `settings.cpu`; see `check_formats`."""
+    if not settings.cpu:
+        return
+    width = decoder_layers(model)[0].head_dim
+    if width % HEAD_MULTIPLE:
+        raise ValueError(
+            f"expected attention heads of a multiple of {HEAD_MULTIPLE} channels for a graph for the CPU, found {width}, which ONNX Runtime's "
+            "attention does not take; leave the graph out"
+        )
+    if settings.cpu_format is not None and settings.compressed is True:
         formats = formats_by_pattern(model, settings.cpu_format, {})
         check_compressible_formats(model, formats.items(), None)
 

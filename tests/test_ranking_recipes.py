@@ -201,7 +201,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     """Weights, scales, optimizer and figures bit for bit, between the events of pruning, after them, and while quantizers observe."""
     with pytest.raises(RuntimeError, match="died"):
-        chain("--root", str(tmp_path), f"--trainer.callbacks+=test_recovery.{death.__name__}",
+        chain("--root", str(tmp_path), f"--trainer.callbacks+=tests.test_recovery.{death.__name__}",
               f"--trainer.callbacks.step={step}")  # fmt: skip
     last = tmp_path / "chain-001/checkpoints/last.ckpt"
     # A step is saved after the validation that belongs to it: one that died in between is done again.

@@ -164,7 +164,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     """Weights, scales, optimizer, schedule, sampled tokens, validation figures and phases, bit for bit."""
     with pytest.raises(RuntimeError, match="died"):
-        Run("--root", str(tmp_path), f"--trainer.callbacks+=test_recovery.{death.__name__}",
+        Run("--root", str(tmp_path), f"--trainer.callbacks+=tests.test_recovery.{death.__name__}",
             f"--trainer.callbacks.step={step}")  # fmt: skip
     last = tmp_path / "chain-001/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == kept
@@ -189,7 +189,11 @@ def test_dropout_is_the_same_after_a_resume(place: Path, tmp_path: Path) -> None
     arguments = ["--model.init_args.student", student, "--trainer.max_steps", "8", "--root", str(tmp_path)]
     whole = Run(*arguments)
     with pytest.raises(RuntimeError, match="died"):
-        Run(*arguments, "--trainer.callbacks+=test_recovery.DieInValidation", f"--trainer.callbacks.step={VALIDATE}")
+        Run(
+            *arguments,
+            "--trainer.callbacks+=tests.test_recovery.DieInValidation",
+            f"--trainer.callbacks.step={VALIDATE}",
+        )
     resumed = Run(*arguments, "--ckpt_path", str(tmp_path / "chain-002/checkpoints/last.ckpt"))
     assert_same(resumed.cli.model.state_dict(), whole.cli.model.state_dict())
     other = Run(*arguments, "--seed_everything", "4").cli.model.state_dict()

@@ -26,6 +26,7 @@ from export.layout import CPU
 from export.onnx_graph.last_logits import ask_for_logits
 from program.files import move_into_place, staging_folder
 
+HEAD_MULTIPLE = 16  # channels of an attention head, of GroupQueryAttention
 _OPSET = 23
 
 

@@ -11,7 +11,6 @@ A student whose layers have different sizes is saved in a form that only Potstil
 """
 
 import copy
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models.copies import shared_copy
 from models.loading.contents import tie_equal_head
 from models.loading.reference import load_model, load_tokenizer
 from models.loading.student_folder import restore_quantizers, save_quantizers, save_unequal_layers, why_not_plain
@@ -108,7 +108,7 @@ def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def _with_weights(model: PreTrainedModel, change: Callable[[nn.Parameter], Tensor]) -> PreTrainedModel:
     """A copy with other weights; buffers (rotary frequencies, scales) are shared, what was tied stays tied."""
-    copied, changed = _sharing_tensors(model), {}
+    copied, changed = shared_copy(model), {}
     for module in copied.modules():
         if isinstance(module, FakeQuantizer):  # its logarithm of a learned scale
             continue
@@ -118,12 +118,6 @@ def _with_weights(model: PreTrainedModel, change: Callable[[nn.Parameter], Tenso
                 changed[id(weight)] = weight if other is weight else nn.Parameter(other.detach(), requires_grad=False)
             setattr(module, name, changed[id(weight)])
     return copied
-
-
-def _sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules on the same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)  # type: ignore[arg-type]
 
 
 def without_quantizers(
@@ -138,7 +132,7 @@ def without_quantizers(
         keep_cache: Leave the quantizers of keys and values in place.
         dtype: Of the weights that were quantized; None: as they are.
     """
-    plain = _sharing_tensors(model)
+    plain = shared_copy(model)
     for name, quantized in quantized_linears(plain).items():
         linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
         quantizer = quantized.weight_quantizer

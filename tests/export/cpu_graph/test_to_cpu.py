@@ -13,6 +13,7 @@ from export.sessions.onnx_session import OnnxSession
 from export.sessions.shared_cache import SharedCacheSession
 from export.verify import verify
 from models.quantization import FORMATS
+from tests.helpers.tiny import tiny_folder
 from tests.helpers.tiny_models import VOCAB, left_padded_prompts, quantized, tiny_model, tiny_tokenizer
 
 PROMPTS = left_padded_prompts()
@@ -102,3 +103,13 @@ def test_the_command_writes_and_verifies_it(tmp_path, capsys):
     assert "passed  onnx int8 for the CPU, free run" in printed
     assert "passed  onnx int8, prefill graph" in printed
     assert (tmp_path / "out" / "onnx" / CPU).is_file()
+
+
+def test_heads_that_its_attention_does_not_take_are_refused_before_anything_is_written(tmp_path, capsys):
+    folder = tiny_folder(tmp_path / "model", head_dim=8)
+    assert main([folder, "--output", str(tmp_path / "out"), "--engine", "none", "--cpu"]) == 2
+    assert (
+        "expected attention heads of a multiple of 16 channels for a graph for the CPU, found 8"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
