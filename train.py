@@ -90,6 +90,11 @@ class PotstillCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Run folder, checkpointing, and the tokenizer's link from model to data."""
+        parser.usage = (
+            "%(prog)s --config RECIPE.yaml [--config OVERLAY.yaml ...] [--SETTING VALUE ...]\n"
+            "       %(prog)s --model.help CLASS | --data.help CLASS | --trainer.callbacks.help CLASS\n\n"
+            "Settings are named as in recipes, such as --trainer.max_steps 100 or --data.init_args.train my.jsonl."
+        )
         parser.add_argument(
             "--name", type=str, default="run", help="Name of the run; its folder is <root>/<name>-<number>."
         )

@@ -293,6 +293,15 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(place: Path, models
     assert cli.trainer.global_step == step + 2
 
 
+def test_help_begins_with_what_one_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["fit", "--help"])
+    assert stop.value.code == 0
+    first = capsys.readouterr().out.splitlines()[:8]
+    assert first[0].endswith("fit --config RECIPE.yaml [--config OVERLAY.yaml ...] [--SETTING VALUE ...]")
+    assert any("--data.init_args.train my.jsonl" in line for line in first)
+
+
 def test_a_user_meets_no_stack_of_calls(place: Path) -> None:
     done = subprocess.run(
         [
