@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,43 +15,12 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 
 from callbacks.shared.distributed import check_strategy, share_of_rank
 from models.quantization import scale_from_amax
+from tests.helpers.ranks import run, start, wait
 from tests.helpers.same import assert_same
 from tests.helpers.short_runs import ROOT
 from tests.helpers.tiny import tiny_folder, tiny_jsonl
 
 pytestmark = pytest.mark.long
-
-
-def start(arguments: Sequence[str], place: Path) -> subprocess.Popen:
-    """A script that starts a second process itself, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait(process: subprocess.Popen, seconds: float = 240) -> str:
-    """What both processes printed until they ended.  Nothing of them outlives the time limit."""
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the ranks hang:\n{output[-5000:]}")
-    return output
-
-
-def run(arguments: Sequence[str], place: Path) -> str:
-    """Run a script to its end; what it printed."""
-    process = start(arguments, place)
-    output = wait(process)
-    assert process.returncode == 0, output[-5000:]
-    return output
 
 
 @pytest.fixture(scope="module")

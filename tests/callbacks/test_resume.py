@@ -1,6 +1,5 @@
 """A crash and a resume give the same bits as the uninterrupted run, whatever stands on either side of the crash."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from models.quantization import quantized_linears
 from models.quantization.cache import cache_scales
 from models.quantization.learned_scales import SCALE_RATE, learned_scales
 from tests.helpers.same import assert_same
-from tests.helpers.tiny import tiny_folder
+from tests.helpers.tiny import sums
 
 STEPS, PRUNE_AT, QUANTIZE_AT, FREEZE_AT = 12, (3, 5), 7, 9
 
@@ -63,14 +62,7 @@ class Scales(Callback):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("places")
-    rows = [{"prompt": f"{n} plus {n}?", "response": f"It is {2 * n}"} for n in range(22)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "student": tiny_folder(folder / "student", seed=1),
-        "teacher": tiny_folder(folder / "teacher", seed=2),
-        "data": str(folder / "data.jsonl"),
-    }
+    return sums(tmp_path_factory.mktemp("places"), 22)
 
 
 def fit(

@@ -1,7 +1,6 @@
 """Steps are whole: a run that was killed or stopped, at any micro-batch and more than once, ends as the uninterrupted one."""
 
 import errno
-import json
 import math
 import os
 import signal
@@ -20,7 +19,7 @@ from datamodules import Conversations
 from models import SFT, Distillation, StudentModule
 from models.generation.on_policy import OnPolicy
 from tests.helpers.same import assert_same
-from tests.helpers.tiny import tiny_folder
+from tests.helpers.tiny import sums
 
 ACCUMULATE, STEPS = 4, 5
 Moment = Callable[[Trainer, int], bool]
@@ -56,14 +55,7 @@ class AtTheEnd(Callback):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("places")
-    rows = [{"prompt": f"{n} plus {n}?", "response": f"It is {2 * n}"} for n in range(60)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "student": tiny_folder(folder / "student", seed=1),
-        "teacher": tiny_folder(folder / "teacher", seed=2),
-        "data": str(folder / "data.jsonl"),
-    }
+    return sums(tmp_path_factory.mktemp("places"), 60)
 
 
 def fit(

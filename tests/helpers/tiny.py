@@ -123,3 +123,13 @@ def tiny_gguf(path: Path, model: PreTrainedModel) -> str:
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """GGUF keeps the two halves of a rotary pair side by side."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
+def sums(folder: Path, count: int) -> dict[str, str]:
+    """A student, its teacher, and so many questions with their answers."""
+    tiny_jsonl(folder / "data.jsonl", [(f"{n} plus {n}?", f"It is {2 * n}") for n in range(count)])
+    return {
+        "student": tiny_folder(folder / "student", seed=1),
+        "teacher": tiny_folder(folder / "teacher", seed=2),
+        "data": str(folder / "data.jsonl"),
+    }

@@ -1,10 +1,6 @@
 """Training and judging a student that gives one label: its step by hand, however it is cut, and what is refused."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ from models.teacher import Teacher
 from tests.helpers.distilling import KNOWN, assert_same_weights
 from tests.helpers.loss_references import kl
 from tests.helpers.ranking_runs import CUTS, LABELS, MIX, fit, rank, row, rows_of, write_rows
-from tests.helpers.short_runs import ROOT
+from tests.helpers.ranks import ended_well, start
 from tests.helpers.tiny import tiny_batch, tiny_folder
 from tests.helpers.training import loader, tiny_trainer
 
@@ -101,23 +97,9 @@ def test_one_position_goes_through_the_head(place: Path, tmp_path: Path, monkeyp
 
 @pytest.fixture(scope="module")
 def runs(place: Path) -> dict[str, dict[str, Any]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.ranking_runs", str(place)],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(["-m", "tests.helpers.ranking_runs", str(place)], place)
     single = {cut: fit(place, cut) for cut in CUTS if CUTS[cut][0] == 1}
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the ranks hang:\n{output[-5000:]}")
-    assert process.returncode == 0, output[-5000:]
+    ended_well(process)
     ranks = [torch.load(place / f"rank{number}.pt", weights_only=True) for number in (0, 1)]
     return {**single, "2 ranks x 2 x 4": ranks[0], "the other rank": ranks[1]}
 

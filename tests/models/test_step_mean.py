@@ -1,9 +1,5 @@
 """One optimizer step on 16 samples is the same step however it is cut: 1 x 16, 4 x 4, or 2 ranks x 2 x 4."""
 
-import os
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datamodules.collate import IGNORE_INDEX, Batch
+from datamodules.collate import IGNORE_INDEX, Batch, OptimizerStep
 from models import SFT, Distillation
 from models.forward import answer_labels, answer_logits
 from models.generation.on_policy import OnPolicy
 from models.loading.reference import load_model
 from models.step_mean import step_of
-from tests.helpers.short_runs import ROOT
+from tests.helpers.ranks import ended_well, start
 from tests.helpers.step_mean_runs import CUTS, KINDS, fit
 from tests.helpers.tiny import tiny_batch, tiny_folder, tiny_jsonl
 from tests.helpers.training import loader, tiny_trainer
@@ -39,23 +35,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(place: Path) -> dict[str, dict[str, Any]]:
     """By kind of training, then by cut; the two ranks are started as a process that starts the other."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.step_mean_runs", str(place)],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(["-m", "tests.helpers.step_mean_runs", str(place)], place)
     single = {kind: {cut: fit(place, kind, cut) for cut in CUTS if CUTS[cut][0] == 1} for kind in KINDS}
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the ranks hang:\n{output[-5000:]}")
-    assert process.returncode == 0, output[-5000:]
+    ended_well(process)
     ranks = [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     return {
         kind: {**single[kind], "2 ranks x 2 x 4": ranks[0][kind], "the other rank": ranks[1][kind]} for kind in KINDS
@@ -123,7 +105,7 @@ def test_a_micro_batch_without_answers_changes_nothing(place: Path, tmp_path: Pa
         for position, batch in enumerate(batches):
             prompts = [{key: b[key] for key in ("prompt_ids", "prompt_mask", "index")} for b in batches]
             first = prompts if position == 0 else []
-            step = {"position": position, "size": len(batches), "answer_tokens": tokens, "batches": first}
+            step = OptimizerStep(position, len(batches), tokens, first)
             told.append({**batch, "step": step})
         trainer = tiny_trainer(tmp_path, steps=1, accumulate_grad_batches=accumulate)
         trainer.fit(module, loader(told))
