@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from models.hardware.cpu_training import release_memory
 from program.progress import Bar
 
 
 class Phases:
-    """Shows one bar a phase and remembers how long each took.
+    """Shows one bar a phase, remembers how long each took, and gives back the memory that it has left behind.
 
     Attributes:
         seconds: Time of each finished phase by its name; of all its parts together.
@@ -31,4 +32,5 @@ class Phases:
 
             yield step
             bar.update(steps - bar.n)
+            release_memory()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -24,7 +24,9 @@ def with_rounded_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A second model in evaluation mode that rounds no weight any more: quantized ones are stored as they round; others are shared."""
     rounded = shared_copy(model).eval()
     for linear in quantized_linears(rounded).values():
-        linear.weight = nn.Parameter(linear.weight_quantizer(linear.weight), requires_grad=False)
+        weight = linear.weight_quantizer(linear.weight)
+        if not torch.equal(weight, linear.weight):  # on its grid already, after calibration
+            linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.weight_quantizer = nn.Identity()  # type: ignore[assignment]
     return rounded
 

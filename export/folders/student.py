@@ -107,15 +107,25 @@ def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _with_weights(model: PreTrainedModel, change: Callable[[nn.Parameter], Tensor]) -> PreTrainedModel:
-    """A copy with other weights; buffers (rotary frequencies, scales) are shared, what was tied stays tied."""
-    copied, changed = shared_copy(model), {}
-    for module in copied.modules():
-        if isinstance(module, FakeQuantizer):  # its logarithm of a learned scale
-            continue
+    """A copy with other weights; buffers (rotary frequencies, scales) are shared, what was tied stays tied.
+
+    Weights that stay as they are are shared if all are small or all stay: one small tensor of a file that is mapped into memory would hold
+    all of it.
+    """
+    copied = shared_copy(model)
+    owners = [
+        module for module in copied.modules() if not isinstance(module, FakeQuantizer)
+    ]  # a learned scale's logarithm stays
+    weights = {id(weight): weight for module in owners for weight in module.parameters(recurse=False)}
+    others = {key: change(weight) for key, weight in weights.items()}
+    if any(others[key] is not weight for key, weight in weights.items()):
+        others = {key: other.detach().clone() if other is weights[key] else other for key, other in others.items()}
+    changed = {
+        key: weights[key] if other is weights[key] else nn.Parameter(other.detach(), requires_grad=False)
+        for key, other in others.items()
+    }
+    for module in owners:
         for name, weight in module.named_parameters(recurse=False):
-            if id(weight) not in changed:
-                other = change(weight)
-                changed[id(weight)] = weight if other is weight else nn.Parameter(other.detach(), requires_grad=False)
             setattr(module, name, changed[id(weight)])
     return copied
 

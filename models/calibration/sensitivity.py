@@ -22,6 +22,9 @@ from models.forward import answer_hidden
 from models.generation.sampling import seed_of
 from models.losses.output_head import logits_of
 
+_TOKENS_AT_ONCE = 1024  # a token of SmolLM2-135M takes 1.3 MB, one of a model of 500M parameters 2.6
+_READ = ("input_ids", "attention_mask", "labels")
+
 
 def readers_of(layer: DecoderLayer) -> list[list[nn.Module]]:
     """The linear layers of a decoder layer in the order in which data meets them; those that read the same tensor together."""
@@ -41,6 +44,21 @@ def token_weights(model: PreTrainedModel, batch: Batch, *, seed: int = 0) -> lis
         seed: Of the labels that are drawn.
     """
     readers = [group for layer in decoder_layers(model) for group in readers_of(layer)]
+    mask_BT = batch["attention_mask"].bool()
+    generator = torch.Generator(device=mask_BT.device).manual_seed(seed_of("sensitivity", seed))
+    rows = max(1, _TOKENS_AT_ONCE // mask_BT.shape[1])
+    pieces = [
+        _weights_of_piece(model, {key: batch[key][start : start + rows] for key in _READ}, readers, generator)
+        for start in range(0, len(mask_BT), rows)
+    ]
+    weights = [torch.cat(piece).masked_fill(~mask_BT, 0.0) for piece in zip(*pieces, strict=True)]
+    return [weights[start : start + 4] for start in range(0, len(weights), 4)]
+
+
+def _weights_of_piece(
+    model: PreTrainedModel, batch: Batch, readers: Sequence[Sequence[nn.Module]], generator: torch.Generator
+) -> list[Tensor]:
+    """|g_t|^2 for each group of readers; activations and gradients of all layers are held meanwhile."""
     outputs: dict[nn.Module, Tensor] = {}
 
     def note(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -55,13 +73,10 @@ def token_weights(model: PreTrainedModel, batch: Batch, *, seed: int = 0) -> lis
         hooked(linear.register_forward_hook(note) for group in readers for linear in group),
     ):
         logits_NV = logits_of(model, answer_hidden(model, batch)).float()
-        generator = torch.Generator(device=logits_NV.device).manual_seed(seed_of("sensitivity", seed))
         labels_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator).squeeze(1)
         loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
         gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
-    mask_BT = batch["attention_mask"].bool()
-    weights = [_squares(group, gradients).masked_fill(~mask_BT, 0.0) for group in readers]
-    return [weights[start : start + 4] for start in range(0, len(weights), 4)]
+    return [_squares(group, gradients) for group in readers]
 
 
 def _squares(linears: Sequence[nn.Module], gradients: dict[nn.Module, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ Legend: B samples, H query heads, G key/value heads, T tokens, K head width.
 """
 
 import ctypes
+import gc
 import sys
 from typing import Any
 
@@ -84,6 +85,12 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Undo `keep_freed_memory`, and give the system what is free already."""
     _set(mmap_max=_DEFAULT_MMAP_MAX, threshold=_DEFAULT_THRESHOLD)
+    release_memory()
+
+
+def release_memory() -> None:
+    """Free what nothing refers to any more, and give the system what is free: glibc keeps gigabytes of tensors below its threshold."""
+    gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 

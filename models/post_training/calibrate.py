@@ -20,6 +20,7 @@ from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.observe import evaluating, hooked, input_of, on_device
 from models.calibration.sensitivity import readers_of, token_weights
+from models.hardware.cpu_training import release_memory
 from models.post_training.compensation import DenseHalf
 from models.post_training.format_choice import formats_by_pattern, quantization_edits
 from models.post_training.head import quantize_head
@@ -107,6 +108,7 @@ def calibrate_quantizers(
             _read(model, batch, number, sensitive=sensitive)
             for number, batch in enumerate(on_device(batches, model.device))
         ]
+        release_memory()  # of the gradients behind the tokens' weights
         if any(settings.compensates(format) for format in formats):
             for reading in readings:
                 reading.dense_BTD = reading.stream_BTD
