@@ -129,10 +129,10 @@ class PotstillCLI(LightningCLI):
             self.trainer_defaults["callbacks"].append(callbacks.TrainingProgress())
 
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> Trainer:
-        """Lightning refuses some settings by their type."""
+        """Lightning refuses some settings by their type, and two callbacks of one class by their state."""
         try:
             return super()._instantiate_trainer(config, callbacks)
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"expected settings that the trainer takes, found others ({error}); change them in the recipe"
             ) from error

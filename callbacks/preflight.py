@@ -21,7 +21,7 @@ from callbacks.quantization import QuantizationAwareTraining
 from export.folders.compressed import check_compressible_formats
 from export.onnx_graph.layer_kinds import layer_kinds, slice_layers
 from export.onnx_graph.to_onnx import export_onnx
-from export.pipeline import check_cpu_model, check_output_free, is_compressed
+from export.pipeline import check_cpu_model, check_output, is_compressed
 from export.settings import ExportSettings
 from models.architecture import DecoderLayer, count_parameters, decoder_layers, head_name
 from models.post_training.format_choice import formats_by_pattern, quantization_edits
@@ -64,7 +64,7 @@ class Preflight(Callback):
             if export is not None:
                 _check_compressed(layers, pl_module.student, quantization, export.settings)
         if export is not None:
-            check_output_free(Path(export.output or trainer.default_root_dir))
+            check_output(Path(export.output or trainer.default_root_dir), overwrite=False)
             check_cpu_model(pl_module.student, export.settings)
         _check_resources(trainer, pl_module, export)
         rank_zero_info(f"Preflight passed in {time.perf_counter() - started:.1f} s")

@@ -118,7 +118,7 @@ def _read_dataset(source: str, default_split: str, config: str | None) -> Iterat
     name, _, split = source.partition(":")
     try:
         records = datasets.load_dataset(name, config, split=split or default_split)
-    except (ValueError, OSError) as error:  # an unknown name, configuration or split; no network
+    except Exception as error:  # an unknown name, configuration or split; no network; an IndexError for no name at all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"expected a .jsonl or .parquet file, or a `datasets` name with a split {split or default_split!r}, found "

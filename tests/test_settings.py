@@ -117,6 +117,10 @@ def foreign_checkpoint() -> str:
     return "foreign.ckpt"
 
 
+def callback(name: str, **settings: str) -> list[str]:
+    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in settings.items())]
+
+
 def damaged_checkpoint() -> str:
     Path("damaged.ckpt").write_bytes(Path(LAST).read_bytes()[:3000])
     return "damaged.ckpt"
@@ -155,6 +159,27 @@ def test_a_wrong_checkpoint_is_one_sentence_and_leaves_nothing(
         (["--data.init_args.batch_size", "null"], "a value for data.init_args.batch_size, found null"),
         (["--trainer.devices", "null"], "settings that the trainer takes, found others"),
         (["--name", "../outside"], "a --name without folders, found '../outside'"),
+        (["--root", "/proc/none"], "a file or folder that is usable at '/proc/none'"),
+        (["--data.init_args.train", ""], "found none at ''"),
+        (callback("ExportOnFitEnd", formats="[]"), "formats among hf, onnx and engine, found none"),
+        (callback("ExportOnFitEnd", verify_prompts="0"), "ExportOnFitEnd.verify_prompts between 1 and"),
+        (
+            callback("ExportOnFitEnd", batch="[4, 1, 16]"),
+            "batch as smallest, usual and largest number in this order, found 4 1 16",
+        ),
+        (callback("ExportOnFitEnd", output="my.jsonl"), "my.jsonl"),
+        (callback("GradualPruning", mlp_sparsity="0.5", ridge=".nan"), "ridge between 0 and 1000, found nan"),
+        (
+            callback("GradualPruning", mlp_sparsity="0.001", multiple="8", start_step="1", end_step="1"),
+            "removes nothing",
+        ),
+        (
+            [
+                *callback("GradualPruning", mlp_sparsity="0.5", start_step="1", end_step="1"),
+                *callback("GradualPruning", mlp_sparsity="0.5", start_step="1", end_step="1"),
+            ],
+            "more than one stateful callback of type `GradualPruning`",
+        ),
     ],
 )
 def test_a_number_out_of_its_range_is_one_sentence_and_leaves_nothing(

@@ -157,8 +157,14 @@ class PruningPlan:
         target = getattr(self.sparsities, axis)
         if not target:
             return total
-        sparsity = sparsity_after(*self._progress(axis, number), target, self.schedule)
+        done, events = self._progress(axis, number)
+        sparsity = sparsity_after(done, events, target, self.schedule)
         kept = units_to_keep(total, sparsity, multiple) if whole else total * (1 - sparsity)
+        if done == events and kept >= total:
+            raise ValueError(
+                f"expected GradualPruning.{axis} to remove some of {total} units (in multiples of {multiple}), found {target}, which removes "
+                "nothing; raise it, or lower multiple"
+            )
         if sparsity and kept < 1:
             raise ValueError(
                 f"expected GradualPruning.{axis} to leave something of {total} units (in multiples of {multiple}), found "
