@@ -72,7 +72,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             place = f"{path} line {number}"
             try:
                 record = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # broken JSON or broken UTF-8
+            except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or lists in lists without end
                 raise ValueError(
                     f"expected one JSON object a line, found something unreadable in {place} ({error}); mend or remove "
                     "the line"

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from export.engine.to_tensorrt import default_profiles
+from export.onnx_graph.metadata import read_graph
 from export.sessions.onnx_session import has_fp8
 
 _TYPES: dict[int, str] = {
@@ -46,7 +47,7 @@ def model_config(model: ServedModel, name: str, *, max_batch_size: int, threads:
         ModuleNotFoundError: The package with the schema is not installed.
     """
     schema = _schema()
-    graph = onnx.load(model.graph, load_external_data=False)
+    graph = read_graph(model.graph)
     config = schema.ModelConfig(name=f"{name}_{model.suffix}", max_batch_size=max_batch_size)
     config.dynamic_batching.SetInParent()
     for tensor in graph.graph.input:

@@ -19,7 +19,7 @@ import torch
 from onnxruntime import OrtValue
 from torch import Tensor
 
-from export.onnx_graph.metadata import metadata_of
+from export.onnx_graph.metadata import metadata_of, read_graph
 from export.sessions.session import Output, position_ids
 
 _TYPES = {
@@ -51,7 +51,7 @@ class OnnxSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         # FP8 pairs would be fused to integer products that do not exist; without this option the session is refused.
-        if exact or has_fp8(onnx.load(path, load_external_data=False)):
+        if exact or has_fp8(read_graph(path)):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         source = str(path) if graph is None else graph.SerializeToString()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from export.layout import (
     LABEL_GRAPH,
     PREFILL_GRAPH,
 )
+from export.onnx_graph.metadata import read_graph
 from export.onnx_graph.to_onnx import UNQUANTIZED
 from export.phases import Phases
 from export.sessions.engine_session import EngineSession, why_not_runnable
@@ -132,7 +132,7 @@ def _exactness(
     if settings.cpu:
         with phases.phase("Verification of cpu.onnx", steps) as on_token:
             name, path = f"onnx {precision} for the CPU", folder / CPU_GRAPH
-            stored = with_stored_head(model, onnx.load(path, load_external_data=False).graph)
+            stored = with_stored_head(model, read_graph(path).graph)
             runs_stored = [Run(stored, *group, settings.decode_steps) for group in _groups(prompts)]
             checks += together_and_alone(name, CPU_GRAPH, runs_stored, on_token, for_cpu=True)
             checks.append(compare_longest(name, stored, longest_1T, path, threads=threads))

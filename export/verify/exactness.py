@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from export.cpu_graph.head_blocks import with_stored_head
 from export.onnx_graph.labels import LABEL_TOKENS, LOG_PROBS
 from export.onnx_graph.layer_kinds import layer_kinds
-from export.onnx_graph.metadata import metadata_of
+from export.onnx_graph.metadata import metadata_of, read_graph
 from export.onnx_graph.trace import cache_names
 from export.sessions.onnx_session import OnnxSession, new_entries
 from export.sessions.session import Output
@@ -62,7 +62,7 @@ def verify(
         for_cpu: A graph of `export.cpu_graph.to_cpu`.
     """
     model = with_rounded_weights(model)
-    graph = onnx.load(path, load_external_data=False)
+    graph = read_graph(path)
     if for_cpu:
         model = with_stored_head(model, graph.graph)
     name = f"onnx {metadata_of(graph)['precision']}"

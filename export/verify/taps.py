@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx
 
-from export.onnx_graph.metadata import metadata_of
+from export.onnx_graph.metadata import metadata_of, read_graph
 
 FED = ".fed"
 _CACHE_SCALE = re.compile(r"(.*\.cache_quantizer\.(?:key|value))\.scale$")
@@ -86,7 +86,7 @@ def fed_graph(path: Path, layers: Iterable[int] | None = None) -> FedGraph:
         layers: Decoder layers to compute, without the head; None: all, and the head.  Nothing else is left in the graph, and what a layer
             would read from the layers before it is not compared.
     """
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path)
     graph = _Graph(model.graph)
     entrances, products = graph.taps()
     if layers is not None:

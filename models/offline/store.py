@@ -78,7 +78,7 @@ def read_index(folder: Path) -> Index:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         found = (index["format"], index["version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"expected the index of a captured teacher in {str(path)!r}, found another file") from error
     if found != (FORMAT, VERSION):
         raise ValueError(

@@ -172,3 +172,9 @@ def test_scores_only_on_request(write: Write, tokenizer_folder: str) -> None:
     assert data.constant_answer_score("test") == 0.75
     silent = Conversations(tokenizer_folder, path, test=path)
     assert silent.score(answers, batch, "test") is silent.constant_answer_score("test") is None
+
+
+def test_lists_in_lists_without_end_are_no_conversation(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"deep.jsonl line 1"):
+        read_conversations(str(tmp_path / "deep.jsonl"), default_split="train")

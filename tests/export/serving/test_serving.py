@@ -218,3 +218,15 @@ def test_the_client_of_the_howto_gets_the_models_own_answer(exported, monkeypatc
     assert calls[0]["past_key_values.0.key"].shape == (1, 2, 0, 16)
     assert [call["input_ids"].shape[1] for call in calls[1:]] == [1] * (len(calls) - 1)
     assert calls[-1]["past_key_values.0.key"].shape[2] == ids.shape[1] + len(calls) - 2
+
+
+@pytest.mark.parametrize(("content", "found"), [(b"", "an empty one"), (b"no graph", "what does not parse")])
+def test_a_graph_that_is_none_is_refused(
+    content: bytes, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/model.onnx").write_bytes(content)
+    assert main([str(tmp_path), "--output", str(tmp_path / "served")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "expected an ONNX graph at" in line and found in line
+    assert not (tmp_path / "served").exists()
