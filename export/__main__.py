@@ -48,7 +48,9 @@ def _export(options: argparse.Namespace, settings: ExportSettings, calibration: 
     print(f"Loading {options.model}", flush=True)
     model, tokenizer = load_any(options.model, options.student)
     prompts = prompts_for_verification(tokenizer, options.verify_on, options.prompts)
-    check_room(model, prompts, settings.decode_steps)
+    check_room(
+        model, prompts, settings.decode_steps, settings.benchmark_prompt if settings.benchmark_repetitions else 1
+    )
     held_out = None
     if options.verify_on is not None and tokenizer.chat_template:
         held_out = HeldOut(batches_from(options.verify_on, tokenizer, num_conversations=_HELD_OUT))

@@ -26,7 +26,7 @@ from export.sessions.onnx_session import OnnxSession
 from export.sessions.shared_cache import SharedCacheSession
 from models.generation.sampling import Sampling, sample, seed_of, uniforms
 from models.loading.reference import load_tokenizer
-from program.options import Parser, positive
+from program.options import Parser, positive, up_to
 from program.screen import as_command
 
 
@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of what is sampled (default: %(default)s)")
     add("--max-new-tokens", type=positive, default=256, metavar="N", help="of an answer (default: %(default)s)")
     add("--length", type=positive, default=2048, metavar="N", help="tokens of a conversation (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="threads in ONNX Runtime (default: its choice)")
+    add("--threads", type=up_to(1024), metavar="N", help="threads in ONNX Runtime (default: its choice)")
     return parser
 
 

@@ -1,6 +1,7 @@
 """Options of the commands that read no recipes: a mistake in one line, and numbers with their range."""
 
 import argparse
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -12,9 +13,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (all options: {self.prog} --help)\n")
 
 
-def positive(text: str) -> int:
-    """An option's whole number of 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, found {text}")
+def up_to(most: int) -> Callable[[str], int]:
+    """The type of an option: a whole number of 1 or more, and at most so many."""
+
+    def number(text: str) -> int:
+        found = int(text)
+        if not 1 <= found <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from 1 to {most:,}, found {text}")
+        return found
+
+    number.__name__ = "whole number"
     return number
+
+
+positive = up_to(1_000_000)

@@ -23,7 +23,7 @@ from export.benchmark.energy import find_counters
 from export.benchmark.report import machine, plot, text, versions
 from export.benchmark.turns import cells, compare
 from program.files import check_kind, write_file
-from program.options import Parser, positive
+from program.options import Parser, positive, up_to
 from program.progress import Bar
 from program.screen import as_command
 
@@ -90,10 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         "folders", metavar="DIR", nargs="+", type=Path, help="what `python -m export --output DIR` or a run has written"
     )
     add("--prompts", type=positive, nargs="+", default=[128, 512], metavar="N", help="prompt lengths, tokens")
-    add("--batches", type=positive, nargs="+", default=[1, 4, 16], metavar="N", help="conversations at a time")
+    add("--batches", type=up_to(4096), nargs="+", default=[1, 4, 16], metavar="N", help="conversations at a time")
     add("--new-tokens", type=positive, default=32, metavar="N", help="tokens after the first (default: %(default)s)")
-    add("--repetitions", type=positive, default=5, metavar="N", help="counted ones (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="threads on the CPU (default: each runtime's choice)")
+    add("--repetitions", type=up_to(10_000), default=5, metavar="N", help="counted ones (default: %(default)s)")
+    add("--threads", type=up_to(1024), metavar="N", help="threads on the CPU (default: each runtime's choice)")
     add("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="what to measure (default: all)")
     add("--json", type=Path, metavar="FILE", help="write all figures, the machine and versions to this file")
     add("--plot", type=Path, metavar="FILE.png", help="write a picture to this file (or .pdf, .svg)")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.serving.triton import MAX_BATCH_SIZE, left_out, served_models, write_triton
-from program.options import Parser
+from program.options import Parser, up_to
 from program.screen import as_command
 
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="conversations that Triton may put together; at most what --batch of the export allowed an engine (default: %(default)s)",
     )
-    add("--threads", type=int, metavar="N", help="threads in ONNX Runtime (default: its choice)")
+    add("--threads", type=up_to(1024), metavar="N", help="threads in ONNX Runtime (default: its choice)")
     add("--overwrite", action="store_true", help="replace models of these names")
     return parser
 

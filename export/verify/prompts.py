@@ -58,13 +58,19 @@ def prompts_for_verification(
     return {"prompt_ids": _left_padded(rows, pad_id), "prompt_mask": _left_padded(masks, 0)}
 
 
-def check_room(model: PreTrainedModel, prompts: Mapping[str, Tensor], decode_steps: int) -> None:
+def check_room(
+    model: PreTrainedModel, prompts: Mapping[str, Tensor], decode_steps: int, benchmark_prompt: int = 1
+) -> None:
     """Raise `ValueError` for more tokens than the model has positions for: they say nothing about it, and take for ever."""
     positions, longest = getattr(model.config, "max_position_embeddings", None), prompts["prompt_ids"].shape[1]
     if positions is not None and longest + decode_steps > positions:
         raise ValueError(
             f"expected prompts and decode steps within the {positions} positions of the model, found prompts of up to {longest} tokens and "
             f"{decode_steps} steps; lower --decode-steps, or verify on shorter prompts"
+        )
+    if positions is not None and benchmark_prompt > positions:
+        raise ValueError(
+            f"expected a prompt of the benchmark within the {positions} positions of the model, found {benchmark_prompt}; lower --benchmark-prompt"
         )
 
 

@@ -66,3 +66,5 @@ def test_prompts_and_decode_steps_have_to_fit_into_the_model():
         ValueError, match=f"expected prompts and decode steps within the .* and {room + 1} steps; lower"
     ):
         check_room(model, batch, room + 1)
+    with pytest.raises(ValueError, match="expected a prompt of the benchmark within the .*, found 9999; lower"):
+        check_room(model, batch, room, 9999)
