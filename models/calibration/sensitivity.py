@@ -22,7 +22,7 @@ from models.forward import answer_hidden
 from models.generation.sampling import seed_of
 from models.losses.output_head import logits_of
 
-_TOKENS_AT_ONCE = 1024  # a token of SmolLM2-135M takes 1.3 MB, one of a model of 500M parameters 2.6
+_TOKENS_AT_ONCE = 512  # a token of SmolLM2-135M takes 1.3 MB, one of a model of 500M parameters 2.6
 _READ = ("input_ids", "attention_mask", "labels")
 
 

@@ -131,11 +131,8 @@ def _read(model: PreTrainedModel, batch: Batch, number: int, *, sensitive: bool)
 
     mask_BT, blocks = batch["attention_mask"].bool(), [layer.block for layer in decoder_layers(model)]
     with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks):
-        if sensitive:
-            weights = token_weights(model, batch, seed=number)
-        else:
-            weights = [[mask_BT.float()] * 4 for _ in blocks]
-            model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    weights = token_weights(model, batch, seed=number) if sensitive else [[mask_BT.float()] * 4 for _ in blocks]
     return _Reading(mask_BT, arguments, weights, streams[0])
 
 

@@ -6,9 +6,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.architecture import FAMILIES, decoder_layers
+from models.calibration import sensitivity
 from models.calibration.sensitivity import readers_of, token_weights
 from models.forward import answer_logits
 from models.generation.sampling import seed_of
+from models.post_training.calibrate import quantize_after_training
+from models.post_training.settings import PostTrainingQuantization
+from models.quantization import quantized_linears
 from tests.helpers.tiny import tiny_batch, tiny_model
 
 STEP = 1e-2  # norms compute in float32
@@ -61,3 +65,16 @@ def test_every_family_has_weights_where_errors_can_matter(family: str, frozen: b
     assert all(
         torch.equal(a, b) for one, two in zip(weights, again, strict=True) for a, b in zip(one, two, strict=True)
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_pieces_of_a_batch_have_the_weights_of_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draws, one piece after the other; and what calibration reads beside is of the whole batch."""
+    model, batch = tiny_model(), tiny_batch()
+    whole = token_weights(model, batch, seed=3)
+    monkeypatch.setattr(sensitivity, "_TOKENS_AT_ONCE", tokens)
+    for layer, expected in zip(token_weights(model, batch, seed=3), whole, strict=True):
+        for weight_BT, expected_BT in zip(layer, expected, strict=True):
+            torch.testing.assert_close(weight_BT, expected_BT, rtol=1e-4, atol=1e-9)
+    quantize_after_training(model, [batch], "int8", PostTrainingQuantization(method="gptq"))
+    assert all(linear.weight_quantizer.frozen for linear in quantized_linears(model).values())
