@@ -89,7 +89,7 @@ def test_a_state_from_the_middle_of_a_step_goes_on_in_that_step(tokenizer_folder
     resumed = list(second)
     assert [b["index"] for b in resumed] == [b["index"] for b in rest]
     assert [b["step"].position for b in resumed] == [b["step"].position for b in rest] == [2, 0]
-    assert resumed[0]["step"]["answer_tokens"] == seen[0]["step"]["answer_tokens"]
+    assert resumed[0]["step"].answer_tokens == seen[0]["step"].answer_tokens
     assert [b["index"] for b in resumed[0]["step"].batches] == [b["index"] for b in [*seen, rest[0]]]
 
 
