@@ -2,21 +2,28 @@
 
 import copy
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from models.hardware.sharding import is_sharded, whole_copy
 from models.quantization import quantized_linears
 from models.structure.adapters import merge_adapters
 
 
-def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model on the same tensors: its modules can be changed and exchanged, and `model` stays as it is."""
-    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    copied: PreTrainedModel = copy.deepcopy(model, tensors)  # type: ignore[arg-type]
-    return copied
+def shared_copy(model: PreTrainedModel, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """A second model on the same tensors: its modules can be changed and exchanged, and `model` stays as it is.
+
+    Args:
+        model: What is copied.
+        config: Of the copy; None: a copy of the model's.
+    """
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    if config is not None:
+        kept[id(model.config)] = config
+    return copy.deepcopy(model, kept)
 
 
 @torch.no_grad()

@@ -4,24 +4,22 @@ What costs time in an export grows with the number of layers, and layers of the 
 """
 
 import copy
-import itertools
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from models.architecture import DecoderLayer, decoder_layers
+from models.copies import shared_copy
 
 
 def slice_layers(model: PreTrainedModel, indices: list[int]) -> PreTrainedModel:
     """A model of the given decoder layers only, with everything around them; it *shares* all tensors with `model`."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(indices)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in indices]
-    shared[id(model.config)] = config
-    part = copy.deepcopy(model, shared)
+    part = shared_copy(model, config)
     part.model.layers = nn.ModuleList(part.model.layers[index] for index in indices)
     for position, layer in enumerate(part.model.layers):
         layer.self_attn.layer_idx = position
