@@ -242,7 +242,7 @@ def main(args: ArgsType = None) -> PotstillCLI:
 
 @as_command
 def entry_point(args: Sequence[str] | None = None) -> int:
-    """`main` for people, see `program`; a run that was asked to stop says so by its exit code."""
+    """`main` for people, see `program.screen.as_command`; a run that was asked to stop says so by its exit code."""
     try:
         main(None if args is None else list(args))
     except MisconfigurationException as error:  # Lightning's, of settings

@@ -1,6 +1,6 @@
 """Gradual structured pruning in the middle of `fit`: tensors and optimizer state really shrink, parameters stay the same objects.
 
-This file decides when; `pruning_plan` and `pruning_budget` how much, `pruning_event` does it, `models/pruning` knows what is worth
+This file decides when; `plan` and `budget` how much, `event` does it, `models/pruning` knows what is worth
 keeping.
 """
 

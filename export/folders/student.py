@@ -109,8 +109,8 @@ def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def _with_weights(model: PreTrainedModel, change: Callable[[nn.Parameter], Tensor]) -> PreTrainedModel:
     """A copy with other weights; buffers (rotary frequencies, scales) are shared, what was tied stays tied.
 
-    Weights that stay as they are are shared if all are small or all stay: one small tensor of a file that is mapped into memory would hold
-    all of it.
+    Weights that stay as they are are shared only if all of them stay: one small tensor of a file that is mapped into memory would keep
+    the whole mapping.
     """
     copied = shared_copy(model)
     owners = [

@@ -4,7 +4,7 @@
 |-------------------------------------------------------|---------------------------------------------------------|---------------------------|
 | does it compute what the model computes?              | layer by layer, fed from torch: `exactness.py`          | every graph               |
 | is it as good, run as a server runs it?               | paired test on held-out answers: `faithfulness.py`      | what is served: `model.onnx`, `cpu.onnx`, the engine |
-| are its products those of the format?                 | counted in the network that TensorRT read: `audit.py`   | engines                   |
+| are its products those of the format?                 | counted in the network that TensorRT read: `products.py` | engines                   |
 
 A check that fails is never repeated with a wider bound.  What needs a GPU is `not_run` without one, never passed.
 """

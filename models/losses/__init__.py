@@ -1,6 +1,6 @@
 """Objectives: plain functions on tensors, without a Trainer and without configuration.
 
-`divergences`, `policy_gradient` and `hidden_states` define losses; `objective` mixes them; `linear` computes the mix from hidden
+`divergences`, `policy_gradient` and `hidden_states` define losses; `objective` mixes them; `chunked` computes the mix from hidden
 states without holding all logits, with the gradients of `closed_form`.
 """
 

@@ -11,7 +11,7 @@ its zero point (equations 3 and 4):
 That is for a given x.  A weight that a solver has left on the grid has q(v) = v: its scale would receive nothing but rounding noise.
 Such a weight *follows* its scale: its codes stay as they are while the scale moves, x = v s for a given v, and the gradient of s is q(v)
 everywhere (scales trained over fixed codes: PEQA, arXiv 2305.14152, equation 2).  Who moves the scale then multiplies the weight, see
-`learning.py`.
+`learned_scales.py`.
 
 The ends belong to the range, as in `torch.clamp`: rounding methods leave weights exactly there, and these must be able to move.
 

@@ -1,4 +1,4 @@
-"""What a pruning event does to everything around the student, and what it says; exact resume is in `test_pruning_resume.py`."""
+"""What a pruning event does to everything around the student, and what it says; exact resume is in `test_resume.py`."""
 
 import itertools
 from functools import partial

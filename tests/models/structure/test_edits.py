@@ -1,4 +1,4 @@
-"""Edits as a list: applied, replayed, trained across; quantizers; and what is refused.  Cuts themselves: `test_surgery.py`."""
+"""Edits as a list: applied, replayed, trained across; quantizers; and what is refused.  Cuts themselves: `test_layers.py`."""
 
 import copy
 import json
