@@ -12,7 +12,7 @@ SEED   := 1
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (11 minutes on 2 quiet cores); SEED=n for another run"
-	@echo "make test         lint, type check and tests (9 to 15 minutes on 2 cores)"
+	@echo "make test         lint, type check and tests (9 minutes on 2 quiet cores)"
 	@echo "make test-long    every family, several processes, every command of the pages, benchmarks (10 minutes)"
 	@echo "make fuzz         2,000 settings, files, checkpoints and folders that nobody thought of, drawn by hypothesis"
 	@echo "make test-servers serve what an export writes with vLLM, in an environment of its own (3.5 GB), and compare it with torch"
