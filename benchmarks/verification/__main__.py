@@ -72,7 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 METHOD = PostTrainingQuantization(method="nearest", sensitive=False)
 CALIBRATED_ON, LONGEST_PROMPT, LONG = 8, 200, 512  # conversations, characters, tokens of one long prompt
-ANSWER = 64  # tokens of a sampled answer
+ASKED = 8  # prompts of a free run
 PACKAGES = ["torch", "transformers", "onnx", "onnxruntime"]
 Texts = tuple[Tensor, Tensor]
 """Left-padded prompts (B, T), and 1 for tokens and 0 for padding."""
@@ -226,9 +226,8 @@ def verified(graph: Right, session: FedSession, prompts: Sequence[Tensor], numbe
     run = Run(model, prompt_ids, prompt_mask, draw.randint(8, 16))
     checks = [*compare_graph(graph.name, [run], session), compare_alone(graph.name, [run], session)]
     if threads:
-        rows = num_tokens_for(judged) // ANSWER
-        asked = dict(zip(("prompt_ids", "prompt_mask"), _drawn(prompts, draw, rows, padded=True), strict=True))
-        held_out = judged_by(judged, sampled(judged, asked, rows * ANSWER))
+        asked = dict(zip(("prompt_ids", "prompt_mask"), _drawn(prompts, draw, ASKED, padded=True), strict=True))
+        held_out = judged_by(judged, sampled(judged, asked, num_tokens_for(judged)))
         reference = torch_served(judged, held_out, lambda: None)
         found = held_out.measure(OnnxSession(graph.path, threads=threads), end_token_ids(judged), lambda: None)
         checks.append(compare_served(graph.name, judged, found, reference))

@@ -48,7 +48,7 @@ from models.quantization.linear import quantized_linears, rounds_inputs
 MARGIN, MARGIN_UNROUNDED = 0.02, 0.001  # nats per token; the second of models that round nothing
 SCORE_MARGIN = 0.05
 TOKENS, TOKENS_UNROUNDED = 512, 256  # a run that rounds nothing is not chaotic
-_SAMPLED = 64  # tokens of an answer that is sampled
+_SAMPLED, _ROUNDS = 64, 64  # tokens of an answer that is sampled, and answers to the same prompt
 _STATUS: dict[Verdict, Status] = {"equivalent": "passed", "too few tokens to say": "not_run", "different": "failed"}
 
 
@@ -107,12 +107,12 @@ def sampled(model: PreTrainedModel, prompts: Mapping[str, Tensor], num_tokens: i
     Args:
         model: Samples answers at temperature 1, the same ones every time.
         prompts: `prompt_ids` (B, P), left padded, and `prompt_mask` (B, P).
-        num_tokens: About so many answer tokens; answers that end early give fewer.
+        num_tokens: At least so many answer tokens; a model that says next to nothing gives fewer in `_ROUNDS` answers to each prompt.
     """
     decoder, count = decoder_for(model, model.dtype), len(prompts["prompt_ids"])
-    batches = []
-    for first in range(0, max(1, -(-num_tokens // (_SAMPLED * count))) * count, count):
-        seeds = list(range(first, first + count))
+    batches: list[Batch] = []
+    while not batches or (answer_tokens(HeldOut(batches)) < num_tokens and len(batches) < _ROUNDS):
+        seeds = list(range(len(batches) * count, (len(batches) + 1) * count))
         answers = rollout(
             decoder,
             prompts["prompt_ids"],

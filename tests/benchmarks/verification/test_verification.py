@@ -51,7 +51,7 @@ def test_a_right_graph_that_fails_is_a_false_alarm(graphs, texts, monkeypatch: p
 
 
 def test_free_runs_are_judged(graphs, texts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "ANSWER", 256)  # tokens a row: one row
+    monkeypatch.setattr(verification, "ASKED", 2)
     (row,) = false_alarms(graphs[:1], texts[1], 4, 1, free=True)  # every third verification has one
     assert row["free_runs"] == 2 and row["false_alarms"] == 0 and row["half_interval"] > 0
 

@@ -9,6 +9,7 @@ from export.verify import faithfulness
 from export.verify.faithfulness import (
     MARGIN,
     MARGIN_UNROUNDED,
+    answer_tokens,
     compare_served,
     judged_by,
     num_tokens_for,
@@ -88,6 +89,14 @@ def test_sampled_answers_are_the_same_every_time():
     )
     assert not torch.equal(first[0]["input_ids"][:, -8:], first[1]["input_ids"][:, -8:])
     assert len({index for batch in first for index in batch["index"]}) == 6
+
+
+def test_a_model_of_short_answers_is_sampled_until_there_are_enough():
+    model = tiny_model(layers=1)
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size - 1))  # nearly every token ends an answer
+    held_out = sampled(model, PROMPTS, 32)
+    assert len(held_out.batches) > 5 and 32 <= answer_tokens(held_out) <= 64
+    assert len(sampled(model, PROMPTS, 10**6).batches) == faithfulness._ROUNDS
 
 
 def test_torch_rounds_inputs_as_kernels_do_where_weights_alone_are_quantized(monkeypatch):
