@@ -31,7 +31,7 @@ import callbacks
 import datamodules
 import models
 from models.loading.checkpoint import REFERENCES, plain_settings, read_checkpoint
-from program.ranges import check_ranges
+from program.ranges import Between, check_range
 from program.recipes import ConfigFile, Parser, callbacks_of, class_at, flatten, refuse_nulls
 from program.run_folder import drop_empty_run_folder, run_folder
 
@@ -110,8 +110,8 @@ class PotstillCLI(LightningCLI):
         config = self.config[self.subcommand]
         refuse_nulls(config, {"checkpoint": (callbacks.Checkpoint, config.checkpoint)})
         # Lightning would hang on the first, and end a run of no step as if all was well on the second.
-        numbers = {"accumulate_grad_batches": (1, 1e9), "limit_train_batches": (1e-9, 1e9)}
-        check_ranges("trainer.", config.trainer.as_dict(), **numbers)
+        for name, least in {"accumulate_grad_batches": 1, "limit_train_batches": 1e-9}.items():
+            check_range(f"trainer.{name}", config.trainer[name], Between(least, 1e9))
         self.run_dir = run_folder(config)
         config.trainer.default_root_dir = str(self.run_dir)
         if config.trainer.logger in (None, True):

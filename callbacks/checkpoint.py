@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from callbacks.shared.run import StepBoundary
 from models.loading.checkpoint import read_checkpoint
 from program.files import sweep, write_file
+from program.ranges import Positive, check_arguments
 
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGUSR1 is left for saving and requeueing
 _SAME_REQUEST = 1.0  # seconds; launchers and terminals may send a signal to a process and again to its group
@@ -67,11 +68,8 @@ class Checkpoint(ModelCheckpoint):
         dirpath: Folder of the checkpoint; by default `checkpoints` in the run's folder.
     """
 
-    def __init__(self, every_n_steps: int = 100, dirpath: str | None = None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(
-                f"expected checkpoint.every_n_steps of 1 or more, found {every_n_steps}; change it in the recipe"
-            )
+    def __init__(self, every_n_steps: Positive = 100, dirpath: str | None = None) -> None:
+        check_arguments(Checkpoint.__init__, locals(), "checkpoint.")
         super().__init__(
             dirpath=dirpath,
             filename="last",

@@ -3,7 +3,7 @@
 import gc
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 from lightning import Callback, LightningModule, Trainer
@@ -37,7 +37,7 @@ from models.offline import is_offline
 from models.post_training.settings import Method, PostTrainingQuantization
 from models.student import StudentModule
 from models.teacher import Teacher
-from program.ranges import check_ranges
+from program.ranges import Between, Count, Positive, check_arguments
 
 
 class ExportOnFitEnd(Callback):
@@ -64,25 +64,21 @@ class ExportOnFitEnd(Callback):
     def __init__(
         self,
         cpu_method: Method = "nearest",
-        cpu_batches: int = 8,
+        cpu_batches: Positive = 8,
         output: str | None = None,
-        verify_prompts: int = 4,
+        verify_prompts: Annotated[int, Between(1, 1e6)] = 4,
         compare_with_teacher: bool = False,
-        served_questions: int = 0,
+        served_questions: Count = 0,
         **settings: Any,
     ) -> None:
         self.settings = ExportSettings(**settings)
         check_settings(self.settings)
-        if (
-            cpu_batches < 1
-            or served_questions < 0
-            or (served_questions and not (compare_with_teacher and self.settings.graph))
-        ):
+        check_arguments(ExportOnFitEnd.__init__, locals(), "ExportOnFitEnd.")
+        if served_questions and not (compare_with_teacher and self.settings.graph):
             raise ValueError(
-                "expected ExportOnFitEnd.cpu_batches of 1 or more, and served_questions of 0, or more together with compare_with_teacher and "
-                f"a graph, found {cpu_batches} and {served_questions}; change them in the recipe"
+                f"expected ExportOnFitEnd.served_questions together with compare_with_teacher and a graph, found {served_questions} "
+                "without; add them, or set it to 0"
             )
-        check_ranges("ExportOnFitEnd.", locals(), verify_prompts=(1, 1e6))
         self.cpu_method = cpu_method
         self.cpu_batches = cpu_batches
         self.served_questions = served_questions

@@ -1,6 +1,7 @@
 """LoRA: the student's weights stay frozen and small adapters beside its linear layers are trained."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -9,6 +10,7 @@ from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
 from models.structure.adapters import Projection, check_peft, projections
 from models.student import StudentModule
+from program.ranges import Between, Positive, check_arguments
 
 
 class LoRA(Callback):
@@ -32,16 +34,12 @@ class LoRA(Callback):
 
     def __init__(
         self,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
+        rank: Positive = 16,
+        alpha: Annotated[float, Between(0, excluded=(0,))] = 32.0,
+        dropout: Annotated[float, Between(0, 1, (1,))] = 0.0,
         modules: Sequence[Projection] | None = None,
     ) -> None:
-        if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-            raise ValueError(
-                f"expected LoRA.rank of 1 or more, alpha above 0 and dropout between 0 and 1 (1 excluded), found {rank}, "
-                f"{alpha:g} and {dropout:g}; change them in the recipe"
-            )
+        check_arguments(LoRA.__init__, locals(), "LoRA.")
         check_peft()
         self.settings = {"rank": rank, "alpha": alpha, "dropout": dropout}
         self.modules = modules

@@ -1,6 +1,6 @@
 """Judging the student at the end of each phase of a run: after pruning, after recovery, after quantization."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from models.offline import is_offline
 from models.student import StudentModule
 from models.teacher import RememberingTeacher, Teacher
 from program.progress import Bar
+from program.ranges import Between, check_arguments
 
 
 class PhaseEvaluation(Callback):
@@ -37,7 +38,10 @@ class PhaseEvaluation(Callback):
 
     needs_whole_student = True
 
-    def __init__(self, generate_tokens: int = 64, split: Literal["test", "val"] | None = None) -> None:
+    def __init__(
+        self, generate_tokens: Annotated[int, Between(0, 1e6)] = 64, split: Literal["test", "val"] | None = None
+    ) -> None:
+        check_arguments(PhaseEvaluation.__init__, locals(), "PhaseEvaluation.")
         self.generate_tokens = generate_tokens
         self.wanted = split
         #: The split that is judged.

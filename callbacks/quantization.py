@@ -22,6 +22,7 @@ from models.quantization.formats import FormatName
 from models.quantization.learned_scales import check_can_follow, learned_scales
 from models.quantization.scales import Search
 from models.student import StudentModule
+from program.ranges import Count, Positive, check_arguments
 
 
 class QuantizationAwareTraining(Callback):
@@ -64,29 +65,25 @@ class QuantizationAwareTraining(Callback):
 
     def __init__(
         self,
-        start_step: int,
-        observe_steps: int | None = None,
+        start_step: Positive,
+        observe_steps: Positive | None = None,
         format: FormatName = "fp8_e4m3",
         search: Search | None = None,
-        inputs_after: int = 0,
+        inputs_after: Count = 0,
         exceptions: Mapping[str, str] | None = None,
         kv_cache: CacheFormat | None = None,
         method: Method | None = None,
-        calibration_batches: int = 16,
+        calibration_batches: Positive = 16,
         seed: int = 0,
         learn_scales: bool = False,
     ) -> None:
+        check_arguments(QuantizationAwareTraining.__init__, locals(), "QuantizationAwareTraining.")
         if method is not None and (observe_steps is not None or inputs_after):
             raise ValueError(
                 f"expected either QuantizationAwareTraining.method or steps of observation, found {method}, observe_steps "
                 f"{observe_steps} and inputs_after {inputs_after}; leave one of them out"
             )
         observe_steps = 4 if observe_steps is None else observe_steps
-        if min(start_step, observe_steps, calibration_batches) < 1 or inputs_after < 0:
-            raise ValueError(
-                "expected QuantizationAwareTraining.start_step, observe_steps and calibration_batches of 1 or more and inputs_after of 0 "
-                f"or more, found {start_step}, {observe_steps}, {calibration_batches} and {inputs_after}; change them in the recipe"
-            )
         self.start_step = start_step
         self.freeze_weights_step = start_step + (observe_steps if method is None else 0)
         self.freeze_step = self.freeze_weights_step + inputs_after

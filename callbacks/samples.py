@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -12,6 +13,7 @@ from models.evaluation.answers import generate_texts
 from models.generation.decoder import decoder_for
 from models.loading.reference import end_token_ids
 from models.student import StudentModule
+from program.ranges import Between, Positive, check_arguments
 
 
 class SampleCompletions(Callback):
@@ -24,7 +26,8 @@ class SampleCompletions(Callback):
 
     needs_whole_student = True
 
-    def __init__(self, num_samples: int = 8, max_new_tokens: int = 64) -> None:
+    def __init__(self, num_samples: Positive = 8, max_new_tokens: Annotated[int, Between(1, 1e6)] = 64) -> None:
+        check_arguments(SampleCompletions.__init__, locals(), "SampleCompletions.")
         self.num_samples = num_samples
         self.max_new_tokens = max_new_tokens
 

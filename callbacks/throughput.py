@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from models.student import StudentModule
+from program.ranges import Positive, check_arguments
 
 
 class Throughput(Callback):
@@ -17,11 +18,8 @@ class Throughput(Callback):
         every_n_steps: Optimizer steps between two entries.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
-            raise ValueError(
-                f"expected Throughput.every_n_steps of 1 or more, found {every_n_steps}; change it in the recipe"
-            )
+    def __init__(self, every_n_steps: Positive = 10) -> None:
+        check_arguments(Throughput.__init__, locals(), "Throughput.")
         self.every_n_steps = every_n_steps
         self._started = 0.0
         self._first_step = 0

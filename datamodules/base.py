@@ -7,6 +7,7 @@ Everything is tokenized once in `setup`; loaders only pad.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from typing import Annotated
 
 import torch
 from lightning import LightningDataModule
@@ -18,6 +19,7 @@ from datamodules.chat import Conversation, Example, check_tokenizer, encode, tru
 from datamodules.collate import Batch, collate, pad_id_of
 from datamodules.loader import ResumableLoader
 from datamodules.sampler import LengthBucketSampler
+from program.ranges import Between, Positive, check_arguments
 
 SPLITS_OF_STAGE: dict[str, tuple[str, ...]] = {
     "fit": ("train", "val"),
@@ -48,18 +50,19 @@ class ChatDataModule(LightningDataModule):
         self,
         tokenizer: str,
         *,
-        batch_size: int = 8,
-        eval_batch_size: int = 32,
-        max_length: int = 512,
-        max_prompt_length: int | None = None,
+        batch_size: Positive = 8,
+        eval_batch_size: Positive = 32,
+        max_length: Positive = 512,
+        max_prompt_length: Positive | None = None,
         system_prompt: str | None = None,
         supervise_all_turns: bool = True,
         length_bucketing: bool = True,
-        num_workers: int = 0,
+        num_workers: Annotated[int, Between(0, 1024)] = 0,
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(ChatDataModule.__init__, locals(), "data.")
         # Not to the logger: a module's hyperparameter of the same name (a seed, say) would clash with ours there.
         self.save_hyperparameters(logger=False)
         self.tokenizer_reference = tokenizer

@@ -7,7 +7,7 @@ and in the rollout, and length bucketing already removes most of the padding.
 
 import random
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -15,6 +15,7 @@ from datamodules.base import ChatDataModule, exact_match, most_common_share
 from datamodules.chat import Conversation
 from datamodules.collate import Batch
 from datamodules.files import read_conversations
+from program.ranges import Between, check_arguments
 
 DEFAULT_SPLITS: dict[str, str] = {"train": "train", "val": "validation", "test": "test"}
 
@@ -43,17 +44,15 @@ class Conversations(ChatDataModule):
         *,
         val: str | None = None,
         test: str | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: Annotated[
+            float, Between(0, 1, (1,), "write the share of the training data to hold out, such as 0.05")
+        ] = 0.05,
         dataset_config: str | None = None,
         score_exact_match: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
-        if not 0 <= val_fraction < 1:
-            raise ValueError(
-                f"expected val_fraction at least 0 and below 1, found {val_fraction}; write the share of the training "
-                "data to hold out, such as 0.05"
-            )
+        check_arguments(Conversations.__init__, locals(), "data.")
         self.sources: dict[str, str | None] = {"train": train, "val": val, "test": test}
         self.val_fraction = val_fraction
         self.dataset_config = dataset_config

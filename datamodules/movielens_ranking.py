@@ -16,6 +16,7 @@ from datamodules.label_prompts import encode_prompts, frame_of
 from datamodules.movielens import Pair, draw_members, draw_pairs, figures_of, pairs_of, split_by_time
 from datamodules.movielens_files import Film, Member, Rating, movielens_folder, read_ratings
 from datamodules.ranking import RankingData, candidate_of
+from program.ranges import Count, Positive, Share, check_arguments
 
 
 class MovieLens(RankingData):
@@ -44,26 +45,21 @@ class MovieLens(RankingData):
         tokenizer: str,
         *,
         folder: str | None = None,
-        history: int = 15,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        train_size: int | None = 20000,
-        val_size: int | None = 1000,
-        test_size: int | None = None,
+        history: Count = 15,
+        val_fraction: Share = 0.1,
+        test_fraction: Share = 0.1,
+        train_size: Positive | None = 20000,
+        val_size: Positive | None = 1000,
+        test_size: Positive | None = None,
         labels: Sequence[str] = ("no", "yes"),
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, labels=labels, **kwargs)
-        sizes = {"train": train_size, "val": val_size, "test": test_size}
-        if history < 0 or any(size is not None and size < 1 for size in sizes.values()):
+        check_arguments(MovieLens.__init__, locals(), "data.")
+        if val_fraction + test_fraction >= 1:
             raise ValueError(
-                f"expected history at least 0 and sizes at least 1 or null, found history {history}, "
-                f"{', '.join(f'{split}_size {size}' for split, size in sizes.items())}; correct them"
-            )
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"expected val_fraction and test_fraction at least 0 and together below 1, found {val_fraction} and "
-                f"{test_fraction}; leave something for training"
+                f"expected data.val_fraction and data.test_fraction together below 1, found {val_fraction} and {test_fraction}; leave "
+                "something for training"
             )
         if len(labels) != 2:
             raise ValueError(
@@ -72,7 +68,7 @@ class MovieLens(RankingData):
         self.folder = folder
         self.history = history
         self.fractions = {"train": 1.0, "val": val_fraction, "test": test_fraction}
-        self.sizes = sizes
+        self.sizes = {"train": train_size, "val": val_size, "test": test_size}
 
     def has_split(self, split: str) -> bool:
         """Whether its share is above 0."""

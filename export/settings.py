@@ -1,7 +1,7 @@
 """Settings of an export, checked as far as no model is needed for it."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -9,7 +9,7 @@ from export.cpu_graph.to_cpu import check_cpu
 from export.engine.to_tensorrt import Flavour, Range, check_target, import_tensorrt
 from export.onnx_graph.to_onnx import Precision, check_engine_formats, format_for
 from models.quantization.formats import FormatName
-from program.ranges import check_no_nulls, check_ranges
+from program.ranges import Between, check_fields
 
 Format = Literal["hf", "onnx", "engine"]
 StudentType = Literal["bfloat16", "float32"]
@@ -61,14 +61,14 @@ class ExportSettings:
     sequence: Range = (1, 128, 1024)
     past: Range = (0, 256, 2048)
     opset: int = 23
-    decode_steps: int = 64
-    benchmark_prompt: int = 128
-    benchmark_repetitions: int = 5
-    threads: int | None = None
+    decode_steps: Annotated[int, Between(0, 1e6)] = 64
+    benchmark_prompt: Annotated[int, Between(1, 1e6)] = 128
+    benchmark_repetitions: Annotated[int, Between(0, 1e4)] = 5
+    threads: Annotated[int, Between(1, 1024)] | None = None
 
     def __post_init__(self) -> None:
         """Lists of YAML and Python become tuples; what can't work with any model is refused."""
-        check_no_nulls(self)
+        check_fields(self)
         for name in (field.name for field in fields(self) if isinstance(getattr(self, field.name), list)):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check()
@@ -82,13 +82,6 @@ class ExportSettings:
                 )
         if not self.formats:
             raise ValueError("expected formats among hf, onnx and engine, found none; name what to write")
-        ranges = {
-            "decode_steps": (0, 1e6),
-            "benchmark_prompt": (1, 1e6),
-            "benchmark_repetitions": (0, 1e4),
-            "threads": (1, 1024),
-        }
-        check_ranges("", vars(self), **ranges)
         further = [name for name in ("prefill", "labels", "cpu") if getattr(self, name)]
         if further and not self.graph:
             raise ValueError(

@@ -9,7 +9,7 @@ Legend: N answer tokens, D hidden, V vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -36,6 +36,7 @@ from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.offline.teacher import check_offline
 from models.student import StudentModule, settings_of
 from models.teacher import Teacher, TeacherDtype, load_teacher
+from program.ranges import Between, check_arguments
 
 FORWARD_KL, NEVER, PLAIN = Objective(), OnPolicy(), Sampling()  # defaults; all three are frozen
 
@@ -69,12 +70,13 @@ class Distillation(StudentModule):
         on_policy_objective: Objective | None = None,
         on_policy: OnPolicy = NEVER,
         sampling: Sampling = PLAIN,
-        hidden_state_weight: float = 0.0,
+        hidden_state_weight: Annotated[float, Between(0)] = 0.0,
         hidden_state_layers: dict[int, int] | None = None,
         teacher_dtype: TeacherDtype = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_arguments(Distillation.__init__, locals(), "model.")
         self.teacher: Teacher | OfflineTeacher
         self.teacher_reference = teacher
         self.teacher_dtype: TeacherDtype = teacher_dtype

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -26,7 +26,7 @@ from models.quantization.output_head import untie_head
 from models.step_mean import StepMean, step_of
 from models.stopwatch import Stopwatch
 from models.structure.edits import Edit, apply_edit, replay
-from program.ranges import check_ranges
+from program.ranges import Between, Count, check_arguments, check_range
 
 Settings = TypeVar("Settings")
 
@@ -58,14 +58,15 @@ class StudentModule(EvaluatedModule):
         student: str,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
-        warmup_steps: int = 0,
-        generate_tokens: int = 64,
+        warmup_steps: Count = 0,
+        generate_tokens: Annotated[int, Between(0, 1e6)] = 64,
         gradient_checkpointing: bool = False,
         student_dtype: Literal["float32", "bfloat16"] = "float32",
-        chunk_tokens: int = 0,
+        chunk_tokens: Annotated[int, Between(0, 1e9, advice="0 lets the loss choose")] = 0,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(StudentModule.__init__, locals(), "model.")
         self.save_hyperparameters(logger=False)
         # A checkpoint holds primitives only: what the CLI records is plain data; a class, a partial or settings are not.
         self.remove_ignored_hparams([name for name, value in self.hparams.items() if callable(value)])
@@ -78,9 +79,6 @@ class StudentModule(EvaluatedModule):
         self.generate_tokens = generate_tokens
         self.gradient_checkpointing = gradient_checkpointing
         self.student_dtype = student_dtype
-        check_ranges("model.", locals(), warmup_steps=(0, 1e9), generate_tokens=(0, 1e6))
-        if chunk_tokens < 0:
-            raise ValueError(f"expected model.chunk_tokens of 0 or more, found {chunk_tokens}; 0 lets the loss choose")
         self.chunk_tokens = chunk_tokens
         self.trust_remote_code = trust_remote_code
         self.edits: list[Edit] = []
@@ -122,7 +120,8 @@ class StudentModule(EvaluatedModule):
                 "set trainer.max_steps, or model.lr_schedule to constant"
             )
         if steps > 0:
-            check_ranges("model.", {"warmup_steps": self.warmup_steps}, warmup_steps=(0, steps))
+            within = Between(0, steps, advice="the warm-up ends before the run")
+            check_range("model.warmup_steps", self.warmup_steps, within)
         name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from program.ranges import Between
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake in one line, not below fifty lines of usage."""
@@ -15,11 +17,12 @@ class Parser(argparse.ArgumentParser):
 
 def up_to(most: int) -> Callable[[str], int]:
     """The type of an option: a whole number of 1 or more, and at most so many."""
+    whole = Between(1, most)
 
     def number(text: str) -> int:
         found = int(text)
-        if not 1 <= found <= most:
-            raise argparse.ArgumentTypeError(f"expected a number from 1 to {most:,}, found {text}")
+        if found not in whole:
+            raise argparse.ArgumentTypeError(f"expected a number {whole}, found {text}")
         return found
 
     number.__name__ = "whole number"

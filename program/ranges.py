@@ -1,30 +1,87 @@
-"""Ranges of settings: one check with one sentence, wherever a number comes from; not a number is in no range."""
+"""Ranges of settings stand in their types, and are checked at one place with one sentence; not a number is in no range.
 
-from collections.abc import Mapping
-from dataclasses import fields
+    share: Annotated[float, Between(0, 1)] = 1.0
+
+A dataclass of settings calls `check_fields` when it is made, a class whose settings are arguments calls `check_arguments`, so a number
+is refused wherever it comes from: a recipe, a command line, Python.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 
-def check_ranges(owner: str, values: Mapping[str, float | None], **ranges: tuple[float, float]) -> None:
-    """Raise `ValueError` for a number out of its range.
+@dataclass(frozen=True)
+class Between:
+    """The numbers that a setting may be.
 
     Args:
-        owner: What the settings are of, as a prefix of their names.
-        values: By name; None is no number and passes.
-        ranges: Smallest and largest number accepted.
+        low: The smallest.
+        high: The largest.
+        excluded: Ends that the setting may only come near.
+        advice: How to mend it.
     """
-    for name, (low, high) in ranges.items():
-        value = values[name]
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"expected {owner}{name} between {low:g} and {high:g}, found {value:g}; change it")
+
+    low: float
+    high: float = math.inf
+    excluded: tuple[float, ...] = ()
+    advice: str = "change it"
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a setting may be this number."""
+        return self.low <= value <= self.high and value not in self.excluded and math.isfinite(value)
+
+    def __repr__(self) -> str:
+        """As errors and `--help` say it."""
+        if math.isinf(self.high):
+            return f"above {self.low:g}" if self.low in self.excluded else f"of {self.low:g} or more"
+        ends = "both" if len(self.excluded) == 2 else "".join(f"{end:g}" for end in self.excluded)
+        return f"between {self.low:,.10g} and {self.high:,.10g}{ends and f' ({ends} excluded)'}"
 
 
-def check_no_nulls(settings: Any) -> None:
-    """Raise `ValueError` for a field of a dataclass that is None where its type says otherwise, as YAML's null would make it."""
-    hints = get_type_hints(type(settings))
+Count = Annotated[int, Between(0, 1e9)]
+Positive = Annotated[int, Between(1, 1e9)]
+Share = Annotated[float, Between(0, 1)]
+
+
+def check_fields(settings: Any, owner: str = "") -> None:
+    """Raise `ValueError` for a field of a dataclass that is out of its range, or null where its type says otherwise.
+
+    Args:
+        settings: The dataclass.
+        owner: What the settings are of, as a prefix of their names.
+    """
+    hints = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         if getattr(settings, field.name) is None and NoneType not in get_args(hints[field.name]):
             raise ValueError(
-                f"expected a value for {field.name}, found null; leave it out for its default, or give one"
+                f"expected a value for {owner}{field.name}, found null; leave it out for its default, or give one"
             )
+    _check(hints, vars(settings), owner)
+
+
+def check_arguments(init: Callable[..., Any], values: Mapping[str, Any], owner: str) -> None:
+    """Raise `ValueError` for an argument of an `__init__` that is out of its range; `values` are its `locals()`."""
+    _check(get_type_hints(init, include_extras=True), values, owner)
+
+
+def check_range(name: str, value: float | None, range: Between) -> None:
+    """Raise `ValueError` for a number out of its range; None is no number and passes."""
+    if value is not None and value not in range:
+        raise ValueError(f"expected {name} {range}, found {value:,.10g}; {range.advice}")
+
+
+def _check(hints: Mapping[str, Any], values: Mapping[str, Any], owner: str) -> None:
+    for name, hint in hints.items():
+        for range in _ranges(hint):
+            check_range(f"{owner}{name}", values[name], range)
+
+
+def _ranges(hint: Any) -> Iterator[Between]:
+    """Those of a type: its own, or of a part of a union with None."""
+    yield from (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Between))
+    if NoneType in get_args(hint):
+        for part in get_args(hint):
+            yield from _ranges(part)

@@ -151,7 +151,7 @@ def test_a_wrong_checkpoint_is_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--model.init_args.warmup_steps", "-1"], "model.warmup_steps between 0 and 1e+09, found -1"),
+        (["--model.init_args.warmup_steps", "-1"], "model.warmup_steps between 0 and 1,000,000,000, found -1"),
         (["--model.init_args.warmup_steps", "99"], "model.warmup_steps between 0 and 2, found 99"),
         (["--model.init_args.generate_tokens", "-1"], "model.generate_tokens between 0 and"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches between 1 and"),
@@ -168,7 +168,7 @@ def test_a_wrong_checkpoint_is_one_sentence_and_leaves_nothing(
             "batch as smallest, usual and largest number in this order, found 4 1 16",
         ),
         (callback("ExportOnFitEnd", output="my.jsonl"), "my.jsonl"),
-        (callback("GradualPruning", mlp_sparsity="0.5", ridge=".nan"), "ridge between 0 and 1000, found nan"),
+        (callback("GradualPruning", mlp_sparsity="0.5", ridge=".nan"), "ridge between 0 and 1,000, found nan"),
         (
             callback("GradualPruning", mlp_sparsity="0.001", multiple="8", start_step="1", end_step="1"),
             "removes nothing",

@@ -4,7 +4,7 @@ This file decides when; `plan` and `budget` how much, `event` does it, `models/p
 keeping.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from callbacks.pruning.budget import PruningBudget
 from callbacks.pruning.event import cut_student, in_words
 from callbacks.pruning.judge import PruningJudge
-from callbacks.pruning.plan import PruningPlan, Sparsities, When, steps_of
+from callbacks.pruning.plan import PruningPlan, Sparsities, Sparsity, When, steps_of
 from callbacks.pruning.plateau import Plateau
 from callbacks.shared.averaging import check_averaging, follow_edits
 from callbacks.shared.distributed import check_strategy
@@ -25,7 +25,7 @@ from models.pruning.budget.target import Budget
 from models.pruning.cut import PruningSettings, Targets
 from models.structure.shape import shape_of
 from models.student import StudentModule
-from program.ranges import check_ranges
+from program.ranges import Between, Count, Positive, check_arguments
 
 
 class GradualPruning(Callback):
@@ -72,11 +72,11 @@ class GradualPruning(Callback):
 
     def __init__(
         self,
-        mlp_sparsity: float = 0.0,
-        kv_group_sparsity: float = 0.0,
-        query_head_sparsity: float = 0.0,
-        depth_sparsity: float = 0.0,
-        hidden_sparsity: float = 0.0,
+        mlp_sparsity: Sparsity = 0.0,
+        kv_group_sparsity: Sparsity = 0.0,
+        query_head_sparsity: Sparsity = 0.0,
+        depth_sparsity: Sparsity = 0.0,
+        hidden_sparsity: Sparsity = 0.0,
         *,
         budget: Budget | None = None,
         start_step: int = 0,
@@ -84,19 +84,19 @@ class GradualPruning(Callback):
         events: int = 1,
         schedule: Course = "cubic",
         when: When = "steps",
-        patience: int = 50,
-        min_delta: float = 0.01,
+        patience: Positive = 50,
+        min_delta: Annotated[float, Between(0)] = 0.01,
         turns: bool = False,
-        calibration_batches: int = 8,
-        judge_batches: int = 4,
+        calibration_batches: Positive = 8,
+        judge_batches: Count = 4,
         **settings: Any,
     ) -> None:
+        check_arguments(GradualPruning.__init__, locals(), "GradualPruning.")
         self.settings = PruningSettings(**settings)
         self.sparsities = Sparsities(
             mlp_sparsity, kv_group_sparsity, query_head_sparsity, depth_sparsity, hidden_sparsity
         )
         self.steps = steps_of(start_step, end_step, events, when)
-        check_ranges("GradualPruning.", locals(), calibration_batches=(1, 1e9), judge_batches=(0, 1e9))
         unequal, multiple, seed = self.settings.allocation == "per_layer", self.settings.multiple, self.settings.seed
         self.plan = PruningPlan(self.sparsities, events, schedule, multiple, turns, unequal, budget)
         self.start_step = start_step

@@ -2,37 +2,35 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from models.pruning.budget.schedule import Course, event_steps, sparsity_after, units_to_keep
 from models.pruning.budget.target import Budget, Limit
 from models.pruning.budget.uniform import Sizes, largest_within, smallest
 from models.pruning.cut import Targets
 from models.structure.shape import Key, Shape, WidthAxis
+from program.ranges import Between, check_fields
 
 When = Literal["steps", "plateau"]
 
 SPARSITY_OF: dict[WidthAxis, str] = {"neurons": "mlp_sparsity", "kv_groups": "kv_group_sparsity"}
 
 
+Sparsity = Annotated[float, Between(0, 1, (1,), "it is the share to remove, for example 0.375")]
+
+
 @dataclass(frozen=True)
 class Sparsities:
     """Share removed at the end, 0 to 1 (1 excluded), of each axis."""
 
-    mlp_sparsity: float = 0.0
-    kv_group_sparsity: float = 0.0
-    query_head_sparsity: float = 0.0
-    depth_sparsity: float = 0.0
-    hidden_sparsity: float = 0.0
+    mlp_sparsity: Sparsity = 0.0
+    kv_group_sparsity: Sparsity = 0.0
+    query_head_sparsity: Sparsity = 0.0
+    depth_sparsity: Sparsity = 0.0
+    hidden_sparsity: Sparsity = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0 <= value < 1:
-                raise ValueError(
-                    f"expected GradualPruning.{field.name} between 0 and 1 (1 excluded), found {value}; "
-                    "it is the share to remove, for example 0.375"
-                )
+        check_fields(self, "GradualPruning.")
 
     @property
     def given(self) -> list[str]:

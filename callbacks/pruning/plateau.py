@@ -18,11 +18,6 @@ class Plateau:
     """
 
     def __init__(self, patience: int, min_delta: float) -> None:
-        if patience < 1 or not min_delta >= 0:
-            raise ValueError(
-                f"expected GradualPruning.patience of 1 or more and min_delta of 0 or more, found {patience} and {min_delta}; "
-                "change them in the recipe"
-            )
         self.patience = patience
         self.min_delta = min_delta
         self.losses: list[float] = []

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.label_prompts import Prompt, encode_prompts, frame_of, label_token_ids
 from export.onnx_graph.labels import LOG_PROBS
 from export.sessions.session import SharingSession
+from program.ranges import Count, Positive, check_arguments
 
 
 class Scorer:
@@ -43,13 +44,10 @@ class Scorer:
         labels: Sequence[str] = ("no", "yes"),
         *,
         system_prompt: str | None = None,
-        batch_size: int = 32,
-        max_prefixes: int = 16,
+        batch_size: Positive = 32,
+        max_prefixes: Count = 16,
     ) -> None:
-        if batch_size < 1 or max_prefixes < 0:
-            raise ValueError(
-                f"expected batch_size of 1 or more and max_prefixes of 0 or more, found {batch_size} and {max_prefixes}; change them"
-            )
+        check_arguments(Scorer.__init__, locals(), "")
         self.session, self.tokenizer = session, tokenizer
         self.labels, self.batch_size, self.max_prefixes = tuple(labels), batch_size, max_prefixes
         self._frame = frame_of(tokenizer, system_prompt)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torchmetrics.functional.classification import (
 from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.collate import Batch
+from program.ranges import Between, check_arguments
 
 BINS = 15  # of the calibration error, of equal width
 COVERED = 0.95  # by an interval
@@ -68,7 +70,7 @@ class RankingMetrics(Metric):
         resamples: Draws for the intervals; 0 for none.
 
     Raises:
-        ValueError: resamples is negative.
+        ValueError: resamples is out of its range.
     """
 
     full_state_update = False
@@ -78,10 +80,9 @@ class RankingMetrics(Metric):
     classes: list[Tensor]
     users: list[Tensor]
 
-    def __init__(self, resamples: int = 0) -> None:
+    def __init__(self, resamples: Annotated[int, Between(0, 1e6, advice="0 leaves the intervals out")] = 0) -> None:
         super().__init__()
-        if resamples < 0:
-            raise ValueError(f"expected model.resamples of 0 or more, found {resamples}; 0 leaves the intervals out")
+        check_arguments(RankingMetrics.__init__, locals(), "model.")
         self.resamples = resamples
         for name in ("index", "logits", "weights", "classes", "users"):
             self.add_state(name, [], dist_reduce_fx="cat")

@@ -6,10 +6,9 @@ resumed run decides as the uninterrupted one did.
 Legend: B samples, G generated tokens.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import Trainer
@@ -22,6 +21,7 @@ from models.generation.replay import ReplayBuffer
 from models.generation.rollout import Rollout, pad_left, rollout
 from models.generation.sampling import Sampling, seed_of
 from models.losses import Objective
+from program.ranges import Between, Count, Share, check_fields
 
 Source = Literal["dataset", "fresh", "replay"]
 
@@ -48,31 +48,18 @@ class OnPolicy:
     """
 
     start: int = -1
-    ramp: int = 0
-    share: float = 1.0
-    adaptive: float = 0.0
-    tolerance: float = 0.1
-    tokens: int = 64
-    batch_size: int = 0
-    replay_size: int = 0
+    ramp: Count = 0
+    share: Share = 1.0
+    adaptive: Share = 0.0
+    tolerance: Annotated[float, Between(-1e3, 1e3)] = 0.1
+    tokens: Annotated[int, Between(1, 1e6)] = 64
+    batch_size: Count = 0
+    replay_size: Count = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        for name, low, high in (
-            ("share", 0, 1),
-            ("adaptive", 0, 1),
-            ("ramp", 0, 1e9),
-            ("tolerance", -math.inf, math.inf),  # but a number
-            ("tokens", 1, 1e6),
-            ("batch_size", 0, 1e9),
-            ("replay_size", 0, 1e9),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"expected on_policy.{name} between {low:g} and {high:g}, found {getattr(self, name):g}; "
-                    "change it in the recipe"
-                )
+        check_fields(self, "on_policy.")
 
 
 class OnPolicyAnswers:

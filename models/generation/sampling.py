@@ -9,11 +9,13 @@ Legend: B rows, G generated tokens, V vocabulary.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from program.ranges import Between, Count, check_fields
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,14 @@ class Sampling:
         min_tokens: Tokens before an answer may end.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_tokens: int = 0
+    temperature: Annotated[float, Between(0, 1000)] = 1.0
+    top_k: Count = 0
+    top_p: Annotated[float, Between(1e-6, 1)] = 1.0
+    min_tokens: Count = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be sampled from."""
-        for name, low, high in (("temperature", 0, 1e3), ("top_k", 0, 1e9), ("top_p", 1e-6, 1), ("min_tokens", 0, 1e9)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"expected sampling.{name} between {low:g} and {high:g}, found {getattr(self, name):g}; "
-                    "change it in the recipe"
-                )
+        check_fields(self, "sampling.")
 
 
 GREEDY = Sampling(temperature=0.0)

@@ -16,6 +16,7 @@ Legend: N samples, C classes, V vocabulary, D hidden of the student, E hidden of
 
 import math
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from models.losses.chunked import FullTargets, linear_objective
 from models.losses.divergences import forward_kl
 from models.losses.objective import Objective
 from models.losses.output_head import Head
+from program.ranges import Between, check_fields
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LabelObjective:
     cross_entropy: float = 1.0
     label_kl: float = 0.0
     full_kl: float = 0.0
-    temperature: float = 1.0
+    temperature: Annotated[float, Between(0, excluded=(0,), advice="1 leaves logits alone")] = 1.0
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "temperature"}
@@ -52,10 +54,7 @@ class LabelObjective:
                 f"expected weights of at least 0 and one above 0 in model.objective, found "
                 f"{', '.join(f'{name} {weight:g}' for name, weight in given.items())}; change model.objective"
             )
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"expected model.objective.temperature above 0, found {self.temperature:g}; 1 leaves logits alone"
-            )
+        check_fields(self, "model.objective.")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from program.ranges import Between, Positive, Share, check_fields
 
 TEMPERED = {
     "forward_kl": "KL(teacher || student)",
@@ -37,12 +40,12 @@ class Objective:
     """
 
     weights: dict[str, float] = field(default_factory=lambda: {"forward_kl": 1.0})
-    temperature: float = 1.0
-    beta: float = 0.5
+    temperature: Annotated[float, Between(0, excluded=(0,))] = 1.0
+    beta: Share = 0.5
     join_ends: bool = False
-    skew: float = 0.1
-    top_k: int = 64
-    discount: float = 0.0
+    skew: Annotated[float, Between(0, 1, (1,))] = 0.1
+    top_k: Positive = 64
+    discount: Share = 0.0
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.weights) - set(LOSSES))
@@ -57,17 +60,7 @@ class Objective:
                 )
         if not any(self.weights.values()):
             raise ValueError(f"expected at least one positive weight, found {self.weights}; change objective.weights")
-        for name, valid, expected in (
-            ("temperature", 0 < self.temperature < math.inf, "above 0"),
-            ("beta", 0 <= self.beta <= 1, "between 0 and 1"),
-            ("skew", 0 <= self.skew < 1, "of at least 0 and below 1"),
-            ("top_k", self.top_k >= 1, "of at least 1"),
-            ("discount", 0 <= self.discount <= 1, "between 0 and 1"),
-        ):
-            if not valid:
-                raise ValueError(
-                    f"expected objective.{name} {expected}, found {getattr(self, name)}; change the recipe"
-                )
+        check_fields(self, "objective.")
 
     @property
     def needs_teacher(self) -> bool:

@@ -26,6 +26,7 @@ from models.offline import fingerprints, store
 from models.offline.forms import Columns, bytes_per_token, encode_exact, encode_top_k
 from models.teacher import Teacher
 from program.progress import Bar
+from program.ranges import Positive, check_fields
 
 BYTES_PER_SAMPLE = 4 * 8  # its position, identity, offset and checksum
 
@@ -43,14 +44,12 @@ class CaptureSettings:
     """
 
     form: Literal["exact", "top_k"] = "exact"
-    top_k: int = 64
-    batch_size: int = 16
-    shard_tokens: int = 65536
+    top_k: Positive = 64
+    batch_size: Positive = 16
+    shard_tokens: Positive = 65536
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "batch_size", "shard_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected --{name} of 1 or more, found {getattr(self, name)}; change it")
+        check_fields(self, "--")
 
 
 @dataclass(frozen=True)

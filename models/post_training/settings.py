@@ -1,11 +1,12 @@
 """Settings of quantization after training, and their defaults by format."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from models.post_training.smoothing import STRENGTHS
 from models.quantization.formats import format_of
 from models.quantization.scales import Search
+from program.ranges import Between, Positive, check_fields
 
 Method = Literal["nearest", "gptq", "quantease"]
 
@@ -28,6 +29,9 @@ class PostTrainingQuantization:
         damping: Share of the mean diagonal of a Gram matrix that is added to it.
         sweeps: Passes of `quantease`, at most.
         smoothing_tokens: Calibration tokens on which smoothing factors are tried, at most.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     method: Method = "quantease"
@@ -36,9 +40,12 @@ class PostTrainingQuantization:
     smoothing: tuple[float, ...] | None = None
     sensitive: bool = True
     compensate: bool | None = None
-    damping: float = 0.01
-    sweeps: int = 4
-    smoothing_tokens: int = 512
+    damping: Annotated[float, Between(0, 1000)] = 0.01
+    sweeps: Positive = 4
+    smoothing_tokens: Positive = 512
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def strengths(self, format: str) -> tuple[float, ...]:
         """The strengths that the search for smoothing factors tries where layers have this format."""

@@ -1,9 +1,9 @@
 """Plans a cut over all axes as edits, and repairs the remaining weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 from transformers import PreTrainedModel
 
@@ -19,12 +19,16 @@ from models.pruning.scores.importance import Total, identity
 from models.pruning.scores.removal_order import OsscarRanking, Ranking, ScoreRanking
 from models.structure.edits import Edit
 from models.structure.shape import Key, Shape, shape_of
-from program.ranges import check_no_nulls, check_ranges
+from program.ranges import Between, Count, Positive, check_fields
 
 ScoreName = Literal["osscar", "activation", "taylor", "wanda", "magnitude", "random"]
 Repair = Literal["none", "layerwise", "sequential"]
 Allocation = Literal["uniform", "per_layer"]
 Depth = Literal["block_influence", "search"]
+
+
+_SIZE = Between(1, 1e9, advice="leave something of every axis")
+Size = Annotated[int, _SIZE]
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,15 @@ class Targets:
         ValueError: A target leaves nothing.
     """
 
-    neurons: int | None = None
-    query_heads: int | None = None
-    kv_groups: int | float | None = None
-    layers: int | None = None
-    hidden: int | None = None
+    neurons: Size | None = None
+    query_heads: Size | None = None
+    kv_groups: Annotated[float, _SIZE] | None = None
+    layers: Size | None = None
+    hidden: Size | None = None
     limit: Limit | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            size = getattr(self, field.name)
-            if isinstance(size, int | float) and size < 1:
-                raise ValueError(
-                    f"expected targets of 1 or more, found {size} {field.name}; leave something of every axis"
-                )
+        check_fields(self, "a target of ")
 
     def met_by(self, shape: Shape, *, on_average: bool) -> bool:
         """Whether no unit of a layer has to go: the largest of a shape's layers, or their average, is small enough."""
@@ -96,15 +95,14 @@ class PruningSettings:
     repair: Repair = "sequential"
     allocation: Allocation = "uniform"
     depth: Depth = "block_influence"
-    multiple: int = 64
-    damping: float = 0.01
-    ridge: float = 0.3
-    swaps: int = 0
+    multiple: Positive = 64
+    damping: Annotated[float, Between(0, 1000)] = 0.01
+    ridge: Annotated[float, Between(0, 1000)] = 0.3
+    swaps: Count = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_no_nulls(self)
-        check_ranges("", vars(self), multiple=(1, 1e9), damping=(0, 1e3), ridge=(0, 1e3), swaps=(0, 1e9))
+        check_fields(self)
         if self.swaps and (self.score != "osscar" or self.allocation == "per_layer"):
             raise ValueError(
                 f"expected swaps only with the score osscar and the allocation uniform, found {self.swaps} with {self.score} and "

@@ -170,7 +170,7 @@ def test_order_and_steps_of_callbacks_are_checked(folders: dict[str, str], tmp_p
         fit(folders, tmp_path, QuantizationAwareTraining(4), pruning())
     with pytest.raises(ValueError, match="after the last pruning event"):
         fit(folders, tmp_path, pruning(), QuantizationAwareTraining(3))
-    with pytest.raises(ValueError, match="of 1 or more"):
+    with pytest.raises(ValueError, match="between 1 and 1,000,000,000"):
         QuantizationAwareTraining(0)
 
 

@@ -94,9 +94,19 @@ def test_graphs_are_judged_as_they_are_served(tmp_path: Path) -> None:
     assert "## Graphs as they are served" in (run / "report.md").read_text()
 
 
-@pytest.mark.parametrize("settings", [{"served_questions": 5}, {"served_questions": -1}, {"cpu_batches": 0}])
-def test_settings_that_say_nothing_are_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="expected ExportOnFitEnd.cpu_batches of 1 or more, and served_questions of 0"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"served_questions": 5},
+            "expected ExportOnFitEnd.served_questions together with compare_with_teacher and a graph",
+        ),
+        ({"served_questions": -1}, "expected ExportOnFitEnd.served_questions between 0 and"),
+        ({"cpu_batches": 0}, "expected ExportOnFitEnd.cpu_batches between 1 and"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ExportOnFitEnd(precision="fp32", **settings)
 
 

@@ -66,10 +66,10 @@ def test_what_the_options_ask_for() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--threads", "-1"], "expected threads between 1 and 1024, found -1; change it"),
-        (["--threads", "100000"], "expected threads between 1 and 1024, found 100000"),
-        (["--decode-steps", "-1"], "expected decode_steps between 0 and 1e+06, found -1"),
-        (["--decode-steps", "1000000000"], "expected decode_steps between 0 and 1e+06, found 1e+09"),
+        (["--threads", "-1"], "expected threads between 1 and 1,024, found -1; change it"),
+        (["--threads", "100000"], "expected threads between 1 and 1,024, found 100,000"),
+        (["--decode-steps", "-1"], "expected decode_steps between 0 and 1,000,000, found -1"),
+        (["--decode-steps", "1000000000"], "expected decode_steps between 0 and 1,000,000, found 1,000,000,000"),
         (["--benchmark-prompt", "0"], "expected benchmark_prompt between 1 and"),
         (["--benchmark-repetitions", "-1"], "expected benchmark_repetitions between 0 and"),
     ],

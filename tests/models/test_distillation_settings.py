@@ -142,7 +142,7 @@ def test_a_checkpoint_of_the_command_line_goes_on(recipe: list[str]) -> None:
         (["--model.init_args.on_policy.share", "1.5"], "expected on_policy.share between 0 and 1, found 1.5"),
         (
             ["--model.init_args.sampling.temperature", "-1"],
-            "expected sampling.temperature between 0 and 1000, found -1",
+            "expected sampling.temperature between 0 and 1,000, found -1",
         ),
         (["--model.init_args.objective.beta", "2"], "expected objective.beta between 0 and 1, found 2"),
     ],

@@ -223,7 +223,7 @@ def test_data_without_labels_is_refused(place: Path, tmp_path: Path) -> None:
     [
         ({"teacher": None}, "expected model.teacher for cross_entropy and label_kl and full_kl, found none; name one"),
         ({"teacher": "offline:somewhere"}, "expected a live teacher for ranking, found 'offline:somewhere'; name"),
-        ({"resamples": -1}, "expected model.resamples of 0 or more, found -1"),
+        ({"resamples": -1}, "expected model.resamples between 0 and 1,000,000, found -1"),
     ],
 )
 def test_settings(place: Path, settings: dict[str, Any], message: str) -> None:

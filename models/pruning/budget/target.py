@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 from models.pruning.budget.costs import Measure, flops, parameters
 from models.structure.shape import WidthAxis
+from program.ranges import Between, Positive, check_fields
 
 Cost = Literal["parameters", "flops", "latency"]
 Backend = Literal["torch", "onnxruntime"]
@@ -37,25 +38,19 @@ class Budget:
     """
 
     cost: Cost
-    ratio: float
+    ratio: Annotated[
+        float, Between(0, 1, (0, 1), "it is the share of the dense student's cost that may be left, for example 0.7")
+    ]
     axes: tuple[WidthAxis, ...] = ("neurons", "kv_groups")
-    batch: int = 1
-    length: int = 128
+    batch: Positive = 1
+    length: Positive = 128
     backend: Backend = "torch"
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ValueError(
-                f"expected budget.ratio between 0 and 1 (both excluded), found {self.ratio:g}; it is the share of the dense "
-                "student's cost that may be left, for example 0.7"
-            )
+        check_fields(self, "budget.")
         if not self.axes or len(set(self.axes)) < len(self.axes) or not set(self.axes) <= {"neurons", "kv_groups"}:
             raise ValueError(
                 f"expected budget.axes of neurons, kv_groups or both, each once, found {list(self.axes)}; change them in the recipe"
-            )
-        if self.batch < 1 or self.length < 1:
-            raise ValueError(
-                f"expected budget.batch and budget.length of 1 or more, found {self.batch} and {self.length}; change them in the recipe"
             )
         for field in fields(self):
             value = getattr(self, field.name)

@@ -262,7 +262,7 @@ def test_a_compiled_student_is_compiled_anew(places: dict[str, str], tmp_path: P
         ({"hidden_sparsity": -0.1}, "GradualPruning.hidden_sparsity between 0 and 1"),
         ({"events": 4}, "a step for every event"),
         ({"when": "plateau", "start_step": 3, "events": 2}, "a step for every event"),
-        ({"when": "plateau", "patience": 0}, "patience of 1 or more"),
+        ({"when": "plateau", "patience": 0}, "GradualPruning.patience between 1 and"),
         ({"mlp_sparsity": 0.5, "turns": True}, "turns with mlp_sparsity, a sparsity of heads"),
         ({"calibration_batches": 0}, "GradualPruning.calibration_batches between 1 and"),
         ({"mlp_sparsity": 0.0}, "with a sparsity or a budget, found neither"),

@@ -214,5 +214,5 @@ def test_one_user_has_no_interval() -> None:
 
 
 def test_settings() -> None:
-    with pytest.raises(ValueError, match="expected model.resamples of 0 or more, found -1; 0 leaves"):
+    with pytest.raises(ValueError, match="expected model.resamples between 0 and 1,000,000, found -1; 0 leaves"):
         RankingMetrics(-1)

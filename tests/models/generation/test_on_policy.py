@@ -99,15 +99,15 @@ def test_replay_begins_when_the_buffer_is_full_and_grows(decoder: Decoder) -> No
         ("share", 1.5, "expected on_policy.share between 0 and 1, found 1.5"),
         ("share", -0.1, "found -0.1"),
         ("adaptive", 2, "expected on_policy.adaptive between 0 and 1, found 2"),
-        ("ramp", -1, "expected on_policy.ramp between 0 and 1e.09, found -1"),
-        ("tokens", 0, "expected on_policy.tokens between 1 and 1e.06, found 0"),
-        ("batch_size", -1, "expected on_policy.batch_size between 0 and 1e.09, found -1"),
-        ("replay_size", -5, "expected on_policy.replay_size between 0 and 1e.09, found -5"),
+        ("ramp", -1, "expected on_policy.ramp between 0 and 1,000,000,000, found -1"),
+        ("tokens", 0, "expected on_policy.tokens between 1 and 1,000,000, found 0"),
+        ("batch_size", -1, "expected on_policy.batch_size between 0 and 1,000,000,000, found -1"),
+        ("replay_size", -5, "expected on_policy.replay_size between 0 and 1,000,000,000, found -5"),
         ("share", float("nan"), "found nan"),
     ],
 )
 def test_settings_out_of_range(setting: str, value: float, message: str) -> None:
-    with pytest.raises(ValueError, match=f"{message}; change it in the recipe"):
+    with pytest.raises(ValueError, match=f"{message}; change it"):
         OnPolicy(**{setting: value})
 
 

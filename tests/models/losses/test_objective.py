@@ -15,10 +15,10 @@ from models.losses import Objective
         ({"weights": {"jsd": math.nan}}, "expected a weight of at least 0 for jsd, found nan"),
         ({"weights": {}}, "expected at least one positive weight, found {}"),
         ({"weights": {"jsd": 0.0}}, "expected at least one positive weight"),
-        ({"temperature": 0.0}, "expected objective.temperature above 0, found 0.0"),
+        ({"temperature": 0.0}, "expected objective.temperature above 0, found 0;"),
         ({"beta": 1.5}, "expected objective.beta between 0 and 1, found 1.5"),
-        ({"skew": 1.0}, "expected objective.skew of at least 0 and below 1, found 1.0"),
-        ({"top_k": 0}, "expected objective.top_k of at least 1, found 0"),
+        ({"skew": 1.0}, r"expected objective.skew between 0 and 1 \(1 excluded\), found 1"),
+        ({"top_k": 0}, "expected objective.top_k between 1 and 1,000,000,000, found 0"),
         ({"discount": math.nan}, "expected objective.discount between 0 and 1, found nan"),
     ],
 )

@@ -219,7 +219,7 @@ def test_the_announced_size_is_the_final_one(captured: Captured) -> None:
 
 
 def test_bad_settings_and_other_tokenizers_are_refused(captured: Captured, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--top_k of 1 or more, found 0"):
+    with pytest.raises(ValueError, match="--top_k between 1 and 1,000,000,000, found 0"):
         CaptureSettings(top_k=0)
     with pytest.raises(ValueError, match="--top_k of at most 260 .* found 261"):
         captured(form="top_k", top_k=261)

@@ -186,7 +186,9 @@ def test_repair_is_what_the_settings_say(name: str) -> None:
 
 @pytest.mark.parametrize("axis", ["neurons", "query_heads", "kv_groups", "layers", "hidden"])
 def test_a_target_leaves_something(axis: str) -> None:
-    with pytest.raises(ValueError, match=f"expected targets of 1 or more, found 0 {axis}"):
+    with pytest.raises(
+        ValueError, match=f"expected a target of {axis} between 1 and 1,000,000,000, found 0; leave something"
+    ):
         Targets(**{axis: 0})
 
 

@@ -189,7 +189,14 @@ def test_no_pruning_or_quantization_in_the_same_run(other: Any, student_folder: 
         trainer.fit(lora_module(student_folder), loader())
 
 
-@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}])
-def test_settings_out_of_range(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected LoRA.rank of 1 or more, alpha above 0 and dropout between 0 and 1"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "expected LoRA.rank between 1 and"),
+        ({"alpha": 0}, "expected LoRA.alpha above 0, found 0"),
+        ({"dropout": 1.0}, r"expected LoRA.dropout between 0 and 1 \(1 excluded\), found 1"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LoRA(**settings)

@@ -30,8 +30,8 @@ def test_what_is_counted() -> None:
         ({"axes": ()}, "budget.axes of neurons, kv_groups or both, each once"),
         ({"axes": ("neurons", "neurons")}, "budget.axes of"),
         ({"axes": ("hidden",)}, "budget.axes of"),
-        ({"batch": 0}, "budget.batch and budget.length of 1 or more"),
-        ({"length": 0}, "budget.batch and budget.length of 1 or more"),
+        ({"batch": 0}, "budget.batch between 1 and"),
+        ({"length": 0}, "budget.length between 1 and"),
         (
             {"cost": "parameters", "length": 7},
             "no budget.length with the cost parameters, on which it has no effect, found 7",
