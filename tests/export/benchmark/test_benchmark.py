@@ -154,6 +154,14 @@ def test_an_artefact_that_does_not_load_is_a_reason(exported, tmp_path):
     assert "Error" in answers[0]["error"]
 
 
+def test_the_command_fails_where_an_artefact_was_not_measured_at_all(exported, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    (broken / "onnx").mkdir(parents=True)
+    (broken / "onnx/model.onnx").write_bytes(b"no graph")
+    assert main([str(exported), str(broken), "--runtimes", "onnx", *QUICK]) == 2
+    assert "the process ended with code 1" in capsys.readouterr().out
+
+
 def test_the_memory_of_a_worker_is_its_own(exported):
     """Memory that the parent holds at the same time is in no figure of the child."""
     [artefact], _ = find_artefacts([exported], ["onnx"])
