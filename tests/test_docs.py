@@ -1,6 +1,8 @@
 """What the documentation says is so: settings, losses, benchmarks and links. Its commands run in test_commands_of_docs.py."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -64,3 +66,10 @@ def test_ci_runs_both_commands_of_the_readme_and_holds_its_figures_against_a_run
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_pages_are_a_site_without_a_dead_link(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Potstill" in (tmp_path / "site/project/readme.html").read_text(encoding="utf-8")
