@@ -27,7 +27,7 @@ from export.phases import Phases
 from export.pipeline import export_all
 from export.report import closing, summary, write_report
 from export.sessions.onnx_session import OnnxSession
-from export.settings import ExportSettings, check_settings
+from export.settings import ExportSettings
 from export.verify import check_tokens
 from export.verify.checks import raise_on_failure
 from models.architecture import decoder_layers
@@ -72,7 +72,6 @@ class ExportOnFitEnd(Callback):
         **settings: Any,
     ) -> None:
         self.settings = ExportSettings(**settings)
-        check_settings(self.settings)
         check_arguments(ExportOnFitEnd.__init__, locals(), "ExportOnFitEnd.")
         if served_questions and not (compare_with_teacher and self.settings.graph):
             raise ValueError(

@@ -21,7 +21,7 @@ from callbacks.quantization import QuantizationAwareTraining
 from export.folders.compressed import check_compressible_formats
 from export.onnx_graph.layer_kinds import layer_kinds, slice_layers
 from export.onnx_graph.to_onnx import export_onnx
-from export.pipeline import check_cpu_model, check_output, is_compressed
+from export.plan import check_cpu_model, check_output, is_compressed
 from export.settings import ExportSettings
 from models.architecture import DecoderLayer, count_parameters, decoder_layers, head_name
 from models.post_training.format_choice import formats_by_pattern, quantization_edits

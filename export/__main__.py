@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.calibration import batches_from
 from export.calibration import Calibration, calibrate, has_scales, requantized
 from export.folders.student import load_student, rounded
-from export.onnx_graph.to_onnx import UNQUANTIZED, check_exportable
 from export.options import calibration_of, parser, settings_of
 from export.phases import Phases
-from export.pipeline import check_cpu_model, check_formats, check_output, export_all, results_folder
+from export.pipeline import export_all
+from export.plan import check_cpu_model, check_formats, check_output, results_folder
 from export.report import write_report
-from export.settings import ExportSettings, check_settings
+from export.settings import ExportSettings
 from export.verify import HeldOut
 from export.verify.checks import raise_on_failure
 from export.verify.prompts import check_room, prompts_for_verification
@@ -37,8 +37,7 @@ gc.enable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    settings, calibration = settings_of(options), calibration_of(options)
-    check_settings(settings)
+    calibration, settings = calibration_of(options), settings_of(options)
     check_output(options.output, overwrite=options.overwrite)
     with only_one(options.output):
         return _export(options, settings, calibration)
@@ -68,8 +67,6 @@ def _export(options: argparse.Namespace, settings: ExportSettings, calibration: 
         with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
             check = partial(check_formats, settings=settings)
             calibrate(model, tokenizer, calibration, check=partial(check, model), on_layer=on_layer)
-    if options.precision not in UNQUANTIZED:
-        check_exportable(model, precision=options.precision, opset=options.opset)
     model = rounded(model, settings.dtype)  # here, so that the numbers it was loaded with need no memory any more
     report = export_all(
         model,

@@ -4,10 +4,9 @@ The files are those of `export/layout.py`.  Everything is checked before anythin
 and is moved into place at the end.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.label_prompts import label_token_ids
 from export.benchmark.graphs import benchmark_onnx
-from export.cpu_graph.to_cpu import HEAD_MULTIPLE, check_cpu, write_cpu_graph
+from export.cpu_graph.to_cpu import write_cpu_graph
 from export.engine.write import Engines, write_engines
-from export.folders.compressed import check_compressible, check_compressible_formats, save_compressed
-from export.folders.student import check_plain, rounded, save_student, without_quantizers
+from export.folders.compressed import save_compressed
+from export.folders.student import save_student
 from export.layout import (
     COMPRESSED,
     CPU_GRAPH,
@@ -33,51 +31,19 @@ from export.layout import (
     LABEL_GRAPH,
     PREFILL_GRAPH,
     STUDENT,
-    WRITTEN,
 )
 from export.onnx_graph.labels import write_labels
 from export.onnx_graph.prefill import write_prefill
-from export.onnx_graph.to_onnx import UNQUANTIZED, check_engine_formats, check_exportable, export_onnx, formats_of
+from export.onnx_graph.to_onnx import UNQUANTIZED, export_onnx
 from export.phases import Phases
-from export.settings import ExportSettings, check_settings
+from export.plan import ExportPlan, check_output, plan_export, results_folder
+from export.settings import ExportSettings
 from export.verify import HeldOut, Verification, verify_artefacts
 from export.verify.checks import Check
 from export.verify.served import Served
-from models.architecture import decoder_layers
-from models.loading.contents import check_finite
 from models.loading.student_folder import why_not_plain
-from models.post_training.format_choice import formats_by_pattern
-from models.quantization.cache import cache_format
-from models.quantization.formats import FORMATS
-from models.quantization.linear import FakeQuantizedLinear, quantized_linears
-from models.structure.adapters import merged
-from program.files import check_kind, folder_bytes, foreign_files, move_into_place, only_one, staging_folder
-
-
-def check_output_free(output: Path) -> None:
-    """Raise `ValueError` if a folder already holds an export."""
-    found = [path for pattern in WRITTEN for path in sorted(output.glob(pattern))]
-    if found:
-        raise ValueError(
-            f"expected an output folder without an export, found {found[0].relative_to(output).as_posix()} in {str(output)!r}; "
-            "choose another folder, or replace the export with --overwrite"
-        )
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise `ValueError` for an output that is a file, has files where folders belong, or holds an export that shall stay."""
-    for folder in (output, *(output / name for name in FILES)):
-        check_kind(folder, folder=True)
-    for file in ("report.json", "report.md"):
-        check_kind(output / file, folder=False)
-    if not overwrite:
-        check_output_free(output)
-
-
-def results_folder(output: Path, verification: Sequence[Mapping[str, Any]], *, overwrite: bool) -> Path:
-    """Where the results are: what failed its verification never takes the place of an earlier export."""
-    failed = any(check["status"] == "failed" for check in verification)
-    return output / FAILED if failed and overwrite else output
+from models.quantization.linear import FakeQuantizedLinear
+from program.files import folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 
 
 def export_all(
@@ -114,56 +80,23 @@ def export_all(
     Raises:
         ValueError, ModuleNotFoundError: Settings, model and output do not fit; found before anything is written.
     """
-    check_settings(settings)
     check_output(output, overwrite=overwrite)
-    check_finite(model, "the model to export")
-    labels = label_tokens(tokenizer, settings.labels)
-    model = merged(model)
-    if "hf" in settings.formats and settings.plain:
-        check_plain(model)
-    assert (settings.cpu_format is not None) == (for_cpu is not None)
-    model = rounded(model, settings.dtype)
-    for_cpu = None if for_cpu is None else rounded(for_cpu, settings.dtype)
-    in_codes = model if for_cpu is None else for_cpu
-    is_quantized = bool(quantized_linears(in_codes) or cache_format(in_codes))
-    compressed = (is_quantized or settings.compressed is True) and is_compressed(
-        settings, partial(check_compressible, in_codes)
-    )
-    computed = _plain(model, settings) if settings.precision in UNQUANTIZED else model
-    if settings.graph:
-        check_exportable(computed, precision=settings.precision, opset=settings.opset)
-        if "engine" in settings.formats:
-            check_engine_formats(formats_of(computed))
-    check_cpu_model(model, settings)
-    if settings.cpu and for_cpu is None:
-        check_cpu(settings.precision, settings.opset, cache_format(model))
-
-    reason = why_not_plain(model)
+    plan = plan_export(model, tokenizer, settings, for_cpu)
+    del model, for_cpu  # what was rounded needs no memory any more
     phases = phases or Phases()
     with only_one(output), staging_folder(output) as staging:
         check_output(output, overwrite=overwrite)  # another export may have ended meanwhile
-        if "hf" in settings.formats:
-            with phases.phase("Student folder"):
-                save_student(model, tokenizer, staging / STUDENT, dtype=settings.dtype)
-            if reason is not None:
-                rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
-        if compressed:
-            with phases.phase("Compressed folder"):
-                save_compressed(in_codes, tokenizer, staging / COMPRESSED, dtype=settings.dtype)
-            if isinstance(in_codes.get_output_embeddings(), FakeQuantizedLinear):
-                rank_zero_info(
-                    f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
-                )
-        engines = _write_graphs(computed, staging, settings, labels, phases) if settings.graph else None
+        _write_folders(plan, tokenizer, staging, phases)
+        engines = _write_graphs(plan.computed, staging, settings, plan.labels, phases) if settings.graph else None
         checks: list[Check] = []
         served: dict[str, Served] = {}
         benchmark: list[dict[str, Any]] = []
         if settings.graph:
             itself = replace(settings, cpu=settings.cpu is True)
-            found = verify_artefacts(computed, staging, engines, itself, prompts, phases, held_out)
+            found = verify_artefacts(plan.computed, staging, engines, itself, prompts, phases, held_out)
             checks, served = found.checks, found.served
-            if for_cpu is not None:
-                found = _write_for_cpu(for_cpu, staging, settings, prompts, phases, held_out)
+            if plan.for_cpu is not None:
+                found = _write_for_cpu(plan.for_cpu, staging, settings, prompts, phases, held_out)
                 checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
             if settings.benchmark_repetitions:
                 benchmark = _benchmark(staging, settings, compare or {}, phases)
@@ -177,7 +110,7 @@ def export_all(
         _move(staging, output)
     engines = engines.moved(output / "engine") if engines else None
     return {
-        "artefacts": _artefacts(output, settings, engines, plain=reason is None),
+        "artefacts": _artefacts(output, settings, engines, plain=why_not_plain(plan.student) is None),
         "verification": verification,
         "served": [{"name": name, **found.figures()} for name, found in served.items()],
         "benchmark": [row for row in benchmark if "reason" not in row],
@@ -189,76 +122,20 @@ def export_all(
     }
 
 
-def check_formats(
-    model: PreTrainedModel, formats: Mapping[str, str], kv_cache: str | None, settings: ExportSettings
-) -> None:
-    """Raise for formats that cannot be exported like this; the model need not be quantized yet.
-
-    Args:
-        model: Its structure counts only.
-        formats: Of projections, by name.
-        kv_cache: Of keys and values.
-        settings: What is to be exported.
-
-    Raises:
-        ModuleNotFoundError, ValueError: See `check_compressible_formats`, `check_engine_formats` and `check_cpu`.
-    """
-    if settings.cpu is True:
-        check_cpu(settings.precision, settings.opset, kv_cache)
-    quantized = {name: format for name, format in formats.items() if format in FORMATS}
-    if settings.compressed is True and settings.cpu_format is None:
-        check_compressible_formats(model, quantized.items(), kv_cache)
-    if "engine" in settings.formats:
-        check_engine_formats(quantized.values())
-
-
-def check_cpu_model(model: PreTrainedModel, settings: ExportSettings) -> None:
-    """Raise for a model that has no graph for CPUs, or cannot be given the format of `settings.cpu`; see `check_formats`."""
-    if not settings.cpu:
-        return
-    width = decoder_layers(model)[0].head_dim
-    if width % HEAD_MULTIPLE:
-        raise ValueError(
-            f"expected attention heads of a multiple of {HEAD_MULTIPLE} channels for a graph for the CPU, found {width}, which ONNX Runtime's "
-            "attention does not take; leave the graph out"
-        )
-    if settings.cpu_format is not None and settings.compressed is True:
-        formats = formats_by_pattern(model, settings.cpu_format, {})
-        check_compressible_formats(model, formats.items(), None)
-
-
-def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, int]:
-    """The token of each label; see `label_token_ids` for which are refused.  No labels are none."""
-    return dict(zip(labels, label_token_ids(tokenizer, labels), strict=True)) if labels else {}
-
-
-def is_compressed(settings: ExportSettings, check: Callable[[], None]) -> bool:
-    """Whether a quantized student gets a compressed folder, too.
-
-    Args:
-        settings: With `auto`, it gets one if the check passes; if not, one line says why.
-        check: It raises if there can be none; not called if none is wanted.
-
-    Raises:
-        ModuleNotFoundError, ValueError: The check's, where the settings ask for the folder.
-    """
-    if settings.compressed is False or (settings.compressed == "auto" and "hf" not in settings.formats):
-        return False
-    try:
-        check()
-    except (ModuleNotFoundError, ValueError) as error:
-        if settings.compressed == "auto":
-            rank_zero_info(f"{COMPRESSED}/ is left out: {error}")
-            return False
-        raise
-    return True
-
-
-def _plain(model: PreTrainedModel, settings: ExportSettings) -> PreTrainedModel:
-    """What `student/` holds for programs that know no quantizers."""
-    if not quantized_linears(model):
-        return model
-    return rounded(without_quantizers(model, keep_cache=True), settings.dtype)
+def _write_folders(plan: ExportPlan, tokenizer: PreTrainedTokenizerBase, staging: Path, phases: Phases) -> None:
+    dtype, reason = plan.settings.dtype, why_not_plain(plan.student)
+    if "hf" in plan.settings.formats:
+        with phases.phase("Student folder"):
+            save_student(plan.student, tokenizer, staging / STUDENT, dtype=dtype)
+        if reason is not None:
+            rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
+    if plan.in_codes is not None:
+        with phases.phase("Compressed folder"):
+            save_compressed(plan.in_codes, tokenizer, staging / COMPRESSED, dtype=dtype)
+        if isinstance(plan.in_codes.get_output_embeddings(), FakeQuantizedLinear):
+            rank_zero_info(
+                f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
+            )
 
 
 def _write_graphs(

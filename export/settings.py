@@ -44,7 +44,9 @@ class ExportSettings:
         threads: Threads of the benchmark in ONNX Runtime; by default its choice.
 
     Raises:
-        ValueError: A number out of its range, a null, or settings that contradict each other.
+        ModuleNotFoundError: There is to be an engine, and the package that compiles it is not installed.
+        ValueError: A number out of its range, a null, settings that contradict each other, or a format that the graph for CPUs or the
+            engine can't have.
     """
 
     precision: Precision = "fp32"
@@ -72,6 +74,7 @@ class ExportSettings:
         for name in (field.name for field in fields(self) if isinstance(getattr(self, field.name), list)):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check()
+        self._check_installed()
 
     def _check(self) -> None:
         for name in ("batch", "sequence", "past"):
@@ -88,6 +91,15 @@ class ExportSettings:
                 f"expected onnx or engine among formats for {further[0]}, which asks for a further graph, found {list(self.formats)}; "
                 "add onnx, or leave it out"
             )
+
+    def _check_installed(self) -> None:
+        if self.cpu:
+            check_cpu(self.cpu_format or self.precision, self.opset)
+        if "engine" in self.formats:
+            format = format_for(self.precision)
+            check_engine_formats([] if format is None else [format])
+            check_target(self.precision, self.targets)
+            import_tensorrt(self.tensorrt)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -109,18 +121,3 @@ class ExportSettings:
     def cpu_format(self) -> FormatName | None:
         """The format of a student that is requantized for CPUs; None: `cpu.onnx`, if there is one, has the numbers of `model.onnx`."""
         return None if isinstance(self.cpu, bool) else self.cpu
-
-
-def check_settings(settings: ExportSettings) -> None:
-    """Raise for formats that the graph for CPUs or the engine can't have, and for a TensorRT that is not installed.
-
-    Raises:
-        ModuleNotFoundError, ValueError: See `check_cpu`, `check_engine_formats`, `check_target` and `import_tensorrt`.
-    """
-    if settings.cpu:
-        check_cpu(settings.cpu_format or settings.precision, settings.opset)
-    if "engine" in settings.formats:
-        format = format_for(settings.precision)
-        check_engine_formats([] if format is None else [format])
-        check_target(settings.precision, settings.targets)
-        import_tensorrt(settings.tensorrt)

@@ -25,7 +25,6 @@ import train
 from datamodules.chat import Conversation, encode
 from export import chat
 from export.options import calibration_of, parser, settings_of
-from export.settings import check_settings
 from tests.helpers.chat_doubles import byte_tokenizer
 from tests.helpers.short_runs import ROOT, short
 from tests.helpers.tiny import tiny_folder
@@ -214,7 +213,7 @@ def test_what_runs_elsewhere_is_in_the_pages_and_accepted(monkeypatch: pytest.Mo
             assert stop.value.code == 0
         if elsewhere(command) and command.startswith("python -m export "):  # engines take a minute each
             options = parser().parse_args(shlex.split(command)[3:])
-            check_settings(settings_of(options))
+            settings_of(options)
             calibration_of(options)
 
 
