@@ -16,7 +16,7 @@ from callbacks import AtomicCheckpointIO
 from export import pipeline
 from export.__main__ import main
 from export.benchmark import __main__ as benchmark
-from export.layout import FILES
+from export.layout import FILES, WRITTEN
 from export.settings import ExportSettings
 from export.verify import Verification
 from export.verify.checks import Check
@@ -323,4 +323,4 @@ def test_a_file_where_a_folder_belongs_is_refused(
 
 
 def test_every_folder_of_an_export_has_its_patterns() -> None:
-    assert {pattern.split("/")[0] for pattern in pipeline.WRITTEN} - set(FILES) == {"report.json", "report.md"}
+    assert {pattern.split("/")[0] for pattern in WRITTEN} - set(FILES) == {"report.json", "report.md"}
