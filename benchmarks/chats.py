@@ -31,6 +31,7 @@ from models.generation.rollout import rollout
 from models.generation.sampling import Sampling, seed_of
 from models.loading.reference import end_token_ids, load_model, load_tokenizer
 from program.packaged import PackagedFile, cache_folder, fetch
+from program.screen import as_command
 
 INSTRUCTIONS = PackagedFile(
     requirement="evals==3.0.1.post1",
@@ -164,7 +165,4 @@ def _sample(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(as_command(main)())

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from benchmarks.harness import interleave, parser, report, spread
 from models import losses
 from models.losses import FullTargets, Head, Objective, linear_objective
+from program.screen import as_command
 
 SIZES = ["8192x49152x576", "2048x151936x896"]
 NAIVE = {
@@ -229,4 +230,4 @@ def resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())

@@ -12,6 +12,7 @@ Peak memory is the whole process's resident set on a CPU, torch's allocations on
 """
 
 import json
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from benchmarks.workers import WARM_UP, Gate, Worker, take_turns
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from models.loading.reference import load_model, load_tokenizer
+from program.screen import as_command
 
 TASKS: dict[str, dict[str, Any]] = {
     "gcd": {},
@@ -216,4 +218,4 @@ def _conversations(folder: str) -> list[list[dict[str, str]]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from models.hardware.interleave import interleave
 from program.files import write_file
+from program.options import Parser, positive
 
 __all__ = ["interleave", "parser", "report", "spread"]
 
@@ -26,9 +28,11 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options of every benchmark."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    module = sys.modules["__main__"].__spec__
+    command = f"python -m {module.name.removesuffix('.__main__')}" if module else None
+    options = Parser(command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument(
-        "--repetitions", type=int, default=5, help="counted repetitions of each side (default: %(default)s)"
+        "--repetitions", type=positive, default=5, help="counted repetitions of each side (default: %(default)s)"
     )
     options.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
     return options

@@ -36,6 +36,7 @@ from benchmarks.harness import parser, report
 from models.loading.checkpoint import read_checkpoint
 from models.loading.reference import load_tokenizer
 from program.progress import Bar
+from program.screen import as_command
 
 PACKAGES = ("torch", "lightning", "transformers")
 TOKENIZER = "package:smollm2-135m-instruct"
@@ -259,4 +260,4 @@ def _difference(ours: Any, theirs: Any, place: str = "") -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())

@@ -24,6 +24,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from benchmarks.harness import interleave, parser, report, spread
 from models.loading.reference import load_model, load_tokenizer
+from program.screen import as_command
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "configs/distill.yaml"
@@ -198,4 +199,4 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())

@@ -13,6 +13,7 @@ in nats per token of held-out answers, against the float32 model in torch.
 | `ttft_512`                | seconds to the logits behind a prompt of 512, ours over the peer's best graph | lower |
 """
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,7 @@ from benchmarks.harness import interleave, parser, report, spread
 from benchmarks.onnx_graphs import GRAPHS, MODEL, Graph, genai_graph, our_graph
 from export.sessions.shared_cache import SharedCacheSession
 from models.loading.reference import load_model, load_tokenizer
+from program.screen import as_command
 
 PAST = 128
 PIECE = 256  # tokens that ours runs at once
@@ -213,4 +215,4 @@ def _prompt(length: int) -> Sequence[int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())

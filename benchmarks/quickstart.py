@@ -27,6 +27,7 @@ from typing import Any
 from export.benchmark.report import machine
 from export.report import ratios
 from program.files import move_into_place, staging_folder
+from program.screen import as_command
 
 ROOT = Path(__file__).parents[1]
 FIGURES, README = Path("docs/results/quickstart.json"), Path("README.md")
@@ -42,26 +43,23 @@ _GRAPHS = {
 }
 
 
+@as_command
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run the command; 0 if everything went well, 1 if a check found something."""
     options = _parser().parse_args(arguments)
-    try:
-        report = _read(options.report)
-        if options.check:
-            figures = figures_of(report, {})
-            _say_what_is_missed(figures)
-            found = list(differences(figures, _read(root / FIGURES)))
-            for sentence in found:
-                print(f"error: {sentence}", file=sys.stderr)
-            return 1 if found else 0
-        teacher = _read(options.report.parent / "teacher/report.json")
-        minutes = {"teacher": teacher["minutes"], "student": report["minutes"], "install": options.install_minutes}
-        about = {"commit": _commit(root), "machine": machine(), "minutes": minutes}
-        figures = figures_of(report, about)
-        readme = with_table((root / README).read_text(encoding="utf-8"), figures)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = _read(options.report)
+    if options.check:
+        figures = figures_of(report, {})
+        _say_what_is_missed(figures)
+        found = list(differences(figures, _read(root / FIGURES)))
+        for sentence in found:
+            print(f"error: {sentence}", file=sys.stderr)
+        return 1 if found else 0
+    teacher = _read(options.report.parent / "teacher/report.json")
+    minutes = {"teacher": teacher["minutes"], "student": report["minutes"], "install": options.install_minutes}
+    about = {"commit": _commit(root), "machine": machine(), "minutes": minutes}
+    figures = figures_of(report, about)
+    readme = with_table((root / README).read_text(encoding="utf-8"), figures)
     _write(root / FIGURES, json.dumps(figures, indent=2) + "\n")
     _write(root / README, readme)
     print(f"Wrote {FIGURES} and the table in {README}")

@@ -5,6 +5,8 @@
 Both sample in bfloat16 with a key/value cache, without end tokens, so that both generate exactly the same number of tokens.
 """
 
+import sys
+
 import torch
 
 from benchmarks.harness import interleave, parser, report, spread
@@ -13,6 +15,7 @@ from models.generation.decoder import decoder_for
 from models.generation.rollout import rollout
 from models.generation.sampling import Sampling
 from models.loading.reference import load_model
+from program.screen import as_command
 
 PROMPT_TOKENS = 32
 
@@ -60,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())

@@ -82,17 +82,17 @@ _TO_DO = {
 }
 
 
-def as_command(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
+def as_command(main: Callable[_Arguments, int | None]) -> Callable[_Arguments, int]:
     """Make a main function one for people: quiet, and a user's mistake is one sentence on standard error and exit code 2.
 
-    With `POTSTILL_DEBUG=1` an error shows its stack.
+    What returns None ended well.  With `POTSTILL_DEBUG=1` an error shows its stack.
     """
 
     @wraps(main)
     def run(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> int:
         with quiet_program():
             try:
-                return main(*arguments, **named)
+                return main(*arguments, **named) or 0
             except KeyboardInterrupt:
                 return 128 + signal.SIGINT
             except Exception as error:

@@ -28,6 +28,7 @@ from models import SFT, Distillation, StudentModule
 from models.generation.on_policy import OnPolicy
 from models.loading.reference import load_model
 from models.losses import Objective
+from program.screen import as_command
 
 TIME_REFERENCE = "two_stage"
 
@@ -149,7 +150,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(as_command(main)())

@@ -39,6 +39,7 @@ from models.pruning.scores.removal_order import Ranking
 from models.structure.edits import Edit, replay
 from models.structure.shape import shape_of
 from models.teacher import RememberingTeacher, Teacher
+from program.screen import as_command
 
 MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES = 128
@@ -183,7 +184,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(as_command(main)())

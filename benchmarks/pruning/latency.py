@@ -6,6 +6,7 @@ Every layer loses as many neurons and key/value groups, first units kept: qualit
 the values of weights.  Both models run the prefill of the same tokens, in float32, in turns.
 """
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.pruning.budget.costs import flops, parameters
 from models.pruning.budget.latency import Run, compare, meet_latency, torch_run
 from models.pruning.budget.uniform import evenly_sparse
 from models.structure.shape import Shape, shape_of, sliced
+from program.screen import as_command
 
 BACKENDS = {"torch": torch_run, "onnxruntime": onnx_run}
 
@@ -79,4 +81,4 @@ def _row(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())

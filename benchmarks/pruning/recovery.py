@@ -23,6 +23,7 @@ from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, 
 from callbacks import GradualPruning
 from models import Distillation
 from models.generation.on_policy import OnPolicy
+from program.screen import as_command
 
 OUT = Path("docs/results/pruning/recovery")
 
@@ -111,7 +112,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(as_command(main)())

@@ -42,6 +42,7 @@ from models.loading.reference import load_model, load_tokenizer
 from models.post_training.format_choice import UNQUANTIZED, bits_of
 from models.quantization.formats import FORMATS
 from models.teacher import RememberingTeacher, Teacher
+from program.screen import as_command
 
 MODEL = "package:smollm2-135m-instruct"
 OUT = Path("docs/results/quantization")
@@ -240,7 +241,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(as_command(main)())

@@ -39,6 +39,7 @@ from datamodules.ranking import Candidate
 from export.serving.scorer import Scorer
 from export.sessions.session import SharingSession
 from models.loading.reference import load_model
+from program.screen import as_command
 
 RATIO_AT = 50  # candidates; more of them are repeated less often
 WARM_UP = 10  # candidates
@@ -212,7 +213,4 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(as_command(main)())

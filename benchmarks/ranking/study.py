@@ -43,6 +43,7 @@ from models.pruning.budget.latency import compare, torch_run
 from models.pruning.cut import PruningSettings, Targets, plan_cut, repair_cut
 from models.structure.edits import replay
 from models.teacher import RememberingTeacher
+from program.screen import as_command
 
 RECIPE = Path(__file__).parents[2] / "configs/ranking.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics")
@@ -266,7 +267,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(as_command(main)())

@@ -21,6 +21,7 @@ difference that this width belongs to.  A row of `fault` names the check that fo
 
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,7 @@ from models.loading.reference import end_token_ids, load_model, load_tokenizer
 from models.post_training.settings import PostTrainingQuantization
 from models.quantization.linear import freeze_scales
 from models.structure.edits import apply_edit
+from program.screen import as_command
 
 MODEL, LAYERS = "package:smollm2-135m-instruct", [0, 1, 2, 3]
 STUDENT = Path("runs/quickstart/student")
@@ -377,4 +379,4 @@ def _drawn(prompts: Sequence[Tensor], draw: random.Random, rows: int, *, padded:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main)())
