@@ -157,7 +157,7 @@ def test_splits_that_were_not_given(write: Write, tokenizer_folder: str) -> None
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 5])
 def test_val_fraction_out_of_range(fraction: float) -> None:
-    with pytest.raises(ValueError, match=f"at least 0 and below 1, found {fraction}"):
+    with pytest.raises(ValueError, match=rf"data.val_fraction between 0 and 1 \(1 excluded\), found {fraction}"):
         Conversations("any", "data.jsonl", val_fraction=fraction)
 
 

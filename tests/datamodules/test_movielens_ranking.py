@@ -122,10 +122,10 @@ def test_only_one_answer_in_training(tokenizer_folder: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"history": -1}, "found history -1"),
-        ({"test_size": 0}, "found history 15, train_size 20000, val_size 1000, test_size 0"),
+        ({"history": -1}, "expected data.history between 0 and 1,000,000,000, found -1"),
+        ({"test_size": 0}, "expected data.test_size between 1 and 1,000,000,000, found 0"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "together below 1, found 0.5 and 0.5"),
-        ({"val_fraction": -0.1}, "found -0.1 and 0.1"),
+        ({"val_fraction": -0.1}, "expected data.val_fraction between 0 and 1, found -0.1"),
         ({"labels": ["no", "maybe", "yes"]}, r"expected two labels.* found \['no', 'maybe', 'yes'\]"),
     ],
 )
