@@ -276,7 +276,7 @@ def test_options_have_their_range(place: Path, exported: None, command: str, dat
     words = [*always, *(word for pair in data.draw(pairs) for word in pair)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "_export", lambda *_: 0)
-        patch.setattr(benchmarking, "compare", lambda *_, **__: [{}])
+        patch.setattr(benchmarking, "compare", lambda artefacts, *_, **__: [{"name": each.name} for each in artefacts])
         patch.setattr(benchmarking, "text", lambda _: "")
         patch.setattr(benchmarking, "plot", lambda _, path: path.touch())
         shutil.rmtree("captured", ignore_errors=True)
