@@ -1,4 +1,4 @@
-"""Shared by the studies: rows on disk that survive an interruption, their mean and spread over seeds, tables and plots.
+"""Shared by the studies: rows on disk that survive an interruption, and the page that shows them.
 
 A study is a list of runs.  Every finished run is one line of `<out>.jsonl`, written at once or not at all, so that the same
 command goes on where it stopped.  A row carries the settings it was made with; rows made otherwise are refused, not mixed.
@@ -8,19 +8,15 @@ import hashlib
 import json
 import os
 import platform
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
 
+from benchmarks.harness import report
+from benchmarks.page import write_page
 from benchmarks.students import keep_layers
 from models.loading.reference import load_model, load_tokenizer
 from program.files import write_file
@@ -134,79 +130,17 @@ def write_half(teacher: str, folder: Path) -> None:
     load_tokenizer(teacher).save_pretrained(folder)
 
 
-def write_study_page(out: Path, title: str, command: str, parts: Sequence[str], rows: Sequence[Row]) -> Path:
-    """Write `<out>.md`: what made it, the words of `<out>/notes.md` if there are any, the parts, and the machines of the rows.
+def finish(rows: Sequence[Row], packages: Sequence[str], out: Path, target: Path | None) -> None:
+    """Report all rows, and make the tables and pictures of the page beside them again, if there is one.
 
     Args:
-        out: Folder of rows and plots; the page lies beside it.
-        title: Of the page.
-        command: What made it.
-        parts: Markdown; empty ones are left out.
-        rows: Each with its `machine`.
-
-    Returns:
-        The page's path.
+        rows: Of the study.
+        packages: Whose versions are reported.
+        out: Where the rows are, without the suffix.
+        target: Of the report, JSON.
     """
-    notes = out / "notes.md"
-    machines = sorted({", ".join(f"{key} {value}" for key, value in row["machine"].items()) for row in rows})
-    whole = [
-        f"# {title}\n",
-        f"Everything on this page but the notes is written by\n\n```bash\n{command}\n```\n",
-        notes.read_text(encoding="utf-8") if notes.is_file() else "",
-        *parts,
-        "## Machines\n",
-        "".join(f"- {line}.\n" for line in machines),
-    ]
+    report(flat(rows), {}, packages, target)
     page = out.with_suffix(".md")
-    write_text(page, "\n".join(part for part in whole if part))
-    return page
-
-
-# Over seeds ---------------------------------------------------------------------------------------------------------------------
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def cell(values: Sequence[float], digits: int) -> str:
-    """`mean ± deviation`, as a table shows it; a dash where there is nothing."""
-    if not values:
-        return "-"
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
-
-
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
-    """A table; the first columns are text, the others are figures."""
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines]) + "\n"
-
-
-def plot_dots(axes: Axes, series: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> None:
-    """Every value as a dot and the mean with its standard deviation as a bar, one line for each name.
-
-    Args:
-        axes: Where to draw.
-        series: Values by series (a colour) and name (a line); a name without values in a series is left out.
-        label: Of the values.
-    """
-    names = list(dict.fromkeys(name for values in series.values() for name in values))
-    for number, (title, values) in enumerate(series.items()):
-        shift = 0.22 * (number - (len(series) - 1) / 2)
-        shown = [name for name in names if values.get(name)]
-        heights = [names.index(name) + shift for name in shown]
-        means, deviations = zip(*[mean_and_deviation(values[name]) for name in shown], strict=True)
-        axes.errorbar(means, heights, xerr=deviations, fmt="D", capsize=3, color=f"C{number}", label=title)
-        for name, height in zip(shown, heights, strict=True):
-            axes.scatter(values[name], [height] * len(values[name]), s=10, alpha=0.5, color=f"C{number}")
-    axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-
-
-def save_plot(figure: Any, path: Path) -> None:
-    """Write a picture at once or not at all, and free it."""
-    write_file(path, lambda path: figure.savefig(path, dpi=110))
-    plt.close(figure)
+    if page.is_file():
+        write_page(page)
+        print(f"wrote {page}")

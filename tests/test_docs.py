@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import train
+from benchmarks import page
 from models import Distillation
 from models.generation.on_policy import OnPolicy
 from models.generation.sampling import Sampling
@@ -73,3 +74,7 @@ def test_the_pages_are_a_site_without_a_dead_link(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Potstill" in (tmp_path / "site/project/readme.html").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_the_studies_are_what_their_rows_give() -> None:
+    assert page.main([*map(str, sorted((ROOT / "docs/results").glob("*.md"))), "--check"]) == 0

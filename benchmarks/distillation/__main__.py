@@ -20,9 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.distillation.page import write_page
-from benchmarks.harness import report
-from benchmarks.study import Row, flat, write_half
+from benchmarks.study import Row, finish, write_half
 from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from models import SFT, Distillation, StudentModule
 from models.generation.on_policy import OnPolicy
@@ -142,11 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         rows = study(options, Path(folder) / "student")
-    titles = {name: ARMS[name].title for name in options.arms}
-    words = sys.argv[1:] if arguments is None else arguments
-    page = write_page(rows, titles, options.out, " ".join(["python -m benchmarks.distillation", *words]))
-    report(flat(rows), {}, PACKAGES, options.json)
-    print(f"wrote {page}")
+    finish(rows, PACKAGES, options.out, options.json)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.chats import answered, calibration_prompts, held_out_prompts
 from benchmarks.harness import report
 from benchmarks.pruning.arms import ARMS, BASELINE, CUTS, QUICK_ARMS, QUICK_CUTS, Arm, Peer
-from benchmarks.pruning.page import write_page
 from benchmarks.pruning.speed import speeds
-from benchmarks.study import Row, Rows, flat, machine
+from benchmarks.study import Row, Rows, finish, flat, machine
 from models.architecture import count_parameters
 from models.evaluation.answers import evaluate
 from models.loading.reference import load_model, load_tokenizer
@@ -177,10 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rows = study(options.cuts, options.out)
     rows += speeds(MODEL, rows, Rows(options.out.with_suffix(".jsonl")))
-    words = sys.argv[1:] if arguments is None else arguments
-    page = write_page(rows, options.out, " ".join(["python -m benchmarks.pruning", *words]))
-    report(flat(rows), {}, PACKAGES, options.json)
-    print(f"wrote {page}")
+    finish(rows, PACKAGES, options.out, options.json)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The studies' teacher is distilled into a copy of itself that loses 37.5 % of its MLP neurons and one of three key/value groups,
 by OSSCAR with sequential repair: after the first step at once, or in three events over the first half of the steps.  Data, optimizer and
 precision are those of `study.yaml`; the arms of a seed see the same batches in the same order.  An interrupted command goes on where
-it stopped; `python -m benchmarks.pruning` writes the page.
+it stopped; `python -m benchmarks.page docs/results/pruning.md` shows it.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.harness import report
-from benchmarks.study import Row, check_teacher, flat
+from benchmarks.study import Row, check_teacher, finish
 from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
 from callbacks import GradualPruning
 from models import Distillation
@@ -73,7 +72,9 @@ class Study(TrainingStudy):
         def train() -> Row:
             pruning = GradualPruning(**PRUNING, **schedule, seed=seed)
             figures = self.fit(lambda: self._module(arm, seed), seed, steps, [pruning])
-            return {**about, **figures, "history": pruning.history}
+            last = pruning.history[-1]
+            after_cut = last.get("kl_after_repair", last["kl_after_cut"])
+            return {**about, **figures, "kl_after_last_cut": after_cut, "history": pruning.history}
 
         return self.row(f"{name}-{seed}", {"steps": steps, **PRUNING, **schedule}, train)
 
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_teacher(options.teacher)
     quiet()
     rows = study(options)
-    report(flat(rows), {}, PACKAGES, options.json)
+    finish(rows, PACKAGES, options.out, options.json)
 
 
 if __name__ == "__main__":

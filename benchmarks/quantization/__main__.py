@@ -31,10 +31,9 @@ from benchmarks.chats import answered, calibration_prompts, held_out_prompts
 from benchmarks.harness import report
 from benchmarks.quantization.arms import ARMS, COMPARISONS, INT4, Arm, HeadArm, best
 from benchmarks.quantization.graphs import graph_rows
-from benchmarks.quantization.page import write_page
 from benchmarks.quantization.peers import Peer
 from benchmarks.quantization.training import DISTILLED, LEARNED, ON_ALL, STEPS, WAYS, learning_rate, trained_row
-from benchmarks.study import Row, Rows, flat
+from benchmarks.study import Row, Rows, finish, flat
 from benchmarks.trained import quiet
 from datamodules.collate import Batch
 from models.evaluation.answers import evaluate
@@ -135,7 +134,9 @@ class Study:
         """Students after training from their calibrated start."""
 
         def make(arm: Arm, way: str) -> Row:
-            return trained_row(self.bench, arm, way, steps)
+            (before,) = self.calibrated([arm])
+            row = trained_row(self.bench, arm, way, steps)
+            return row | {"kl_before": before["kl"], "recovered": 1 - row["kl"] / before["kl"]}
 
         runs = [
             Run(
@@ -193,14 +194,13 @@ def trained(study: Study, steps: int) -> tuple[list[Row], dict[str, float]]:
     return rows, ratios
 
 
-def whole(study: Study, options: argparse.Namespace) -> tuple[list[Row], Path]:
-    """All rows of these formats, and the page."""
+def whole(study: Study, options: argparse.Namespace) -> list[Row]:
+    """All rows of these formats."""
     calibrated = study.calibrated([arm for format in options.formats for arm in ARMS[format]])
     starts = [best(format) for format in options.formats if format in options.train]
     after = study.trained(starts, options.ways, options.steps)
     graphs = study.graphs(options.formats, options.repetitions) if options.repetitions else None
-    page = write_page(calibrated, after, graphs, options.out, options.command)
-    return [*calibrated, *after], page
+    return [*calibrated, *after, *([graphs] if graphs else [])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,15 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick and options.qat:
         parser.error("expected --quick or --qat, found both; run one after the other")
-    options.command = " ".join(
-        ["python -m benchmarks.quantization", *(sys.argv[1:] if arguments is None else arguments)]
-    )
     quiet()
     if not (options.quick or options.qat):
         options.out = options.out or OUT
-        rows, page = whole(Study(options.out, options.samples), options)
-        report(flat(rows), {}, PACKAGES, options.json)
-        print(f"wrote {page}")
+        finish(whole(Study(options.out, options.samples), options), PACKAGES, options.out, options.json)
         return
     with tempfile.TemporaryDirectory() as temporary:
         study = Study(options.out or Path(temporary), options.samples)

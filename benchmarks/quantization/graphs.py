@@ -33,7 +33,7 @@ def graph_rows(bench: Any, formats: Sequence[str], repetitions: int) -> list[dic
 
     Returns:
         Rows of `format`, `megabytes`, and but for FP8 `tokens_per_second` (behind 128 tokens), `first_token_ms` (512 tokens) and the
-        spread of both, in seconds a run.
+        spread of both, the longest time over the shortest.
     """
     with tempfile.TemporaryDirectory() as temporary:
         names = tqdm((PLAIN, *formats), desc="Graphs", unit="format", leave=False)
@@ -66,9 +66,9 @@ def _timed(sides: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, d
 def _figures(decode: dict[str, float], prefill: dict[str, float]) -> dict[str, Any]:
     return {
         "tokens_per_second": NEW / decode["median_s"],
-        "decode": decode,
+        "decode_spread": decode["max_s"] / decode["min_s"],
         "first_token_ms": 1000 * prefill["median_s"],
-        "prefill": prefill,
+        "prefill_spread": prefill["max_s"] / prefill["min_s"],
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.study import Row, save_plot
+from benchmarks.page import Row, save_plot
 
 TITLES = {
     "hot": "prefix hot",

@@ -27,10 +27,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.harness import report
-from benchmarks.ranking.study_page import write_page
 from benchmarks.students import keep_layers
-from benchmarks.study import Row, Rows, fingerprint, flat
+from benchmarks.study import Row, Rows, fingerprint, finish
 from benchmarks.trained import quiet
 from callbacks import QuantizationAwareTraining
 from datamodules.movielens_ranking import MovieLens
@@ -260,10 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"expected 4 steps or more and different seeds, found {options.steps} and {options.seeds}")
     quiet()
     rows = study(options)
-    words = sys.argv[1:] if arguments is None else arguments
-    page = write_page(rows, options.out, " ".join(["python -m benchmarks.ranking.study", *map(str, words)]))
-    report(flat(rows), {}, PACKAGES, options.json)
-    print(f"wrote {page}")
+    finish(rows, PACKAGES, options.out, options.json)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import trained as study_training
 from benchmarks.distillation import __main__ as study_distillation
-from benchmarks.distillation.page import Expectation, verdict
-from benchmarks.study import Rows, cell, markdown_table, write_half
+from benchmarks.study import Rows, write_half
 from benchmarks.trained import RECIPE
+from tests.helpers.study_pages import page_beside
 from tests.helpers.tiny import tiny_folder
 
 ARMS = list(study_distillation.ARMS)
@@ -34,8 +34,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def out(command: list[str]) -> Path:
+    path = Path(command[command.index("--out") + 1])
+    page_beside(path, "distillation", "distillation")
     study_distillation.main(command)
-    return Path(command[command.index("--out") + 1])
+    return path
 
 
 def test_every_arm_and_seed_has_a_row(out: Path) -> None:
@@ -131,28 +133,3 @@ def test_an_unfinished_write_is_no_row(tmp_path: Path) -> None:
     rows.write("a", {"settings": {"x": [1, 2]}})
     assert rows.find("a", {"x": (1, 2)}) == {"settings": {"x": [1, 2]}}
     assert [path.name for path in tmp_path.iterdir()] == ["study.jsonl"]
-
-
-def test_cells_and_tables() -> None:
-    assert (cell([1.0, 3.0], 1), cell([2.0], 2), cell([], 1)) == ("2.0 ± 1.4", "2.00", "-")
-    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
-
-
-@pytest.mark.parametrize(
-    ("metric", "is_open", "ours", "expected"),
-    [
-        ("task_score", False, [0.5, 0.6, 0.7], "as expected"),
-        ("kl", False, [0.5, 0.6, 0.7], "**contradicts**"),
-        ("kl", True, [0.5, 0.6, 0.7], "worse"),
-        ("task_score", False, [0.9, 0.1, 0.2], "open"),
-        ("task_score", False, [0.5], "open: one seed"),
-    ],
-)
-def test_verdicts(metric: str, is_open: bool, ours: list[float], expected: str) -> None:
-    theirs = [0.1, 0.2, 0.31][: len(ours)]
-    shown, found = verdict(Expectation("a", "b", metric, "a paper", is_open), ours, theirs)
-    assert found == expected
-    if (
-        len(ours) == 3 and found != "open"
-    ):  # differences 0.4, 0.4, 0.39: deviation 0.00577, half-width 4.30 * that / sqrt(3)
-        assert shown == "+0.397 (+0.382 to +0.411)"

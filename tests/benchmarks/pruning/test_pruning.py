@@ -9,12 +9,12 @@ import torch
 from benchmarks import chats
 from benchmarks.pruning import __main__ as pruning
 from benchmarks.pruning import arms as pruning_arms
-from benchmarks.pruning import page as pruning_page
 from benchmarks.pruning import speed as pruning_speed
 from benchmarks.study import Rows
 from datamodules.collate import IGNORE_INDEX
 from models.loading.reference import load_model, load_tokenizer
 from models.pruning.cut import Targets
+from tests.helpers.study_pages import page_beside
 from tests.helpers.tiny import tiny_folder
 
 pytestmark = pytest.mark.long
@@ -81,14 +81,10 @@ def test_quick_prints_ratios_and_writes_json(bench: Path, capsys: pytest.Capture
 def test_the_study_writes_a_page_and_goes_on_where_it_stopped(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arms for each of the tiny model's cuts, timed twice."""
     arms = (pruning_arms.BASELINE, pruning_arms.Arm("osscar", "sequential", "per_layer"))
-    for module in (pruning, pruning_page):
-        monkeypatch.setattr(module, "ARMS", {**dict.fromkeys(pruning.CUTS, arms), "mlp 25 %": arms})
-        monkeypatch.setattr(module, "CUTS", pruning.CUTS)
+    monkeypatch.setattr(pruning, "ARMS", dict.fromkeys(pruning.CUTS, arms))
     monkeypatch.setattr(pruning_speed, "REPETITIONS", 2)
     study = ["--out", str(bench / "study"), "--cuts", *pruning.CUTS]
-    notes = bench / "study/notes.md"
-    notes.parent.mkdir()
-    notes.write_text("Words of ours.\n")
+    page_beside(bench / "study", "pruning", "pruning")
     pruning.main(study)
     rows = list(Rows(bench / "study.jsonl").all().values())
     students, timed = [row for row in rows if "arm" in row], [row for row in rows if "speed_of" in row]
@@ -99,8 +95,9 @@ def test_the_study_writes_a_page_and_goes_on_where_it_stopped(bench: Path, monke
     for row in students:
         assert next(speed for speed in timed if speed["layers"] == row["layers"])["parameters"] == row["parameters"]
     page = (bench / "study.md").read_text()
-    assert all(f"| {row['arm']} | {row['kl']:.3f} |" in page for row in students)
-    assert "Words of ours." in page and " ".join(study) in page and "## Speed" in page and "Recovery" not in page
+    shown = [row for row in students if f"### {row['cut']}: " in page]
+    assert shown and all(f"| {row['arm']} | {row['kl']:.3f} |" in page for row in shown)
+    assert all(f"| {row['parameters'] / 1e6:.1f} | {row['gflops']:.1f} |" in page for row in timed)
 
     for module, name in ((pruning, "Bench"), (pruning_speed, "load_model")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("made again"))

@@ -7,8 +7,8 @@ import yaml
 
 from benchmarks import trained as study_training
 from benchmarks.pruning import recovery as study_recovery
-from benchmarks.pruning.recovery_page import recovery_section
 from benchmarks.study import Rows
+from tests.helpers.study_pages import page_beside
 from tests.helpers.tiny import tiny_folder
 
 pytestmark = pytest.mark.long
@@ -34,8 +34,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def out(command: list[str]) -> Path:
+    path = Path(command[command.index("--out") + 1])
+    page_beside(path, "pruning", "pruning/recovery")
     study_recovery.main(command)
-    return Path(command[command.index("--out") + 1])
+    return path
 
 
 def test_every_run_ends_with_the_same_sizes(out: Path) -> None:
@@ -57,13 +59,13 @@ def test_runs_differ_where_they_should(out: Path) -> None:
     assert all(rows[f"{arm}-1"]["kl"] != rows[f"{arm}-2"]["kl"] for arm in ARMS)
 
 
-def test_the_section_shows_means_and_verdicts(out: Path) -> None:
-    section = recovery_section(out.parent)
+def test_the_page_shows_means_and_differences(out: Path) -> None:
+    section = out.with_suffix(".md").read_text()
     rows = Rows(out.with_suffix(".jsonl")).all()
     mean = (rows["gradual-1"]["kl"] + rows["gradual-2"]["kl"]) / 2
     assert f"{mean:.3f} ± " in next(line for line in section.splitlines() if line.startswith("| gradual |"))
     assert "| KL, gold answers: gradual against one_shot |" in section
-    assert (out.parent / "recovery.png").is_file()
+    assert (out / "recovery.png").is_file()
 
 
 def test_a_second_time_nothing_is_trained(out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
