@@ -68,7 +68,7 @@ def conversation_from(messages: Sequence[Message], source: str) -> Conversation:
     """Check messages and cut what follows the last assistant turn.
 
     Raises:
-        ValueError: A message is malformed, its role is unknown, or no assistant turn follows another message.
+        ValueError: A message is malformed, its role is unknown, an answer is empty, or no assistant turn follows another message.
     """
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
@@ -79,6 +79,11 @@ def conversation_from(messages: Sequence[Message], source: str) -> Conversation:
         if message["role"] not in ROLES:
             raise ValueError(
                 f"expected a role among {', '.join(ROLES)}, found {message['role']!r} in {source}; rename the role"
+            )
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(
+                f"expected a text in every assistant message, found none in {source}: a model would learn to say nothing; fill it in, or "
+                "leave the conversation out"
             )
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     if last == 0:
