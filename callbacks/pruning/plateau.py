@@ -12,9 +12,6 @@ class Plateau:
 
     Attributes:
         losses: What was seen since the last `reset`, at most 2 * `patience` numbers.
-
-    Raises:
-        ValueError: A setting is out of range.
     """
 
     def __init__(self, patience: int, min_delta: float) -> None:
