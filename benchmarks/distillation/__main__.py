@@ -7,7 +7,7 @@ student, see the same batches in the same order for a seed, and are judged on th
 order of the training questions and what the student samples.
 
 Equal time: how many steps each arm gets follows from the first seed's seconds per step, so that an arm trains about as long as
-two_stage does at equal steps and its learning rate still ends at 0 with the run.  The result is a page beside the folder --out.
+two_stage does at equal steps and its learning rate still ends at 0 with the run.
 An interrupted command goes on where it stopped.
 """
 
@@ -135,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, then write the page."""
+    """Run what is missing."""
     options = parse(arguments)
     quiet()
     with tempfile.TemporaryDirectory() as folder:

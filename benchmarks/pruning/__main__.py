@@ -1,15 +1,15 @@
 """Study of structured pruning before any training: scores, repairs and allocations side by side.
 
     python -m benchmarks.pruning --quick [--json FILE]                 OSSCAR with repair against the activation score
-    python -m benchmarks.pruning [--cuts ...] [--out FOLDER]           scores x sparsities, speed, and a page; goes on where it stopped
+    python -m benchmarks.pruning [--cuts ...] [--out FOLDER]           scores x sparsities, and speed; goes on where it stopped
 
 Every student is cut from SmolLM2-135M on the same calibration batches (128 of the model's own answers to instructions) and judged on
 its own answers to the questions of MT-Bench: KL(dense || student) in nats per answer token, top-1 agreement, and perplexity of those
 answers.  Computation is in bfloat16 autocast, statistics and solutions in float64.  What a score knows of the dense model is
 collected once and counts in the seconds of every student that uses it.
 
-The quick command takes about 10 minutes on two cores, the study some hours.  Its page includes what
-`python -m benchmarks.pruning.recovery` left in recovery/ beside its own rows.
+The quick command takes about 10 minutes on two cores, the study some hours.  The page beside its rows
+shows those of `python -m benchmarks.pruning.recovery`, too.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="OSSCAR and the activation score at two sparsities only")
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=_CUTS_HELP)
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/pruning"), help="rows and plots; the page lies beside it"
+        "--out", type=Path, default=Path("docs/results/pruning"), help="where rows and pictures are kept"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
     options = parser.parse_args(arguments)

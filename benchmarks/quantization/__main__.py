@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantization --quick [--json FILE]               our best against the others' presets, one format after the other
     python -m benchmarks.quantization --qat [--json FILE]                 our best before and after distillation with quantizers in place
-    python -m benchmarks.quantization [--formats ...] [--out FOLDER]      formats x methods, ways to train, graphs, and a page
+    python -m benchmarks.quantization [--formats ...] [--out FOLDER]      formats x methods, ways to train, and graphs
 
 Everybody quantizes the projections of SmolLM2-135M and calibrates on the same 64 of the model's own answers to instructions.
 Students are judged on every second batch of the model's own answers to the questions of MT-Bench: KL(unquantized || student) in nats
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=STEPS, help="of training, of eight conversations each (default: %(default)s)")
     text = "of the timing of graphs; 0 leaves graphs out (default: %(default)s)"
     add("--repetitions", type=int, default=15, help=text)
-    text = f"rows and plots; the study's page lies beside it (default: {OUT}; with --quick and --qat, nothing is kept)"
+    text = f"where rows and pictures are kept (default: {OUT}; with --quick and --qat, nothing is)"
     add("--out", type=Path, help=text)
     add("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
     options = parser.parse_args(arguments)

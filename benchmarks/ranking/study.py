@@ -8,7 +8,7 @@ after equal steps by labels alone, by distillation, and by distillation that end
 many as they have steps for, in the order of their seed.  Optimizer and precision are those of configs/ranking.yaml.  All figures
 come with bootstrap intervals over members of the test split.
 
-An interrupted command goes on where it stopped.  The page lies beside `--out`.
+An interrupted command goes on where it stopped.
 """
 
 import argparse
@@ -232,7 +232,7 @@ def study(options: argparse.Namespace) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write the page."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="package:smollm2-135m-instruct", help="what the teacher is made of (default: %(default)s)")
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--length", type=int, default=160, help="tokens of the timed prefill (default: %(default)s)")
     add("--repetitions", type=int, default=20, help="pairs of timed runs (default: %(default)s)")
     add("--work", type=Path, default=Path("runs/ranking-study"), help="folder of teacher and students")
-    add("--out", type=Path, default=Path("docs/results/ranking"), help="rows and plot; the page lies beside it")
+    add("--out", type=Path, default=Path("docs/results/ranking"), help="where rows and the picture are kept")
     add("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
     options = parser.parse_args(arguments)
     if options.steps < 4 or len(set(options.seeds)) < len(options.seeds):
