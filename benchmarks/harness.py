@@ -16,7 +16,7 @@ from typing import Any
 
 from models.hardware.interleave import interleave
 from program.files import write_file
-from program.options import Parser, positive
+from program.options import Parser, up_to
 
 __all__ = ["interleave", "parser", "report", "spread"]
 
@@ -32,7 +32,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     command = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     options = Parser(command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument(
-        "--repetitions", type=positive, default=5, help="counted repetitions of each side (default: %(default)s)"
+        "--repetitions",
+        type=up_to(10_000, least=0),
+        default=5,
+        help="counted repetitions of each side (default: %(default)s)",
     )
     options.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
     return options

@@ -15,9 +15,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (all options: {self.prog} --help)\n")
 
 
-def up_to(most: int) -> Callable[[str], int]:
-    """The type of an option: a whole number of 1 or more, and at most so many."""
-    whole = Between(1, most)
+def up_to(most: int, *, least: int = 1) -> Callable[[str], int]:
+    """The type of an option: a whole number of `least` or more, and at most so many."""
+    whole = Between(least, most)
 
     def number(text: str) -> int:
         found = int(text)

@@ -6,11 +6,13 @@ A dataclass of settings calls `check_fields` when it is made, a class whose sett
 is refused wherever it comes from: a recipe, a command line, Python.
 """
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
+
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -19,23 +21,23 @@ class Between:
 
     Args:
         low: The smallest.
-        high: The largest.
+        high: The largest; by default any number but infinity.
         excluded: Ends that the setting may only come near.
         advice: How to mend it.
     """
 
     low: float
-    high: float = math.inf
+    high: float = LARGEST
     excluded: tuple[float, ...] = ()
     advice: str = "change it"
 
     def __contains__(self, value: float) -> bool:
         """Whether a setting may be this number."""
-        return self.low <= value <= self.high and value not in self.excluded and math.isfinite(value)
+        return self.low <= value <= self.high and value not in self.excluded
 
     def __repr__(self) -> str:
         """As errors and `--help` say it."""
-        if math.isinf(self.high):
+        if self.high == LARGEST:
             return f"above {self.low:g}" if self.low in self.excluded else f"of {self.low:g} or more"
         ends = "both" if len(self.excluded) == 2 else "".join(f"{end:g}" for end in self.excluded)
         return f"between {self.low:,.10g} and {self.high:,.10g}{ends and f' ({ends} excluded)'}"

@@ -6,6 +6,7 @@ resumed run decides as the uninterrupted one did.
 Legend: B samples, G generated tokens.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -51,7 +52,7 @@ class OnPolicy:
     ramp: Count = 0
     share: Share = 1.0
     adaptive: Share = 0.0
-    tolerance: Annotated[float, Between(-1e3, 1e3)] = 0.1
+    tolerance: Annotated[float, Between(-math.inf, math.inf)] = 0.1
     tokens: Annotated[int, Between(1, 1e6)] = 64
     batch_size: Count = 0
     replay_size: Count = 0

@@ -102,7 +102,7 @@ def test_chunk_tokens_bounds_the_logits_and_changes_nothing(
     (whole, longest), (parts, bounded) = update(0), update(3)
     assert bounded <= 3 < longest == len(answer_labels(batch))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match=r"expected model.chunk_tokens of 0 or more, found -1"):
+    with pytest.raises(ValueError, match=r"expected model.chunk_tokens between 0 and 1,000,000,000, found -1"):
         StudentModule(student_folder, chunk_tokens=-1)
 
 

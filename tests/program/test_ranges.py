@@ -69,5 +69,6 @@ def test_arguments_of_an_init() -> None:
 def test_ranges_in_words(range: Between, text: str) -> None:
     assert repr(range) == text
     check_range("this", None, range)
+    check_range("this", -math.inf, Between(-math.inf, math.inf))
     with pytest.raises(ValueError, match=f"^{re.escape(f'expected this {text}, found -1; change it')}$"):
         check_range("this", -1, range)
