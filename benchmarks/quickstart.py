@@ -1,6 +1,6 @@
 """The quickstart's figures: copied from its report into the README, and compared with what is written there.
 
-    python -m benchmarks.quickstart runs/quickstart/report.json            # into docs/results/quickstart.json and README.md
+    python -m benchmarks.quickstart runs/quickstart/report.json            # into docs/results/quickstart.{json,png} and README.md
     python -m benchmarks.quickstart runs/quickstart/report.json --check    # exit 1 if the report and that file do not go together
 
 A check compares what another machine and other rounding may change within the tolerances below.  Both say which of the quickstart's aims
@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from export.benchmark.report import machine
+from export.plots import plot_artefacts
 from export.report import ratios
 from program.files import move_into_place, staging_folder
 from program.screen import as_command
 
 ROOT = Path(__file__).parents[1]
-FIGURES, README = Path("docs/results/quickstart.json"), Path("README.md")
+FIGURES, PICTURE, README = Path("docs/results/quickstart.json"), Path("docs/results/quickstart.png"), Path("README.md")
 BEGIN, END = "<!-- quickstart-results -->", "<!-- /quickstart-results -->"
 SCORE, KL, SPEED, SIZE = 0.12, 0.05, 2.0, 0.02  # tolerances
 GAIN, LARGEST_KL, LEAST_SPEED, LARGEST_SIZE = 0.85, 0.12, {"decode": 2.5, "first_token": 2.0}, 0.334  # aims
@@ -62,7 +63,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     readme = with_table((root / README).read_text(encoding="utf-8"), figures)
     _write(root / FIGURES, json.dumps(figures, indent=2) + "\n")
     _write(root / README, readme)
-    print(f"Wrote {FIGURES} and the table in {README}")
+    with staging_folder((root / FIGURES).parent) as staging:
+        (picture,) = plot_artefacts(figures, staging)
+        move_into_place(picture, root / PICTURE)
+    print(f"Wrote {FIGURES}, {PICTURE} and the table in {README}")
     _say_what_is_missed(figures)
     return 0
 

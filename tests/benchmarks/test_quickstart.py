@@ -40,7 +40,7 @@ def _report() -> dict:
         "phases": [{"name": "quantized", "parameters": 114_000_000}],
         "served": served,
         "benchmark": benchmark,
-        "artefacts": [],
+        "artefacts": [{"path": "onnx/cpu.onnx", "kind": "ONNX int8", "bytes": 130e6}],
         "versions": {"torch": "2.13.0"},
         "minutes": 7.0,
         "peak_memory_bytes": 5e9,
@@ -78,6 +78,7 @@ def test_one_command_copies_a_run(checkout: Path, capsys: pytest.CaptureFixture[
     assert readme.startswith("Before\n") and readme.endswith("Behind\n") and "old" not in readme
     assert "| student, INT8 graph for CPUs | 114,000,000 | 130 | 0.090 | 0.770 (0.770 to 0.770) | 300 | 120 |" in readme
     assert "decodes 4.0 times as fast" in readme and "12 minutes, 1.5 of them for installing" in readme
+    assert (checkout / quickstart.PICTURE).stat().st_size > 1000
     figures = json.loads((checkout / quickstart.FIGURES).read_text())
     assert len(figures["commit"]) == 40 and figures["machine"]["cores"]
     assert figures["gain"]["student_cpu"] == pytest.approx(0.67 / 0.7)
