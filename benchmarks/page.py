@@ -33,6 +33,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import yaml
+from matplotlib.figure import Figure
 
 from program.files import write_file
 from program.options import Parser
@@ -102,12 +103,12 @@ def refreshed(page: Path, *, draw: bool = True) -> str:
         settings = yaml.safe_load(text)
         path = page.parent / settings.pop("rows")
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        chosen = _chosen(rows, settings.get("where", {}))
+        chosen = _chosen(rows, settings.pop("where", {}))
         if "file" in settings:
-            settings["file"], picture = page.parent / settings["file"], settings["file"]
+            file, title = settings.pop("file"), settings.pop("title")
             if draw:
-                MAKERS[word](chosen, **settings)
-            return f"{comment}\n![{settings['title']}]({picture})\n\n{end}"
+                save_plot(MAKERS[word](chosen, **settings), page.parent / file)
+            return f"{comment}\n![{title}]({file})\n\n{end}"
         return f"{comment}\n{MAKERS[word](chosen, **settings)}\n{end}"
 
     return BLOCK.sub(block, page.read_text(encoding="utf-8"))
@@ -142,7 +143,6 @@ def table(
     each: str | None = None,
     points: str | None = None,
     title: str = "",
-    where: Any = None,
 ) -> str:
     """See the table at the top."""
     if points is not None:
@@ -158,14 +158,13 @@ def table(
     return markdown_table([*by, *show], lines, text_columns=len(by))
 
 
-def compare(rows: Sequence[Row], pairs: Sequence[Mapping[str, Any]], where: Any = None) -> str:
+def compare(rows: Sequence[Row], pairs: Sequence[Mapping[str, Any]]) -> str:
     """See the table at the top.
 
     Args:
         rows: Those of all pairs.
         pairs: Each with the `title` of what is compared, its key (`of`), what rows are `ours` and `theirs`, what is `expected`, and,
             if they are not 1, the multiple that is shown (`scale`) and that of theirs that is taken off (`times`).
-        where: What all rows must be.
     """
     lines = []
     for pair in pairs:
@@ -173,6 +172,10 @@ def compare(rows: Sequence[Row], pairs: Sequence[Mapping[str, Any]], where: Any 
             {row["seed"]: row[pair["of"]] for row in _chosen(rows, pair[side])} for side in ("ours", "theirs")
         )
         seeds, scale = sorted(ours.keys() & theirs.keys()), pair.get("scale", 1)
+        if not seeds:
+            raise ValueError(
+                f"expected rows of both sides of {pair['title']!r}, found no seed that both have; run them, or drop the pair"
+            )
         mean, half = interval([scale * (ours[seed] - pair.get("times", 1) * theirs[seed]) for seed in seeds])
         side = "open" if abs(mean) <= half or len(seeds) < 2 else "higher" if mean > 0 else "lower"
         digits = ".2f" if scale != 1 else ".3f"
@@ -181,7 +184,7 @@ def compare(rows: Sequence[Row], pairs: Sequence[Mapping[str, Any]], where: Any 
     return markdown_table(["comparison", "expected", "difference (95 % interval)", "came out"], lines, text_columns=2)
 
 
-def machines(rows: Sequence[Row], where: Any = None) -> str:
+def machines(rows: Sequence[Row]) -> str:
     """A line for each machine."""
     found = sorted({", ".join(f"{key} {value}" for key, value in row["machine"].items()) for row in rows})
     return "".join(f"- {line}.\n" for line in found)
@@ -195,13 +198,10 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, tex
 
 def dots(
     rows: Sequence[Row],
-    file: Path,
     by: str,
     show: Mapping[str, str],
-    title: str,
     series: str | None = None,
-    where: Any = None,
-) -> None:
+) -> Figure:
     """See the table at the top; diamonds are means, bars their standard deviation."""
     names = list(dict.fromkeys(row[by] for row in rows))
     size = (4 * len(show) + 1.5, 0.45 * len(names) + 1.6)
@@ -221,20 +221,17 @@ def dots(
         axis.grid(axis="x", alpha=0.3)
     if series:
         axes[0][0].legend(fontsize="small")
-    save_plot(figure, file)
+    return figure
 
 
 def lines(
     rows: Sequence[Row],
-    file: Path,
     by: str,
     x: Mapping[str, str],
     y: Mapping[str, str],
-    title: str,
     points: str | None = None,
     joined: bool = True,
-    where: Any = None,
-) -> None:
+) -> Figure:
     """See the table at the top; y is logarithmic, and a colour's rows are one line, or one line each if they have points of their own."""
     ((x_label, x_key),), ((y_label, y_key),) = x.items(), y.items()
     figure, axis = plt.subplots(figsize=(11, 6), layout="constrained")
@@ -253,10 +250,10 @@ def lines(
     axis.set(xlabel=x_label, ylabel=y_label, yscale="log")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
-    save_plot(figure, file)
+    return figure
 
 
-def save_plot(figure: Any, file: Path) -> None:
+def save_plot(figure: Figure, file: Path) -> None:
     """Write a picture at once or not at all, and free it."""
     write_file(file, lambda path: figure.savefig(path, dpi=110))
     plt.close(figure)
