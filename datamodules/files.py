@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.chat import Conversation, conversation_from
+from program.files import each_key_once
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -63,7 +64,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place (file and line).
 
     Raises:
-        ValueError: A line is not a JSON object in UTF-8.
+        ValueError: A line is not a JSON object in UTF-8, or has a key twice.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -71,7 +72,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             place = f"{path} line {number}"
             try:
-                record = json.loads(line.decode("utf-8-sig"))
+                record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=each_key_once)
             except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8, or lists in lists without end
                 raise ValueError(
                     f"expected one JSON object a line, found something unreadable in {place} ({error}); mend or remove "

@@ -5,6 +5,8 @@ place of a folder by an exchange of names, a file that of a file; neither ever t
 
 Who writes holds a lock on the folder it writes in (`flock`, which ends with its process): so what dead processes left is told from
 what living ones work on, also across containers, and the next start removes it.
+
+JSON that comes from outside is read with every key once.
 """
 
 import ctypes
@@ -244,3 +246,12 @@ def _disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=...)`: raise `ValueError` for a key given twice, of which JSON would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from program.files import each_key_once
+
 # What a configuration may ask for: everything else is, or falls back to, a kernel that is downloaded and run.
 _IMPLEMENTATIONS = {None, False, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 _KERNELS = ("attn_implementation", "experts_implementation", "use_kernels", "kernel_config")
@@ -128,17 +130,8 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file holds something else, or an object with a key twice, which readers understand either way.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(
-                f"{next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))!r} is there twice"
-            )
-        return found
-
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"expected JSON in {str(path)!r}, found what does not parse ({error}); get the file again"

@@ -80,6 +80,10 @@ def test_datasets_folder_and_split(tmp_path: Path, write: Write, monkeypatch: py
         ({"question": "a", "answer": 1}, r"found question \(str\), answer \(int\) in .*data.jsonl line 3; rename"),
         ({"prompt": "a", "response": None}, r"found prompt \(str\), response \(NoneType\) in .*line 3"),
         ({}, r"found no field in .*line 3"),
+        (
+            '{"prompt": "a", "prompt": "b", "response": "c"}',
+            r"something unreadable in .*line 3 \('prompt' is there twice\)",
+        ),
         ({"prompt": "a", "response": " "}, r"expected a text in every assistant message, found none in .*line 3: "),
         ({"messages": [{"role": "gpt", "content": "a"}]}, r"expected a role among .*, found 'gpt' in .*line 3"),
     ],
