@@ -132,7 +132,7 @@ class FedSession:
         self, path: Path, threads: int | None = None, *, layers: Sequence[int] | None = None, for_cpu: bool = False
     ) -> None:
         self.fed: FedGraph = fed_graph(path, layers)
-        self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True)
+        self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True, packed=for_cpu)
         self._coarser = coarser_types(self.fed)
         self._looked_up: list[int] = next(
             (
