@@ -72,6 +72,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below
+                adapter_kwargs=dict(options),  # with peft, an adapter is looked for, too
                 **options,
             )
             model, report = loaded

@@ -411,3 +411,18 @@ def test_a_hub_without_a_network_is_not_asked(
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(pretrained, "getproxies", lambda: proxies)
     assert pretrained._resolve("owner/name") == ("owner/name", {} if asked else pretrained.LOCAL)
+
+
+def test_no_adapter_is_asked_for_where_there_is_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With peft installed, transformers looks for one with settings of its own."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(pretrained, "_finds_hub", lambda: False)
+    asked = []
+
+    def find(*_: object, **options: object) -> None:
+        asked.append(options.get("local_files_only"))
+
+    monkeypatch.setattr("transformers.models.auto.auto_factory.find_adapter_config_file", find)
+    with pytest.raises(FileNotFoundError, match="expected a model at 'owner/name'"):
+        pretrained.load_model("owner/name")
+    assert asked == [True]
