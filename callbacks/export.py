@@ -31,7 +31,7 @@ from export.settings import ExportSettings
 from export.verify import check_tokens
 from export.verify.checks import raise_on_failure
 from models.architecture import decoder_layers
-from models.hardware.cpu_training import give_back_freed_memory
+from models.hardware.freed_memory import give_back_freed_memory
 from models.loading.reference import end_token_ids
 from models.offline import is_offline
 from models.post_training.settings import Method, PostTrainingQuantization

@@ -82,9 +82,10 @@ def _check_steps(
 
 
 def _one_of_each_kind(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model with its first layer of each kind: exports in seconds, and may be edited freely."""
+    """A copy of the model with its first layer of each kind, on the CPU: exports in seconds, and may be edited freely."""
     kinds = layer_kinds(model)
-    return copy.deepcopy(slice_layers(model, sorted({kind: kinds.index(kind) for kind in kinds}.values())))
+    layers = slice_layers(model, sorted({kind: kinds.index(kind) for kind in kinds}.values()))
+    return copy.deepcopy(layers).cpu()  # type: ignore[call-arg]  # transformers' decorator hides the signature
 
 
 def _rehearse_pruning(model: PreTrainedModel, pruning: GradualPruning | None) -> None:

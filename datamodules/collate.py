@@ -29,8 +29,10 @@ Batch = dict[str, Any]
 | `labels`         | (B, T) long, `IGNORE_INDEX` except on answer tokens                                               |
 | `prompt_ids`     | (B, P) long, left padded                                                                          |
 | `prompt_mask`    | (B, P) long, 0 or 1                                                                               |
+| `prompt_lengths` | of each sample, tokens of its prompt                                                              |
 | `prompts`        | readable prompts                                                                                  |
 | `answers`        | gold answers                                                                                      |
+| `answer_spans`   | of each sample, where its answers are: half-open ranges, known to the host without a look at a GPU |
 | `index`          | positions in the split                                                                            |
 | `step`           | training only: the `OptimizerStep` it belongs to, see `datamodules/loader.py`                     |
 
@@ -102,7 +104,9 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
         labels=labels_BT,
         prompt_ids=prompt_ids_BP,
         prompt_mask=prompt_mask_BP,
+        prompt_lengths=[example.prompt_length for example in examples],
         prompts=[example.prompt for example in examples],
         answers=[example.answer for example in examples],
+        answer_spans=[example.answer_spans for example in examples],
         index=[example.index for example in examples],
     )

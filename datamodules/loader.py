@@ -15,7 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from datamodules.collate import IGNORE_INDEX, Batch, OptimizerStep
 
 # What a rollout needs of a batch that is not its turn yet.
-_PROMPT_KEYS = ("prompt_ids", "prompt_mask", "index")
+_PROMPT_KEYS = ("prompt_ids", "prompt_mask", "prompt_lengths", "index")
 
 
 class ResumableLoader(StatefulDataLoader):

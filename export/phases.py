@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from models.hardware.cpu_training import release_memory
+from models.hardware.freed_memory import release_memory
 from program.progress import Bar
 
 

@@ -192,9 +192,9 @@ class Distillation(StudentModule):
                 end_tokens=end_token_ids(self.student),
                 vocabulary=self.vocabulary,
             )
-        num_tokens = torch.stack([answers.mask_BG.sum() for _, answers in self._rolled]).sum()
-        self.step_mean.start(num_tokens)
-        self.log("train/rollout_tokens", num_tokens / sum(len(answers.mask_BG) for _, answers in self._rolled))
+        lengths = [length for _, answers in self._rolled for length in answers.lengths]
+        self.step_mean.start(sum(lengths))
+        self.log("train/rollout_tokens", torch.full((), sum(lengths) / len(lengths), device=self.device))
 
     def _with_answers(self, batch: Batch, step: OptimizerStep) -> Batch:
         """The micro-batch with the answers to learn from."""

@@ -6,25 +6,42 @@ Legend: B samples, T tokens, N answer tokens (of the whole batch), V vocabulary,
 from collections.abc import Iterable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from datamodules.collate import IGNORE_INDEX, Batch
+from models.hardware.attention import right_padded
 from models.hardware.sharding import call_gathered
 from models.losses.output_head import logits_of
 
 
 def answer_labels(batch: Batch) -> Tensor:
     """The answer tokens of a batch in order, shape (N,): labels shifted to the positions that predict them."""
-    labels_BT = batch["labels"][:, 1:]
-    return labels_BT[labels_BT != IGNORE_INDEX]
+    labels_BT: Tensor = batch["labels"][:, 1:]
+    return labels_BT[_before_answers(batch)]
 
 
 def answer_lengths(batch: Batch) -> list[int]:
     """Answer tokens of each sample."""
+    if "answer_spans" in batch:
+        return [sum(end - max(start, 1) for start, end in spans) for spans in batch["answer_spans"]]
     lengths: list[int] = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
     return lengths
+
+
+def _before_answers(batch: Batch) -> tuple[Tensor, ...]:
+    """Rows and columns (N,) of the positions that predict answer tokens; where a loader says where answers are, no GPU is waited for."""
+    if "answer_spans" not in batch:
+        return (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    at = [
+        (row, column)
+        for row, spans in enumerate(batch["answer_spans"])
+        for start, end in spans
+        for column in range(max(start, 1) - 1, end - 1)
+    ]
+    return torch.tensor(at).reshape(-1, 2).T.to(batch["labels"].device, non_blocking=True).unbind()
 
 
 def answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -44,20 +61,20 @@ def answer_states(model: PreTrainedModel, batch: Batch, layers: Iterable[int] = 
 
 
 def _answer_states(model: PreTrainedModel, batch: Batch, layers: list[int]) -> tuple[Tensor, list[Tensor]]:
-    output = model.base_model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        output_hidden_states=bool(layers),
-    )
-    predicts_answer_BT = batch["labels"][:, 1:] != IGNORE_INDEX
+    with right_padded():
+        output = model.base_model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            output_hidden_states=bool(layers),
+        )
+    before_answers = _before_answers(batch)
     states = output.hidden_states[1:] if layers else ()  # without the embeddings
     if layers and not 0 <= min(layers) <= max(layers) < len(states):
         raise ValueError(
             f"expected decoder layers between 0 and {len(states) - 1}, found {layers}; change model.hidden_state_layers"
         )
-    picked = [states[layer][:, :-1][predicts_answer_BT] for layer in layers]
-    return output.last_hidden_state[:, :-1][predicts_answer_BT], picked
+    return output.last_hidden_state[before_answers], [states[layer][before_answers] for layer in layers]
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -26,8 +26,8 @@ class StepMean:
 
     def start(self, num_tokens: int | Tensor) -> None:
         """Begin an optimizer step with so many answer tokens on this rank (a collective call)."""
-        tokens = torch.as_tensor(num_tokens, dtype=torch.float32, device=self._module.device)
-        self._tokens = self._module.trainer.strategy.reduce(tokens.clone(), reduce_op="sum").clamp(min=1)
+        tokens = torch.zeros((), device=self._module.device).add_(num_tokens)
+        self._tokens = self._module.trainer.strategy.reduce(tokens, reduce_op="sum").clamp(min=1)
         self._sums = {}
 
     def add(self, name: str, total: Tensor) -> None:

@@ -1,5 +1,6 @@
 """`StudentModule`: builds the student, edits it, optimizes it, and keeps its structure in the checkpoint."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -16,7 +17,8 @@ from models.architecture import check_family
 from models.evaluation.module import EvaluatedModule
 from models.forward import checkpoint_activations
 from models.generation.sampling import seed_of
-from models.hardware.cpu_training import keep_freed_memory, use_for_training
+from models.hardware.attention import use_attention
+from models.hardware.freed_memory import keep_freed_memory
 from models.hardware.low_precision import check_rounding
 from models.hardware.sharding import check_shardable, shard
 from models.loading.reference import load_model, load_tokenizer
@@ -84,6 +86,7 @@ class StudentModule(EvaluatedModule):
         self.edits: list[Edit] = []
         self.stopwatch = Stopwatch()
         self.step_mean = StepMean(self)
+        self._losses: list[tuple[Tensor, int, list[int], str]] = []  # not looked at yet, with step, samples and first prompt
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -96,7 +99,7 @@ class StudentModule(EvaluatedModule):
         student = load_model(self.student_reference, dtype=dtype, trust_remote_code=self.trust_remote_code)
         check_family(student.config)
         check_head(student, head_of(student))
-        use_for_training(student)
+        use_attention(student)
         self.vocabulary = len(head_of(student).weight_VD)
         if self.device_mesh is not None:
             check_shardable(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -158,7 +161,8 @@ class StudentModule(EvaluatedModule):
             cover_new_groups(config.scheduler)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the structure beside the weights."""
+        """Keep the structure beside the weights, which no loss has spoilt."""
+        self.check_losses()
         checkpoint["edits"] = self.edits
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -217,15 +221,29 @@ class StudentModule(EvaluatedModule):
         return self.finite(self.step_mean.loss(total), batch)
 
     def finite(self, loss: Tensor, batch: Batch) -> Tensor:
-        """The loss, or an error that names the batch; the step is then not taken and no checkpoint is written."""
+        """The loss, which must be finite: on a CPU its step is not taken otherwise; on a GPU, which is not waited for in every step, it
+        is found out with the next entry of the log, and in any case before a checkpoint is written.
+        """
         self.stopwatch.tokens = self.stopwatch.tokens + batch["attention_mask"].sum()
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"expected a finite loss at step {self.global_step}, found {loss.item()} on the samples {batch['index']} "
-                f"({batch['prompts'][0][:80]!r}, ...); lower the learning rate or look at these samples, then resume from "
-                "the last checkpoint with --ckpt_path"
-            )
+        self._losses.append((loss.detach(), self.global_step, batch["index"], batch["prompts"][0][:80]))
+        if self.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0:
+            self.check_losses()
         return loss
+
+    def check_losses(self) -> None:
+        """Look at the losses since the last look.
+
+        Raises:
+            ValueError: One was not finite; names the step and its samples.
+        """
+        losses, self._losses = self._losses, []
+        values = torch.stack([loss for loss, *_ in losses]).tolist() if losses else []
+        for value, (_, step, samples, prompt) in zip(values, losses, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"expected a finite loss at step {step}, found {value} on the samples {samples} ({prompt!r}, ...); lower the "
+                    "learning rate or look at these samples, then resume from the last checkpoint with --ckpt_path"
+                )
 
 
 def settings_of(kind: type[Settings], given: Settings | dict[str, Any]) -> Settings:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.collate import Batch
 from models.forward import answer_hidden, answer_lengths, answer_states
+from models.hardware.attention import use_attention
 from models.hardware.low_precision import quantize_weights
 from models.hardware.sharding import shard
 from models.loading.reference import check_same_tokenizer, load_model, load_tokenizer
@@ -38,6 +39,7 @@ class Teacher:
         self, reference: str, *, dtype: torch.dtype, int8: bool = False, trust_remote_code: bool = False
     ) -> None:
         model = load_model(reference, dtype=dtype, trust_remote_code=trust_remote_code)
+        use_attention(model)
         self.model: PreTrainedModel = model.requires_grad_(False)
         if int8:
             quantize_weights(model.base_model)

@@ -121,14 +121,14 @@ def _greedy(
     mask_BS, ends = batch["prompt_mask"], torch.tensor(list(end_tokens), dtype=torch.long)
     alive_B = torch.ones(len(mask_BS), dtype=torch.bool)
     tokens: list[Tensor] = []
-    masks: list[Tensor] = []
+    lengths_B = torch.zeros(len(mask_BS), dtype=torch.long)
     while True:
         token_B = next_BV.argmax(-1)
         tokens.append(token_B)
-        masks.append(alive_B.long())
+        lengths_B += alive_B
         alive_B = alive_B & ~torch.isin(token_B, ends)
         if len(tokens) == max_new_tokens or not alive_B.any():
-            return Rollout(torch.stack(tokens, dim=1), torch.stack(masks, dim=1))
+            return Rollout(torch.stack(tokens, dim=1), lengths_B.tolist())
         mask_BS = torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], dim=1)
         output = session.run(token_B[:, None], mask_BS, cache)
         next_BV, cache = output.logits[:, -1], output.cache

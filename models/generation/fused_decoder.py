@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
@@ -61,7 +62,7 @@ class FusedDecoder:
             and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
             and getattr(config, "sliding_window", None) is None
             and all(
-                type(getattr(owner, name)) in _KNOWN_LINEARS and type(getattr(owner, name).weight) is nn.Parameter
+                type(linear := getattr(owner, name)) in _KNOWN_LINEARS and not is_traceable_wrapper_subclass(linear.weight)
                 for layer in decoder_layers(model)
                 for owner, name in layer.linears()
             )

@@ -9,11 +9,11 @@ Legend: B samples, G generated tokens.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import torch
 from lightning import Trainer
-from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules.collate import Batch
@@ -137,8 +137,9 @@ class OnPolicyAnswers:
         answers = self._sample(decoder(), together, seeds, end_tokens, vocabulary)
         if self.settings.replay_size:
             self.replay.add(together, answers)
-        parts = zip(answers.tokens_BG.split(sizes), answers.mask_BG.split(sizes), strict=True)
-        return [(batch, Rollout(*part)) for batch, part in zip(batches, parts, strict=True)]
+        lengths = iter(answers.lengths)
+        parts = zip(batches, answers.tokens_BG.split(sizes), strict=True)
+        return [(batch, Rollout(tokens_BG, list(islice(lengths, len(tokens_BG))))) for batch, tokens_BG in parts]
 
     def _sample(
         self, decoder: Decoder, batch: Batch, seeds: list[int], end_tokens: Sequence[int], vocabulary: int
@@ -158,7 +159,9 @@ class OnPolicyAnswers:
             )
             for start in range(0, len(seeds), size)
         ]
-        return Rollout(_stacked([p.tokens_BG for p in pieces]), _stacked([p.mask_BG for p in pieces]))
+        width = max(piece.tokens_BG.shape[1] for piece in pieces)
+        tokens = [F.pad(piece.tokens_BG, (0, width - piece.tokens_BG.shape[1])) for piece in pieces]
+        return Rollout(torch.cat(tokens), [length for piece in pieces for length in piece.lengths])
 
     def state_dict(self) -> dict[str, Any]:
         """What the draws depend on beside the step."""
@@ -168,11 +171,6 @@ class OnPolicyAnswers:
         """Go on from there."""
         self.adaptive_share, self._last_nll = state["adaptive_share"], state["last_nll"]
         self.replay.load_state_dict(state["replay"])
-
-
-def _stacked(pieces_BG: list[Tensor]) -> Tensor:
-    width = max(piece.shape[1] for piece in pieces_BG)
-    return torch.cat([F.pad(piece, (0, width - piece.shape[1])) for piece in pieces_BG])
 
 
 def check_policy_gradient(objectives: Mapping[Any, Objective], on_policy: OnPolicy) -> None:

@@ -36,9 +36,9 @@ class ReplayBuffer:
     def add(self, batch: Batch, answers: Rollout) -> None:
         """Keep the answers to a batch of prompts (`prompt_ids`, `prompt_mask`, `index`)."""
         prompts = zip(batch["prompt_ids"].cpu(), batch["prompt_mask"].cpu().bool(), strict=True)
-        tokens = zip(answers.tokens_BG.cpu(), answers.mask_BG.cpu().bool(), strict=True)
-        for (prompt, is_prompt), (answer, is_answer), index in zip(prompts, tokens, batch["index"], strict=True):
-            self._samples.append({"prompt": prompt[is_prompt], "answer": answer[is_answer], "index": index})
+        tokens = zip(answers.tokens_BG.cpu(), answers.lengths, strict=True)
+        for (prompt, is_prompt), (answer, length), index in zip(prompts, tokens, batch["index"], strict=True):
+            self._samples.append({"prompt": prompt[is_prompt], "answer": answer[:length].clone(), "index": index})
         self._samples = self._samples[-self.capacity :]
 
     def draw(self, num_samples: int, generator: torch.Generator, device: torch.device) -> tuple[Batch, Rollout]:
@@ -49,13 +49,12 @@ class ReplayBuffer:
         batch = {
             "prompt_ids": pad_left([sample["prompt"][None] for sample in drawn]).to(device),
             "prompt_mask": pad_left(ones).to(device),
+            "prompt_lengths": [len(sample["prompt"]) for sample in drawn],
             "index": [sample["index"] for sample in drawn],
         }
         answers = [sample["answer"] for sample in drawn]
-        lengths_B1 = torch.tensor([len(answer) for answer in answers])[:, None]
         tokens_BG: Tensor = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
-        mask_BG = (torch.arange(tokens_BG.shape[1]) < lengths_B1).long()
-        return batch, Rollout(tokens_BG.to(device), mask_BG.to(device))
+        return batch, Rollout(tokens_BG.to(device), [len(answer) for answer in answers])
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All samples: plain tensors and numbers."""

@@ -19,14 +19,24 @@ from models.generation.sampling import GREEDY, Sampling, sample, uniforms
 
 # Rows that have ended leave the batch when they are this share of it: taking them out copies the cache.
 _ENDED_SHARE = 0.25
+# Tokens between two looks at which rows have ended: a look makes the host wait until a GPU has caught up.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_EVERY_ON_GPU = 16
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Generated tokens (B, G) and their mask (B, G): 1 up to and including the first end token, 0 after it."""
+    """Generated answers: tokens (B, G), and how many of each are the answer's, up to and including its end token; the rest is 0."""
 
     tokens_BG: Tensor
-    mask_BG: Tensor
+    lengths: list[int]
+
+    @property
+    def mask_BG(self) -> Tensor:
+        """1 for tokens of the answer, 0 after it."""
+        lengths_B1 = torch.tensor(self.lengths)[:, None]
+        mask_BG = (torch.arange(self.tokens_BG.shape[1]) < lengths_B1).long()
+        return mask_BG.to(self.tokens_BG.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -62,27 +72,34 @@ def rollout(
             f"expected a seed for each of {num_samples} samples at temperature {sampling.temperature:g}, found "
             f"{'none' if seeds is None else len(seeds)}; pass seeds, or sample at temperature 0"
         )
-    ends = torch.tensor(list(end_tokens), dtype=torch.long, device=device)
+    ends = torch.tensor(list(end_tokens), dtype=torch.long).to(device, non_blocking=True)
     uniforms_BG = uniforms(seeds, max_new_tokens, device) if seeds is not None else None
     tokens_BG = torch.zeros(num_samples, max_new_tokens, dtype=torch.long, device=device)
-    mask_BG = torch.zeros_like(tokens_BG)
     rows_B = torch.arange(num_samples, device=device)  # of the samples that the decoder still holds
+    lengths_B = torch.full((num_samples,), max_new_tokens, device=device)  # of all samples; what has not ended has the longest
     alive_B = torch.ones(num_samples, dtype=torch.bool, device=device)
+    held, look_every = list(range(num_samples)), _LOOK_EVERY.get(device.type, _LOOK_EVERY_ON_GPU)  # `held` is `rows_B`
     logits_BV = decoder.prefill(prompts_BP, mask_BP, max_new_tokens)
     for position in range(max_new_tokens):
         uniform_B = alive_B.float() if uniforms_BG is None else uniforms_BG[rows_B, position]
         token_B = sample(logits_BV[:, :vocabulary], uniform_B, sampling, end_tokens=ends, num_sampled=position)
         tokens_BG[rows_B, position] = torch.where(alive_B, token_B, 0)
-        mask_BG[rows_B, position] = alive_B.long()
-        alive_B = alive_B & ~torch.isin(token_B, ends)
-        num_alive = int(alive_B.sum())
-        if not num_alive or position + 1 == max_new_tokens:
-            break
-        if num_alive <= (1 - _ENDED_SHARE) * len(alive_B):
-            decoder.keep(alive_B.nonzero().squeeze(1))
-            rows_B, token_B, alive_B = rows_B[alive_B], token_B[alive_B], alive_B[alive_B]
+        ends_B = alive_B & torch.isin(token_B, ends)
+        lengths_B[rows_B] = torch.where(ends_B, position + 1, lengths_B[rows_B])
+        alive_B = alive_B & ~ends_B
+        is_last = position + 1 == max_new_tokens
+        if is_last or (position + 1) % look_every == 0:
+            lengths = lengths_B.tolist()
+            alive = [number for number, row in enumerate(held) if lengths[row] > position + 1]
+            if is_last or not alive:
+                break
+            if len(alive) <= (1 - _ENDED_SHARE) * len(held):
+                kept = torch.tensor(alive).to(device, non_blocking=True)
+                decoder.keep(kept)
+                held = [held[number] for number in alive]
+                rows_B, token_B, alive_B = rows_B[kept], token_B[kept], alive_B[kept]
         logits_BV = decoder.step(token_B)
-    return Rollout(tokens_BG[:, : position + 1], mask_BG[:, : position + 1])
+    return Rollout(tokens_BG[:, : max(lengths)], lengths)
 
 
 def pad_left(prompts: Sequence[Tensor]) -> Tensor:
@@ -93,14 +110,19 @@ def pad_left(prompts: Sequence[Tensor]) -> Tensor:
 
 def rollout_batch(batch: Batch, answers: Rollout) -> Batch:
     """The batch with its gold answers replaced by sampled ones: right-padded inputs, labels on generated tokens only."""
-    mask_BT = torch.cat([batch["prompt_mask"], answers.mask_BG], dim=1)
+    mask_BG = answers.mask_BG
+    mask_BT = torch.cat([batch["prompt_mask"], mask_BG], dim=1)
     tokens_BT = torch.cat([batch["prompt_ids"], answers.tokens_BG], dim=1)
-    is_answer_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), answers.mask_BG], dim=1)
+    is_answer_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), mask_BG], dim=1)
     labels_BT = torch.where(is_answer_BT.bool(), tokens_BT, IGNORE_INDEX)
+    starts = batch.get("prompt_lengths") or batch["prompt_mask"].sum(1).tolist()  # a loader knows them; a look makes a GPU's host wait
+    spans = [((start, start + length),) for start, length in zip(starts, answers.lengths, strict=True)]
+    longest = max(end for ((_, end),) in spans)
     # Real tokens move to the front of their row, in order; padding goes to the back.
-    order_BT = torch.argsort(mask_BT, dim=1, descending=True, stable=True)[:, : int(mask_BT.sum(1).max())]
+    order_BT = torch.argsort(mask_BT, dim=1, descending=True, stable=True)[:, :longest]
     return {
         **batch,
+        "answer_spans": spans,
         "input_ids": tokens_BT.gather(1, order_BT),
         "attention_mask": mask_BT.gather(1, order_BT),
         "labels": labels_BT.gather(1, order_BT),
@@ -109,5 +131,5 @@ def rollout_batch(batch: Batch, answers: Rollout) -> Batch:
 
 def answer_texts(tokenizer: object, answers: Rollout) -> list[str]:
     """Generated answers as text, without special tokens."""
-    rows = [tokens[mask.bool()].tolist() for tokens, mask in zip(answers.tokens_BG, answers.mask_BG, strict=True)]
+    rows = [row[:length] for row, length in zip(answers.tokens_BG.tolist(), answers.lengths, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)  # type: ignore[attr-defined]

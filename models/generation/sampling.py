@@ -50,7 +50,7 @@ def seed_of(*key: Any) -> int:
 def uniforms(seeds: Sequence[int], num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
     """Random numbers (B, G) in [0, 1), row b from `seeds[b]` alone."""
     rows = [torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+    return torch.stack(rows).to(device, non_blocking=True)
 
 
 def sample(

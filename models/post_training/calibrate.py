@@ -20,7 +20,7 @@ from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.observe import evaluating, hooked, input_of, on_device
 from models.calibration.sensitivity import readers_of, token_weights
-from models.hardware.cpu_training import release_memory
+from models.hardware.freed_memory import release_memory
 from models.post_training.compensation import DenseHalf
 from models.post_training.format_choice import formats_by_pattern, quantization_edits
 from models.post_training.head import quantize_head

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers
 
 
 def _narrow_state(optimizer: Optimizer, parameter: nn.Parameter, value: Tensor, dim: int, keep: Tensor) -> Tensor:
-    if type(value) is Tensor:
+    if not is_traceable_wrapper_subclass(value):
         return value.index_select(dim, keep.to(value.device))
     # torchao's low-bit states share a scale among neighbours, which slicing separates: quantize again, in a buffer that the
     # optimizer itself makes for the parameter's new shape.

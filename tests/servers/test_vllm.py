@@ -72,7 +72,7 @@ def greedy(model, prompts, batch):
         ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1)
         ends = end_token_ids(model)
         found = rollout(decoder, ids.clamp(min=0), (ids >= 0).long(), max_new_tokens=NEW_TOKENS, end_tokens=ends)
-        texts += [row[mask.bool()].tolist() for row, mask in zip(found.tokens_BG, found.mask_BG, strict=True)]
+        texts += [row[:length] for row, length in zip(found.tokens_BG.tolist(), found.lengths, strict=True)]
     return texts
 
 

@@ -21,13 +21,13 @@ STEPS = 12
 
 def samples(*numbers: int) -> tuple[dict[str, Any], Rollout]:
     """Sample n: a prompt of n % 3 + 1 tokens 10 n, and an answer of n % 4 + 1 tokens 10 n + 1, padded with 7s."""
-    prompts, answers = torch.full((2, len(numbers), 5), 7), torch.full((2, len(numbers), 6), 7)
-    prompts[1], answers[1] = 0, 0
+    prompts, answers = torch.full((2, len(numbers), 5), 7), torch.full((len(numbers), 6), 7)
+    prompts[1] = 0
     for row, n in enumerate(numbers):
         prompts[0, row, 4 - n % 3 :], prompts[1, row, 4 - n % 3 :] = 10 * n, 1
-        answers[0, row, : n % 4 + 1], answers[1, row, : n % 4 + 1] = 10 * n + 1, 1
+        answers[row, : n % 4 + 1] = 10 * n + 1
     batch = {"prompt_ids": prompts[0], "prompt_mask": prompts[1], "index": list(numbers)}
-    return batch, Rollout(answers[0], answers[1])
+    return batch, Rollout(answers, [n % 4 + 1 for n in numbers])
 
 
 def draw(buffer: ReplayBuffer, count: int, seed: int = 0) -> tuple[dict[str, Any], Rollout]:

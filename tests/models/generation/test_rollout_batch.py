@@ -18,7 +18,7 @@ def test_rollout_batch_by_hand() -> None:
         "prompts": ["a", "b"],
         "index": [4, 2],
     }
-    answers = Rollout(torch.tensor([[31, 1, 77], [41, 42, 43]]), torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    answers = Rollout(torch.tensor([[31, 1, 77], [41, 42, 43]]), [2, 3])
     ours = rollout_batch(batch, answers)
     assert ours["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
     assert ours["input_ids"][0, :3].tolist() == [11, 31, 1]
@@ -47,8 +47,8 @@ def test_rollout_batch_of_gold_answers_is_the_batch(batch: Batch) -> None:
     labels = [row[row != IGNORE_INDEX] for row in batch["labels"]]
     width = max(len(row) for row in labels)
     tokens = torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=1) for row in labels])
-    mask = torch.stack([(torch.arange(width) < len(row)).long() for row in labels])
-    ours = rollout_batch(batch, Rollout(tokens, mask))
+    ours = rollout_batch(batch, Rollout(tokens, [len(row) for row in labels]))
+    assert ours["answer_spans"] == batch["answer_spans"]
     for key in ("input_ids", "attention_mask", "labels"):
         visible = batch["attention_mask"].bool()
         assert torch.equal(ours[key][visible], batch[key][visible])
@@ -58,8 +58,7 @@ def test_texts_hold_no_special_tokens_and_no_padding() -> None:
     tokenizer = byte_tokenizer()
     hello = tokenizer("hello", add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([[*hello, 1, 50], [*hello, *hello[:2]]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1] * 7])
-    assert answer_texts(tokenizer, Rollout(tokens, mask)) == ["hello", "hellohe"]
+    assert answer_texts(tokenizer, Rollout(tokens, [6, 7])) == ["hello", "hellohe"]
 
 
 def test_pad_left_by_hand() -> None:

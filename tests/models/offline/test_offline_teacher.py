@@ -221,7 +221,7 @@ def test_the_students_own_answers_are_refused(captured: Captured, data: Words) -
     offline = open_offline_teacher(captured(), data)
     batch = next(iter(data.train_dataloader()))
     rows = len(batch["index"])
-    own = Rollout(torch.full((rows, 3), 40), torch.ones(rows, 3, dtype=torch.long))
+    own = Rollout(torch.full((rows, 3), 40), [3] * rows)
     with pytest.raises(ValueError, match="the student's own included; use a live teacher"):
         offline.targets(rollout_batch(batch, own))
 

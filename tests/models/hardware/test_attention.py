@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
-from models.hardware.cpu_training import NAME, attend, use_for_training
+from models.hardware.attention import NAME, attend, use_attention
 from models.structure.edits import apply_edit
 from tests.helpers.masking import cut_model
 from tests.helpers.tiny import tiny_batch
@@ -26,7 +26,7 @@ def test_gradients_equal_those_of_eager_attention(family: str) -> None:
     """With windows that are shorter than the rows, and layers of different sizes."""
     model = cut_model(family, sliding_window=4)
     apply_edit(model, {"op": "narrow_query_heads", "layer": 1, "keep": [0, 2, 5, 6]})
-    use_for_training(model)
+    use_attention(model)
     assert model.config._attn_implementation == ("eager" if family == "gemma2" else NAME)
     ours = gradients(model)
     model.set_attn_implementation("eager")

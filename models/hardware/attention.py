@@ -1,17 +1,17 @@
-"""Training on a CPU: plain attention where it is faster than torch's fused kernel, and freed memory that is kept for the next step.
+"""Attention of models in training and of their teachers, by device, under one name that transformers knows.
 
-The backward pass of the fused kernel costs several times that of the plain products at the lengths of short answers (batch 16, 109
-tokens, 9 heads on 2 cores: 34 ms a layer against 8); its saving of memory matters at long ones, where it stays in use.
-
-glibc maps every large tensor and unmaps it when it is freed, so that each step touches hundreds of megabytes of fresh pages,
-which the kernel has to clear first.  On two cores that was a third of an on-policy step.
+- On a CPU, plain products where they are faster than torch's fused kernel.  Its backward pass costs several times that of the plain
+  products at the lengths of short answers (batch 16, 109 tokens, 9 heads on 2 cores: 34 ms a layer against 8); its saving of memory
+  matters at long ones, where it stays in use.
+- On a GPU, no mask where causal order is enough: padding on the right comes after all that is real, so nothing real looks at it.
+  With a mask torch cannot choose flash attention, and looking whether a mask hides anything makes the host wait for the GPU.
 
 Legend: B samples, H query heads, G key/value heads, T tokens, K head width.
 """
 
-import ctypes
-import gc
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,10 +21,24 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 NAME = "potstill"
-LONGEST = 256  # tokens; beyond, the fused kernel's backward pass catches up
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_KEEP = 2**31 - 1
-_DEFAULT_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536  # mallopt(3)
+LONGEST = 256  # tokens; beyond, the fused kernel's backward pass catches up on a CPU
+_right_padded = ContextVar("right_padded", default=False)
+
+
+@contextmanager
+def right_padded() -> Iterator[None]:
+    """Inside, batches of models of `use_attention` have their padding on the right, and nobody reads what is computed there."""
+    token = _right_padded.set(True)
+    try:
+        yield
+    finally:
+        _right_padded.reset(token)
+
+
+def use_attention(model: PreTrainedModel) -> None:
+    """Let a model that would use torch's fused kernel use `attend`; one with a soft cap (Gemma 2) never does, and stays as it is."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
 
 
 def attend(
@@ -67,35 +81,12 @@ def attend(
     return (shares_BHTT @ value_BHTK).transpose(1, 2).contiguous(), None
 
 
+def _mask(*args: Any, attention_mask: Tensor | None = None, device: Any = "cpu", **kwargs: Any) -> Tensor | None:
+    """transformers' mask; of a batch that is padded on the right on a GPU, without its padding."""
+    if _right_padded.get() and torch.device(device).type != "cpu":
+        attention_mask = None
+    return sdpa_mask(*args, attention_mask=attention_mask, device=device, **kwargs)
+
+
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def use_for_training(model: PreTrainedModel) -> None:
-    """Let a model that would use torch's fused kernel use `attend`; one with a soft cap (Gemma 2) never does, and stays as it is."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc, for this process, to serve large tensors from a heap that it does not shrink; elsewhere, do nothing."""
-    _set(mmap_max=0, threshold=_KEEP)
-
-
-def give_back_freed_memory() -> None:
-    """Undo `keep_freed_memory`, and give the system what is free already."""
-    _set(mmap_max=_DEFAULT_MMAP_MAX, threshold=_DEFAULT_THRESHOLD)
-    release_memory()
-
-
-def release_memory() -> None:
-    """Free what nothing refers to any more, and give the system what is free: glibc keeps gigabytes of tensors below its threshold."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _set(*, mmap_max: int, threshold: int) -> None:
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, mmap_max)
-        libc.mallopt(_M_TRIM_THRESHOLD, threshold)
+AttentionMaskInterface.register(NAME, _mask)
