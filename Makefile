@@ -8,12 +8,13 @@ SERVERS := .venv-servers
 SEED   := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-servers fuzz lint style format clean-quickstart
+.PHONY: help quickstart test test-long test-pretend-gpu test-servers fuzz lint style format clean-quickstart
 
 help:
 	@echo "make quickstart   distil, prune, quantize, export, compile and verify a real model (11 minutes on 2 quiet cores); SEED=n for another run"
 	@echo "make test         lint, type check and tests (9 minutes on 2 quiet cores)"
 	@echo "make test-long    every family, several processes, every command of the pages, benchmarks (10 minutes)"
+	@echo "make test-pretend-gpu  every recipe and method on a GPU that is not there: devices, and how often the host waits (2 minutes)"
 	@echo "make fuzz         2,000 settings, files, checkpoints and folders that nobody thought of, drawn by hypothesis"
 	@echo "make test-servers serve what an export writes with vLLM, in an environment of its own (3.5 GB), and compare it with torch"
 	@echo "make lint         ruff and mypy only       make format   apply ruff's format"
@@ -50,12 +51,16 @@ clean-quickstart:
 test: style
 	@echo "==> Tests, and types beside them"
 	@$(PY) -m mypy . > $(VENV)/types.txt & types=$$!; \
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not servers and not long"; tests=$$?; \
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not servers and not long and not pretend_gpu"; tests=$$?; \
 	wait $$types || tests=1; cat $(VENV)/types.txt; exit $$tests
 
 test-long: $(VENV)/.installed-dev
 	@echo "==> Tests of every family, of several processes, of pages and of benchmarks"
 	@$(PY) -m pytest -q -n 2 --dist loadfile -m long
+
+test-pretend-gpu: $(VENV)/.installed-dev
+	@echo "==> Recipes and methods on a GPU that is not there"
+	@$(PY) -m pytest -q -n 2 -m pretend_gpu tests/test_pretend_gpu.py
 
 fuzz: $(VENV)/.installed-dev
 	@echo "==> Fuzzing"

@@ -86,7 +86,9 @@ class StudentModule(EvaluatedModule):
         self.edits: list[Edit] = []
         self.stopwatch = Stopwatch()
         self.step_mean = StepMean(self)
-        self._losses: list[tuple[Tensor, int, list[int], str]] = []  # not looked at yet, with step, samples and first prompt
+        self._losses: list[
+            tuple[Tensor, int, list[int], str]
+        ] = []  # not looked at yet, with step, samples and first prompt
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class StudentModule(EvaluatedModule):
         """
         self.stopwatch.tokens = self.stopwatch.tokens + batch["attention_mask"].sum()
         self._losses.append((loss.detach(), self.global_step, batch["index"], batch["prompts"][0][:80]))
-        if self.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.check_losses()
         return loss
 

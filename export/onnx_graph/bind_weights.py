@@ -80,7 +80,11 @@ def _bind_quantized(
 
 def _codes(codes: Tensor, type: ir.DataType) -> ir.TensorProtocol:
     """Codes for storage: torch has no INT4."""
-    return ir.tensor(codes.numpy().astype(type.numpy()), dtype=type) if type == ir.DataType.INT4 else TorchTensor(codes)
+    return (
+        ir.tensor(codes.cpu().numpy().astype(type.numpy()), dtype=type)
+        if type == ir.DataType.INT4
+        else TorchTensor(codes.cpu())
+    )
 
 
 def _share_quantized_inputs(graph: ir.Graph) -> None:
@@ -104,7 +108,7 @@ def _share_quantized_inputs(graph: ir.Graph) -> None:
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: Tensor | ir.TensorProtocol) -> ir.Value:
-    stored = TorchTensor(tensor) if isinstance(tensor, Tensor) else tensor
+    stored = TorchTensor(tensor.cpu()) if isinstance(tensor, Tensor) else tensor
     stored.name = name
     value = ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored)  # type: ignore[arg-type]
     graph.initializers[name] = value

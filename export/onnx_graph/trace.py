@@ -129,8 +129,8 @@ def trace(model: PreTrainedModel, *, dtype: torch.dtype, opset: int) -> Trace:
     kinds = layer_kinds(model)
     distinct = list(dict.fromkeys(kinds))
     part = slice_layers(model, [kinds.index(kind) for kind in distinct])
-    if next(part.parameters()).dtype != dtype:
-        part = _converted(copy.deepcopy(part), dtype)  # a copy first: `slice_layers` shares tensors with the model
+    if (part.dtype, part.device.type) != (dtype, "cpu"):
+        part = _converted(copy.deepcopy(part).cpu(), dtype)  # type: ignore[call-arg]  # a copy first: `slice_layers` shares tensors
     with _quiet(), torch.no_grad(), _attention_without_repeated_groups(), _without_cached_fakes():
         program = torch.export.export(
             DecoderWithCache(part), _example(part, dtype), dynamic_shapes=_dynamic_shapes(len(distinct)), strict=False

@@ -62,7 +62,8 @@ class FusedDecoder:
             and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
             and getattr(config, "sliding_window", None) is None
             and all(
-                type(linear := getattr(owner, name)) in _KNOWN_LINEARS and not is_traceable_wrapper_subclass(linear.weight)
+                type(linear := getattr(owner, name)) in _KNOWN_LINEARS
+                and not is_traceable_wrapper_subclass(linear.weight)
                 for layer in decoder_layers(model)
                 for owner, name in layer.linears()
             )

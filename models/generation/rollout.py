@@ -72,11 +72,14 @@ def rollout(
             f"expected a seed for each of {num_samples} samples at temperature {sampling.temperature:g}, found "
             f"{'none' if seeds is None else len(seeds)}; pass seeds, or sample at temperature 0"
         )
-    ends = torch.tensor(list(end_tokens), dtype=torch.long).to(device, non_blocking=True)
+    known = [token for token in end_tokens if vocabulary is None or token < vocabulary]
+    ends = torch.tensor(known, dtype=torch.long).to(device, non_blocking=True)
     uniforms_BG = uniforms(seeds, max_new_tokens, device) if seeds is not None else None
     tokens_BG = torch.zeros(num_samples, max_new_tokens, dtype=torch.long, device=device)
     rows_B = torch.arange(num_samples, device=device)  # of the samples that the decoder still holds
-    lengths_B = torch.full((num_samples,), max_new_tokens, device=device)  # of all samples; what has not ended has the longest
+    lengths_B = torch.full(
+        (num_samples,), max_new_tokens, device=device
+    )  # of all samples; what has not ended has the longest
     alive_B = torch.ones(num_samples, dtype=torch.bool, device=device)
     held, look_every = list(range(num_samples)), _LOOK_EVERY.get(device.type, _LOOK_EVERY_ON_GPU)  # `held` is `rows_B`
     logits_BV = decoder.prefill(prompts_BP, mask_BP, max_new_tokens)
@@ -115,7 +118,9 @@ def rollout_batch(batch: Batch, answers: Rollout) -> Batch:
     tokens_BT = torch.cat([batch["prompt_ids"], answers.tokens_BG], dim=1)
     is_answer_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), mask_BG], dim=1)
     labels_BT = torch.where(is_answer_BT.bool(), tokens_BT, IGNORE_INDEX)
-    starts = batch.get("prompt_lengths") or batch["prompt_mask"].sum(1).tolist()  # a loader knows them; a look makes a GPU's host wait
+    starts = (
+        batch.get("prompt_lengths") or batch["prompt_mask"].sum(1).tolist()
+    )  # a loader knows them; a look makes a GPU's host wait
     spans = [((start, start + length),) for start, length in zip(starts, answers.lengths, strict=True)]
     longest = max(end for ((_, end),) in spans)
     # Real tokens move to the front of their row, in order; padding goes to the back.

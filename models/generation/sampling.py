@@ -62,11 +62,11 @@ def sample(
         logits_BV: Next-token logits.
         uniform_B: Random numbers in [0, 1); unused at temperature 0.
         sampling: How to sample.
-        end_tokens: Tokens that end an answer; not sampled before `sampling.min_tokens`.
+        end_tokens: Tokens of these logits that end an answer; not sampled before `sampling.min_tokens`.
         num_sampled: Tokens that every answer has already.
     """
     if num_sampled < sampling.min_tokens and end_tokens.numel():
-        logits_BV = logits_BV.index_fill(1, end_tokens[end_tokens < logits_BV.shape[1]], -torch.inf)
+        logits_BV = logits_BV.index_fill(1, end_tokens, -torch.inf)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     scores_BV = logits_BV.float() / sampling.temperature

@@ -81,11 +81,11 @@ def attend(
     return (shares_BHTT @ value_BHTK).transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, device: Any = "cpu", **kwargs: Any) -> Tensor | None:
-    """transformers' mask; of a batch that is padded on the right on a GPU, without its padding."""
+def _mask(*, attention_mask: Tensor | None = None, device: Any = "cpu", **kwargs: Any) -> Tensor | None:
+    """The mask that transformers makes; of a batch that is padded on the right on a GPU, without its padding."""
     if _right_padded.get() and torch.device(device).type != "cpu":
         attention_mask = None
-    return sdpa_mask(*args, attention_mask=attention_mask, device=device, **kwargs)
+    return sdpa_mask(attention_mask=attention_mask, device=device, **kwargs)
 
 
 AttentionInterface.register(NAME, attend)

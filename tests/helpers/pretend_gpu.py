@@ -29,7 +29,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
-_VALUES = {"item", "tolist", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "equal", "allclose", "bincount"}
+_VALUES = {
+    "item",
+    "tolist",
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "unique",
+    "unique_consecutive",
+    "equal",
+    "allclose",
+    "bincount",
+}
 _VALUES |= {"is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__contains__", "tensor_split"}
 _MAY_MIX = {"to", "cpu", "copy_", "__get__", "__set__", "__getitem__", "__setitem__", "is_same_size", "backward"}
 _ALIKE = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}  # of these, not even a scalar may be elsewhere
@@ -40,6 +51,7 @@ class PretendGpu:
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
+        self.in_backward = False
 
 
 _gpu = PretendGpu()  # of the running test
@@ -57,24 +69,36 @@ class OnGpu(Tensor):
         if owner in (Tensor.is_cuda, Tensor.is_cpu):
             return owner is Tensor.is_cuda
         if name in ("numpy", "__array__", "from_dlpack"):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first.")
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first."
+            )
         if name == "get_device":
             return 0
-        if name == "_has_compatible_shallow_copy_type":  # as between a CPU and a real GPU: a module's parameters take new data
+        if (
+            name == "_has_compatible_shallow_copy_type"
+        ):  # as between a CPU and a real GPU: a module's parameters take new data
             return True
         if name in ("__set__", "set_data") and owner is Tensor.data:
             return _set_data(*args)
         leaves = name == "cpu" or (name == "to" and _names(args[1:], kwargs, "cpu", args))
         _check(name, args, kwargs)
-        if leaves or _depends_on_values(name, args, kwargs) or (name == "copy_" and not isinstance(args[0], OnGpu) and not kwargs.get("non_blocking")):
+        if (
+            leaves
+            or _depends_on_values(name, args, kwargs)
+            or (name == "copy_" and not isinstance(args[0], OnGpu) and not kwargs.get("non_blocking"))
+        ):
             _gpu.waits[name] += 1
-        if any(is_traceable_wrapper_subclass(value) for value in args):  # which computes by its own rules, on plain tensors
+        if any(
+            is_traceable_wrapper_subclass(value) for value in args
+        ):  # which computes by its own rules, on plain tensors
             args = tuple(value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args)
             return tree_map(_on_gpu, func(*args, **kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*tree_map(_really, args), **tree_map(_really, kwargs))
         if leaves:
-            return (result.clone() if result is args[0] or result.data_ptr() == args[0].data_ptr() else result).as_subclass(Tensor)
+            return (
+                result.clone() if result is args[0] or result.data_ptr() == args[0].data_ptr() else result
+            ).as_subclass(Tensor)
         if name == "copy_" and not isinstance(args[0], OnGpu):
             return args[0]
         return tree_map(_on_gpu, result)
@@ -82,8 +106,11 @@ class OnGpu(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy on the same device; parameters stay parameters."""
         if id(self) not in memo:
-            copied = self.detach().clone()
-            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+            with torch._C.DisableTorchFunctionSubclass():
+                copied = self.detach().as_subclass(Tensor).clone()
+            memo[id(self)] = _on_gpu(
+                nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+            )
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -118,7 +145,7 @@ class _Factories(torch.overrides.TorchFunctionMode):
             return result
         if moves and result.data_ptr() == args[0].data_ptr():
             result = result.clone() if not result.is_leaf or result.requires_grad else result.detach().clone()
-        return result.as_subclass(OnGpu) if not isinstance(result, OnGpu) else result
+        return _on_gpu(result)
 
 
 def _is_device(value: Any, kind: str) -> bool:
@@ -140,7 +167,10 @@ def _really(value: Any) -> Any:
 
 
 def _on_gpu(value: Any) -> Any:
-    return value.as_subclass(OnGpu) if type(value) in (Tensor, nn.Parameter) else value
+    """The same object, on the GPU from now on."""
+    if type(value) in (Tensor, nn.Parameter):
+        value.__class__ = OnGpu if type(value) is Tensor else GpuParameter
+    return value
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
@@ -156,12 +186,17 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
 def _check(name: str, args: Any, kwargs: Any) -> None:
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     elsewhere = [t for t in tensors if not isinstance(t, OnGpu) and not is_traceable_wrapper_subclass(t)]
-    if name in ("__getitem__", "__setitem__") and not isinstance(args[0], OnGpu):
-        raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor (cpu), in {name}")
-    if name in _MAY_MIX or not any(isinstance(t, OnGpu) for t in tensors):
+    if not _gpu.in_backward and name in ("__getitem__", "__setitem__") and not isinstance(args[0], OnGpu):
+        raise RuntimeError(
+            f"indices should be either on cpu or on the same device as the indexed tensor (cpu), in {name}"
+        )
+    # What autograd has saved comes back as a plain tensor.
+    if _gpu.in_backward or name in _MAY_MIX or not any(isinstance(t, OnGpu) for t in tensors):
         return
     if any(tensor.dim() or name in _ALIKE for tensor in elsewhere):
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (in {name})")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (in {name})"
+        )
 
 
 def _depends_on_values(name: str, args: Any, kwargs: Any) -> bool:
@@ -179,7 +214,7 @@ class _Generator(torch.Generator):
     """`torch.Generator(device="cuda")`, which a build for CPUs does not know."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
-        return super().__new__(cls, device=_really(torch.device(device)))
+        return super().__new__(cls, device=_really(torch.device(device)))  # type: ignore[call-arg]
 
 
 @contextmanager
@@ -196,7 +231,7 @@ def pretend_gpu() -> Iterator[PretendGpu]:
 
     def backward(*args: Any, **kwargs: Any) -> Any:
         """Layers that are computed again, hooks and our own functions run in here: for them, too, there is a GPU."""
-        with torch._C._EnableTorchFunction(), _Factories():
+        with torch._C._EnableTorchFunction(), _Factories(), mock.patch.object(_gpu, "in_backward", True):
             return run_backward(*args, **kwargs)
 
     def grouped(tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,16 +244,24 @@ def pretend_gpu() -> Iterator[PretendGpu]:
         _Factories(),
         mock.patch.object(clip_grad, "_group_tensors_by_device_and_dtype", grouped),
         mock.patch.object(torch.autograd, "_engine_run_backward", backward),
-        mock.patch.object(checkpoint, "_run_fn_with_dynamo_disabled", lambda run, *args: again(run, *tree_map(_on_gpu, args))),
+        mock.patch.object(
+            checkpoint, "_run_fn_with_dynamo_disabled", lambda run, *args: again(run, *tree_map(_on_gpu, args))
+        ),
         mock.patch.object(torch.autocast, "__init__", on_cpu),
-        mock.patch.object(torch, "is_autocast_enabled", lambda device="cuda": enabled("cpu")),
-        mock.patch.object(torch, "get_autocast_dtype", lambda device: dtype("cpu")),
-        mock.patch.object(torch, "Generator", _Generator),
+        mock.patch.multiple(
+            torch,
+            is_autocast_enabled=lambda device="cuda": enabled("cpu"),
+            get_autocast_dtype=lambda device: dtype("cpu"),
+            Generator=_Generator,
+        ),
         mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, default=lambda x: (tuple(x.shape), x.dtype)),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(torch.cuda, "device_count", lambda: 1),
-        mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (70 * 2**30, 80 * 2**30)),
+        mock.patch.multiple(
+            torch.cuda,
+            current_device=lambda: 0,
+            device_count=lambda: 1,
+            mem_get_info=lambda device=None: (70 * 2**30, 80 * 2**30),
+        ),
         mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),  # a mode belongs to its thread
-        mock.patch.object(CUDAAccelerator, "setup_device", lambda self, device: None),
+        mock.patch.object(CUDAAccelerator, "setup_device"),
     ):
         yield _gpu

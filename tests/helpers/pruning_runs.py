@@ -53,9 +53,14 @@ def fit(places: dict[str, str], folder: Path, *callbacks: Callback, resume: str 
         **{name: value for name, value in settings.items() if not name.startswith(prefix)},
     )
     data = Conversations(tokenizer=places["student"], train=places["data"], batch_size=3, val_fraction=0.2, seed=3)
-    defaults: dict[str, Any] = {"max_steps": STEPS, "logger": False, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": STEPS,
+        "logger": False,
+        "gradient_clip_val": 1.0,
+        "limit_val_batches": 0,
+    }
     trainer = Trainer(
-        accelerator="cpu",
         default_root_dir=folder,
         callbacks=list(callbacks),
         enable_progress_bar=False,
