@@ -32,6 +32,7 @@ from models.losses import (
     linear_objective,
 )
 from models.losses.hidden_states import check_hidden_states
+from models.losses.output_head import LazyLogits
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.offline.teacher import check_offline
 from models.student import StudentModule, settings_of
@@ -247,11 +248,11 @@ class Distillation(StudentModule):
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
-    def teacher_logits(self, batch: Batch, split: str) -> Tensor | None:
+    def teacher_logits(self, batch: Batch, split: str) -> LazyLogits | None:
         """Teacher's logits at the answer positions, over the common vocabulary; None where only its top tokens are known."""
         if not isinstance(self.teacher, OfflineTeacher):
-            return self.teacher.answer_logits(batch)[:, : self.vocabulary]
-        return None if self.teacher.form == "top_k" else self.teacher.answer_logits(batch, split)[:, : self.vocabulary]
+            return self.teacher.lazy_logits(batch, self.vocabulary)
+        return None if self.teacher.form == "top_k" else self.teacher.lazy_logits(batch, split, self.vocabulary)
 
     def _start_evaluation(self) -> None:
         super()._start_evaluation()
@@ -280,9 +281,9 @@ class Distillation(StudentModule):
         self.metrics.top_k_kl.update(total / len(labels_N), weight=len(labels_N))
 
     def _judge_teacher(self, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
-        logits_NV = self.teacher_logits(batch, split)
-        if logits_NV is not None:
-            metrics.update(logits_NV, answer_labels(batch), None)
+        logits = self.teacher_logits(batch, split)
+        if logits is not None:
+            metrics.update(logits, answer_labels(batch), None)
         if isinstance(self.teacher, Teacher):  # a captured one can say nothing new
             self._score(self.teacher.model, metrics, batch, split)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from datamodules.collate import IGNORE_INDEX, Batch
 from models.hardware.attention import right_padded
 from models.hardware.sharding import call_gathered
-from models.losses.output_head import logits_of
+from models.losses.output_head import LazyLogits, logits_of
 
 
 def answer_labels(batch: Batch) -> Tensor:
@@ -80,6 +80,12 @@ def _answer_states(model: PreTrainedModel, batch: Batch, layers: list[int]) -> t
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits that predict the answer tokens, shape (N, V)."""
     return logits_of(model, answer_hidden(model, batch))
+
+
+def lazy_logits(model: PreTrainedModel, batch: Batch, vocabulary: int | None = None) -> LazyLogits:
+    """The same, computed some rows at a time, over the first tokens of the vocabulary."""
+    vocabulary = vocabulary or len(model.get_output_embeddings().weight)
+    return LazyLogits(answer_hidden(model, batch), partial(logits_of, model), vocabulary)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

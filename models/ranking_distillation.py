@@ -5,6 +5,7 @@ Only the one position that answers goes through the head, and for the labels onl
 Legend: B samples of a micro-batch, D hidden, C classes, M models (the student, then the teacher if there is one), V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from models.forward import answer_hidden, answer_labels
 from models.loading.reference import vocabulary_size
 from models.losses import FullTargets, head_of, logits_of
 from models.losses.labels import LabelObjective, label_logits, label_objective
+from models.losses.output_head import LazyLogits
 from models.offline import is_offline
 from models.student import StudentModule, settings_of
 from models.teacher import RememberingTeacher, Teacher, TeacherDtype, load_teacher
@@ -168,12 +170,13 @@ class RankingDistillation(StudentModule):
             metrics.reset()  # type: ignore[operator]
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        hidden_BD, theirs_BV = answer_hidden(self.student, batch), None
+        hidden_BD, theirs = answer_hidden(self.student, batch), None
         logits = [label_logits(hidden_BD, head_of(self.student), self.label_tokens_C)]
         if teacher := self._remembering:
-            theirs_BV = teacher.answer_logits(batch)[:, : self.vocabulary]
+            theirs = teacher.lazy_logits(batch, self.vocabulary)
             logits.append(label_logits(teacher.answer_hidden(batch), head_of(teacher.model), self.label_tokens_C))
-        self.metrics.update(logits_of(self.student, hidden_BD)[:, : self.vocabulary], answer_labels(batch), theirs_BV)
+        ours = LazyLogits(hidden_BD, partial(logits_of, self.student), self.vocabulary)
+        self.metrics.update(ours, answer_labels(batch), theirs)
         self.ranking[split].update(torch.stack(logits, 1), batch)  # type: ignore[operator]
 
     def _end_evaluation(self, split: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ from models.hardware.low_precision import quantize_weights
 from models.hardware.sharding import shard
 from models.loading.reference import check_same_tokenizer, load_model, load_tokenizer
 from models.losses import FullTargets, Targets, check_head, head_of, logits_of
+from models.losses.output_head import LazyLogits
 
 TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
@@ -66,11 +67,19 @@ class Teacher:
         with torch.autocast(self.model.device.type, enabled=False):
             return answer_hidden(self.model, batch)
 
-    @torch.no_grad()
     def answer_logits(self, batch: Batch) -> Tensor:
         """Logits (N, V) at the answer positions of a batch, see `models.forward.answer_logits`."""
+        return self.lazy_logits(batch)[:]
+
+    def lazy_logits(self, batch: Batch, vocabulary: int | None = None) -> LazyLogits:
+        """The same, computed some rows at a time, over the first tokens of the vocabulary."""
+        vocabulary = vocabulary or len(self.model.get_output_embeddings().weight)
+        return LazyLogits(self.answer_hidden(batch), self._logits, vocabulary)
+
+    @torch.no_grad()
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
         with torch.autocast(self.model.device.type, enabled=False):
-            return logits_of(self.model, self.answer_hidden(batch))
+            return logits_of(self.model, hidden_ND)
 
 
 class RememberingTeacher(Teacher):

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.collate import Batch
 from models.copies import inference_copy
-from models.forward import answer_labels, answer_logits
+from models.forward import answer_labels, lazy_logits
 from models.generation.decoder import Decoder, decoder_for
 from models.generation.rollout import answer_texts, rollout
 from models.loading.reference import end_token_ids
 from models.losses import forward_kl
+from models.losses.output_head import LazyLogits, pieces_of
 from models.teacher import Teacher
 
 Scorer = Callable[[list[str], Batch], Sequence[float]]
@@ -42,15 +43,17 @@ class AnswerMetrics(nn.Module):
         self.task_score = MeanMetric()
         self.scorer_score = MeanMetric()
 
-    def update(self, logits_NV: Tensor, labels_N: Tensor, teacher_logits_NV: Tensor | None) -> None:
-        """Add the answer tokens of one batch; heads padded to different sizes are cut to the ids that both have."""
-        if teacher_logits_NV is not None:
-            vocabulary = min(logits_NV.shape[-1], teacher_logits_NV.shape[-1])
-            logits_NV, teacher_logits_NV = logits_NV[:, :vocabulary], teacher_logits_NV[:, :vocabulary]
-        self.perplexity.update(logits_NV.float().unsqueeze(0), labels_N.unsqueeze(0))
-        if teacher_logits_NV is not None:
-            self.kl.update(forward_kl(logits_NV, teacher_logits_NV))
-            self.top1_agreement.update((logits_NV.argmax(-1) == teacher_logits_NV.argmax(-1)).float())
+    def update(self, logits: LazyLogits, labels_N: Tensor, teacher_logits: LazyLogits | None) -> None:
+        """Add the answer tokens of one batch, some at a time; heads padded to different sizes are cut to the ids that both have."""
+        for rows in pieces_of(len(labels_N), logits.vocabulary):
+            logits_nV, labels_n = logits[rows], labels_N[rows]
+            if teacher_logits is not None:
+                theirs_nV = teacher_logits[rows]
+                vocabulary = min(logits_nV.shape[1], theirs_nV.shape[1])
+                logits_nV, theirs_nV = logits_nV[:, :vocabulary], theirs_nV[:, :vocabulary]
+                self.kl.update(forward_kl(logits_nV, theirs_nV))
+                self.top1_agreement.update((logits_nV.argmax(-1) == theirs_nV.argmax(-1)).float())
+            self.perplexity.update(logits_nV.float().unsqueeze(0), labels_n.unsqueeze(0))
 
     def compute(self) -> dict[str, float]:
         """All figures that have data."""
@@ -99,12 +102,9 @@ def evaluate(
     metrics = AnswerMetrics().to(device)
     for cpu_batch in batches:
         batch = move_data_to_device(cpu_batch, device)
-        teacher_logits_NV = teacher.answer_logits(batch) if teacher else None
-        if teacher_logits_NV is not None and judged is model:
-            logits_NV = teacher_logits_NV
-        else:
-            logits_NV = answer_logits(judged, batch)
-        metrics.update(logits_NV, answer_labels(batch), teacher_logits_NV)
+        theirs = teacher.lazy_logits(batch) if teacher else None
+        ours = theirs if theirs is not None and judged is model else lazy_logits(judged, batch)
+        metrics.update(ours, answer_labels(batch), theirs)
         if scorer and decoder:
             texts = generate_texts(
                 decoder, tokenizer, batch, max_new_tokens=max_new_tokens, end_tokens=end_token_ids(model)

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.collate import Batch
 from models.evaluation.answers import AnswerMetrics, generate_texts
-from models.forward import answer_labels, answer_logits
+from models.forward import answer_labels, lazy_logits
 from models.generation.decoder import Decoder, decoder_for
 from models.loading.reference import end_token_ids
+from models.losses.output_head import LazyLogits
 
 
 class EvaluatedModule(LightningModule):
@@ -27,7 +27,7 @@ class EvaluatedModule(LightningModule):
         self.metrics = AnswerMetrics()
         self._decoders: dict[PreTrainedModel, Decoder] = {}  # of an evaluation: a copy of each model that has to answer
 
-    def teacher_logits(self, batch: Batch, split: str) -> Tensor | None:
+    def teacher_logits(self, batch: Batch, split: str) -> LazyLogits | None:
         """Logits of a teacher at the answer positions (N, V), or None without a teacher."""
         return None
 
@@ -74,8 +74,8 @@ class EvaluatedModule(LightningModule):
         self._decoders.clear()
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        logits_NV = answer_logits(self.student, batch)[:, : self.vocabulary]
-        self.metrics.update(logits_NV, answer_labels(batch), self.teacher_logits(batch, split))
+        logits = lazy_logits(self.student, batch, self.vocabulary)
+        self.metrics.update(logits, answer_labels(batch), self.teacher_logits(batch, split))
         self._score(self.student, self.metrics, batch, split)
 
     def _score(self, model: PreTrainedModel, metrics: AnswerMetrics, batch: Batch, split: str) -> None:

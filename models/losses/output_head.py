@@ -3,6 +3,7 @@
 Legend: N tokens, V vocabulary, D hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from models.quantization.linear import FakeQuantizedLinear
+
+#: Logits that are held at once where their gradients are not needed in closed form: 128 MiB in float32, and a few copies of that.
+LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,34 @@ class Head:
         if self.soft_cap is None:
             return None if self.scale == 1 else self.scale
         return (logits_NV / self.soft_cap).square_().neg_().add_(1).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class LazyLogits:
+    """Logits (N, V) that are computed some rows at a time: those of 16,384 tokens of a vocabulary of 151,936 are 10 GB in float32.
+
+    Attributes:
+        hidden_ND: Final hidden states.
+        of: Logits of some of them.
+        vocabulary: Tokens that take part: the first so many, of which there may be fewer.
+    """
+
+    hidden_ND: Tensor
+    of: Callable[[Tensor], Tensor]
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return len(self.hidden_ND)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Logits of some rows, (rows, V)."""
+        return self.of(self.hidden_ND[rows])[:, : self.vocabulary]
+
+
+def pieces_of(num_rows: int, vocabulary: int) -> list[slice]:
+    """Rows of logits that are held at once, see `LOGITS_AT_ONCE`."""
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
 def head_of(model: PreTrainedModel) -> Head:

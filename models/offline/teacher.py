@@ -16,7 +16,7 @@ from torch import Tensor
 from datamodules.base import ChatDataModule
 from datamodules.collate import Batch
 from models.losses.chunked import FullTargets, Targets, TopKTargets
-from models.losses.output_head import Head
+from models.losses.output_head import Head, LazyLogits
 from models.offline import fingerprints, store
 from models.offline.forms import Columns, decode_top_k
 
@@ -119,8 +119,15 @@ class OfflineTeacher:
 
     def answer_logits(self, batch: Batch, split: str = "train") -> Tensor:
         """Logits (N, V) at the answer positions; exact form only."""
+        return self.lazy_logits(batch, split)[:]
+
+    def lazy_logits(self, batch: Batch, split: str = "train", vocabulary: int | None = None) -> LazyLogits:
+        """The same, computed some rows at a time, over the first tokens of the vocabulary."""
+        return LazyLogits(self.answer_hidden(batch, split), self._logits, vocabulary or self.vocabulary)
+
+    def _logits(self, hidden_NE: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return self.head.logits(self.answer_hidden(batch, split))
+            return self.head.logits(hidden_NE)
 
     @property
     def head(self) -> Head:

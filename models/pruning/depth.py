@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from datamodules.collate import Batch
 from models.architecture import decoder_layers
 from models.calibration.observe import Observer, evaluating, observe, on_device
-from models.forward import answer_labels, answer_logits
+from models.forward import answer_labels, lazy_logits
+from models.losses.output_head import pieces_of
 from models.pruning.scores.importance import Total, identity
 from models.structure.slicing import checked_indices
 
@@ -105,8 +106,9 @@ def removal_loss(
     sums = torch.zeros(2, dtype=torch.float64, device=model.device)  # of -log p, and of tokens
     with evaluating(model), without_layers(model, layers):
         for batch in on_device(batches, model.device):
-            labels_N = answer_labels(batch)
-            sums[0] += F.cross_entropy(answer_logits(model, batch).float(), labels_N, reduction="sum")
+            labels_N, logits = answer_labels(batch), lazy_logits(model, batch)
+            for rows in pieces_of(len(labels_N), logits.vocabulary):
+                sums[0] += F.cross_entropy(logits[rows].float(), labels_N[rows], reduction="sum")
             sums[1] += len(labels_N)
     loss, tokens = total(sums)
     return float(loss / tokens)

@@ -24,7 +24,7 @@ from models.calibration.least_squares import moment
 from models.calibration.observe import evaluating, hooked, on_device
 from models.forward import answer_hidden
 from models.generation.sampling import seed_of
-from models.losses.output_head import logits_of
+from models.losses.output_head import logits_of, pieces_of
 from models.pruning.scores.importance import Total, identity
 from program.progress import Bar
 
@@ -122,10 +122,14 @@ def collect_curvature(
 
 def _gradients(model: PreTrainedModel, hidden_ND: Tensor, outputs: list[Tensor], seed: int) -> list[Tensor]:
     """Gradients of the negative log-likelihood of labels drawn from the model, summed over answer tokens."""
-    logits_NV = logits_of(model, hidden_ND).float()
-    generator = torch.Generator(device=logits_NV.device).manual_seed(seed)
-    labels_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    return list(torch.autograd.grad(F.cross_entropy(logits_NV, labels_N, reduction="sum"), outputs))
+    generator = torch.Generator(device=hidden_ND.device).manual_seed(seed)
+    gradients: list[Tensor] = []
+    for rows in pieces_of(len(hidden_ND), len(model.get_output_embeddings().weight)):
+        piece_nD = hidden_ND[rows].detach().requires_grad_()
+        logits_nV = logits_of(model, piece_nD).float()
+        labels_n = torch.multinomial(logits_nV.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        gradients += torch.autograd.grad(F.cross_entropy(logits_nV, labels_n, reduction="sum"), piece_nD)
+    return list(torch.autograd.grad(hidden_ND, outputs, torch.cat([hidden_ND[:0], *gradients])))
 
 
 @contextmanager

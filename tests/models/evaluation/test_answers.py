@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from datamodules.collate import Batch
 from models.evaluation.answers import AnswerMetrics, evaluate, generate_texts
-from models.forward import answer_labels, answer_logits
+from models.forward import answer_labels, answer_logits, lazy_logits
 from models.generation.decoder import FusedDecoder, TransformersDecoder, decoder_for
 from models.loading.reference import end_token_ids
 from models.quantization import freeze_scales
@@ -66,7 +66,7 @@ def test_metrics_are_means_over_tokens_not_over_batches(student: PreTrainedModel
     batches = [tiny_batch(), tiny_batch(LONGER)]
     metrics = AnswerMetrics()
     for batch in batches:
-        metrics.update(answer_logits(student, batch), answer_labels(batch), answer_logits(model, batch))
+        metrics.update(lazy_logits(student, batch), answer_labels(batch), lazy_logits(model, batch))
     expected = naive_figures(student, model, batches, 300)
     assert metrics.compute() == pytest.approx(expected, rel=1e-4)
     assert 0.1 < expected["top1_agreement"] < 0.9
@@ -76,7 +76,7 @@ def test_metrics_are_means_over_tokens_not_over_batches(student: PreTrainedModel
 def test_metrics_without_data_are_left_out(model: PreTrainedModel, batch: Batch) -> None:
     metrics = AnswerMetrics()
     assert metrics.compute() == {}
-    metrics.update(answer_logits(model, batch), answer_labels(batch), None)
+    metrics.update(lazy_logits(model, batch), answer_labels(batch), None)
     assert set(metrics.compute()) == {"perplexity"}
     metrics.task_score.update(torch.tensor([1.0, 0.0, 0.0]))
     metrics.task_score.update(torch.tensor([1.0]))
@@ -87,14 +87,14 @@ def test_metrics_without_data_are_left_out(model: PreTrainedModel, batch: Batch)
 
 def test_metrics_never_enter_a_checkpoint(model: PreTrainedModel, batch: Batch) -> None:
     metrics = AnswerMetrics()
-    metrics.update(answer_logits(model, batch), answer_labels(batch), answer_logits(model, batch))
+    metrics.update(lazy_logits(model, batch), answer_labels(batch), lazy_logits(model, batch))
     assert not metrics.state_dict()
 
 
 def test_heads_of_different_sizes_are_compared_over_the_common_ids(batch: Batch) -> None:
     student, teacher = tiny_model(vocab_size=320), tiny_model(vocab_size=290, seed=1)
     metrics = AnswerMetrics()
-    metrics.update(answer_logits(student, batch), answer_labels(batch), answer_logits(teacher, batch))
+    metrics.update(lazy_logits(student, batch), answer_labels(batch), lazy_logits(teacher, batch))
     assert metrics.compute() == pytest.approx(naive_figures(student, teacher, [batch], 290), rel=1e-4)
 
 
