@@ -167,14 +167,20 @@ def _check_resources(trainer: Trainer, module: StudentModule, export: ExportOnFi
             f"expected {disk / GIB:.1f} GiB of free disk at {trainer.default_root_dir}, found {free_disk / GIB:.1f}; free some, "
             "or choose another --root"
         )
-    # Gradients and two moments are still to come; they are free again when the export begins.
-    on_cpu = module.device.type == "cpu"
-    memory = max(3 * trained if on_cpu else weights, _export_bytes(module, export) if export else 0)
-    free_memory = psutil.virtual_memory().available
-    if free_memory < memory:
+    # Gradients and two moments are still to come; they are free again when the export begins, on the host.
+    training, exporting = 3 * trained, _export_bytes(module, export) if export else 0
+    if module.device.type == "cpu":
+        _check_free(max(training, exporting), psutil.virtual_memory().available, "free memory for training and export")
+    else:
+        _check_free(exporting, psutil.virtual_memory().available, "free memory of the host for the export")
+        _check_free(training, torch.cuda.mem_get_info(module.device)[0], f"free memory of {module.device} for training")
+
+
+def _check_free(wanted: int, found: int, what: str) -> None:
+    if found < wanted:
         raise ValueError(
-            f"expected {memory / GIB:.1f} GiB of free memory for training and export, found {free_memory / GIB:.1f}; close "
-            "other programs or choose a smaller student"
+            f"expected {wanted / GIB:.1f} GiB of {what}, found {found / GIB:.1f}; close other programs, take an overlay that needs less "
+            "(configs/checkpointing.yaml, adam8bit.yaml, lora.yaml), or choose a smaller student"
         )
 
 

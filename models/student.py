@@ -111,7 +111,16 @@ class StudentModule(EvaluatedModule):
         self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`."""
+        """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`.
+
+        Raises:
+            ValueError: The precision is float16; the schedule or the warm-up does not fit the run; the optimizer would lose updates.
+        """
+        if str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                f"expected trainer.precision bf16-mixed or 32-true, found {self.trainer.precision}: gradients of single logits are too small "
+                "for float16; set trainer.precision to bf16-mixed"
+            )
         scales = learned_scales(self.student)
         apart = {id(scale) for scale in scales}
         optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad and id(p) not in apart])
@@ -142,8 +151,8 @@ class StudentModule(EvaluatedModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm directly where no gradient scaler takes part; Lightning refuses that for fused optimizers."""
-        if str(self.trainer.precision).startswith("16") or gradient_clip_algorithm == "value":
+        """Clip by norm directly: Lightning refuses that for fused optimizers."""
+        if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)

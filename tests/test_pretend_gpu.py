@@ -279,6 +279,31 @@ def test_a_step_waits_for_nothing(gpu: PretendGpu, method: str, precision: str) 
         assert dict(step) == ({} if method == "sft" else {"tolist": looks})
 
 
+# What a GPU lacks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "message"),
+    [
+        (
+            {"precision": "16-mixed"},
+            r"expected trainer.precision bf16-mixed or 32-true, found 16-mixed: gradients of single",
+        ),
+        (
+            {},
+            r"expected 0.0 GiB of free memory of cuda:0 for training, found 0.0; close other programs, take an overlay",
+        ),
+    ],
+    ids=["float16", "memory"],
+)
+def test_a_gpu_that_cannot_is_refused(
+    gpu: PretendGpu, arguments_: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 * 2**30))
+    with pytest.raises(ValueError, match=message):
+        train.main(arguments("sft", **arguments_))
+
+
 # The device itself --------------------------------------------------------------------------------------------------
 
 
