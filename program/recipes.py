@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from program.screen import one_sentence
 
+RECIPES = Path(__file__).parents[1] / "configs"
 _MOST = 100_000  # settings in a file, aliases counted as what they stand for
 
 
@@ -40,13 +41,19 @@ class ConfigFile(ActionConfigFile):
     ) -> None:
         """Forget the earlier lists that the file names, then read it."""
         try:
-            text = Path(values).read_text(encoding="utf-8")
+            text, is_file = Path(values).read_text(encoding="utf-8"), True
         except OSError:
-            text = values  # settings written on the command line, or a file that is missing: the parser says so
-        with contextlib.suppress(yaml.YAMLError):  # as it does of broken ones
+            text, is_file = values, False  # settings written on the command line, or nothing that can be read
+        with contextlib.suppress(yaml.YAMLError):  # the parser says so
             if mistake := _mistake(yaml.compose(text, yaml.SafeLoader), {}):
                 parser.error(f"{mistake} in {values}; correct the file")
             settings = yaml.safe_load(text)
+            if not is_file and not isinstance(settings, Mapping):
+                found = "a folder" if os.path.isdir(values) else "no file that can be read"
+                ours = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
+                parser.error(
+                    f"expected a recipe at {values!r}, found {found}; check the path, or take one of configs/: {ours}"
+                )
             for key, value in flatten(settings if isinstance(settings, Mapping) else {}).items():
                 if isinstance(value, list):
                     cfg.pop(key, None)

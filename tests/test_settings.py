@@ -232,6 +232,22 @@ def test_a_saved_config_names_no_folder_of_the_old_run() -> None:
     assert not {"ckpt_path", "run_dir"} & yaml.safe_load(text).keys()
 
 
+@pytest.mark.parametrize("found", ["no file that can be read", "a folder"])
+def test_a_recipe_that_does_not_exist_is_answered_with_those_that_do(
+    found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path if found == "a folder" else tmp_path / "nope.yaml")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["fit", "--config", path])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"error: expected a recipe at {path!r}, found {found}; check the path, or take one of configs/: "
+    )
+    recipes = Path(train.__file__).parent.glob("configs/*.yaml")
+    assert all(recipe.name in line for recipe in recipes) and line.endswith("fit --help)")
+
+
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n" for before, after in pairwise("abcdefghij")
 )
