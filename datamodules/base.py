@@ -93,12 +93,8 @@ class ChatDataModule(LightningDataModule):
 
     def tokenize(self, conversations: list[Conversation]) -> list[Example]:
         """One example for each conversation, of any length."""
-        return encode(
-            self.tokenizer,
-            conversations,
-            system_prompt=self.system_prompt,
-            supervise_all_turns=self.supervise_all_turns,
-        )
+        every = self.supervise_all_turns
+        return encode(self.tokenizer, conversations, system_prompt=self.system_prompt, supervise_all_turns=every)
 
     @property
     def collate_fn(self) -> Callable[[Sequence[Example]], Batch]:
@@ -129,9 +125,7 @@ class ChatDataModule(LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer behind the reference; its chat template and end token were checked."""
-        from models.loading.reference import (
-            load_tokenizer,
-        )  # only here: `models` imports torch modules this file can do without
+        from models.loading.reference import load_tokenizer  # only here: `models` imports this package
 
         tokenizer = load_tokenizer(self.tokenizer_reference, trust_remote_code=self.trust_remote_code)
         check_tokenizer(tokenizer, self.tokenizer_reference)
@@ -199,12 +193,10 @@ class ChatDataModule(LightningDataModule):
         return self._eval_loader("val") if self.has_split("val") else []
 
     def test_dataloader(self) -> StatefulDataLoader:
-        """Test batches, shortest samples first."""
+        """Test batches, shortest samples first; also the prompts of `predict`."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> StatefulDataLoader:
-        """The test split's prompts."""
-        return self._eval_loader("test")
+    predict_dataloader = test_dataloader
 
     def calibration_batches(self, num_batches: int, seed: int) -> Iterator[Batch]:
         """Randomly drawn training batches; neither reads nor moves the state of any loader.
@@ -222,9 +214,6 @@ class ChatDataModule(LightningDataModule):
             yield self.collate_fn([examples[i] for i in drawn[: self.batch_size]])
             drawn = drawn[self.batch_size :]
 
-    def _accumulate(self) -> int:
-        return self.trainer.accumulate_grad_batches if self.trainer else 1
-
     def _limit(self) -> float:
         """Batches of an epoch; less than there are with `trainer.limit_train_batches`."""
         return self.trainer.num_training_batches if self.trainer else float("inf")
@@ -241,7 +230,7 @@ class ChatDataModule(LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers if sampler else 0,
-            accumulate=self._accumulate if sampler else None,
+            accumulate=(lambda: self.trainer.accumulate_grad_batches if self.trainer else 1) if sampler else None,
             limit=self._limit,
             collate_fn=self.collate_fn,
             pin_memory=torch.cuda.is_available(),
@@ -255,5 +244,4 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> list[floa
 
 def most_common_share(answers: Sequence[str]) -> float:
     """The exact-match score of always giving the most common answer."""
-    counts = Counter(answer.strip() for answer in answers)
-    return max(counts.values()) / len(answers)
+    return max(Counter(answer.strip() for answer in answers).values()) / len(answers)

@@ -1,14 +1,12 @@
 """Conversations to token ids through the tokenizer's chat template, as plain functions.
 
-A conversation is rendered turn by turn and cut into segments: a prompt (everything the model reads), an answer (what
-it has to write), the next prompt, ... Every segment is tokenized on its own and the ids are joined. That is what
-happens at inference, where the model continues the ids of a finished prompt; tokenizing prompt and answer as one
-string could merge the last characters of the prompt with the first of the answer into a token the model will never
-see.
+A conversation is rendered turn by turn and cut into segments: a prompt (what the model reads), an answer (what it has to
+write), the next prompt, ... Every segment is tokenized on its own, as at inference, where the model continues the ids of a
+finished prompt: tokenizing both as one string could merge characters of prompt and answer into one token.
 
-The rollout prompt is everything before the last assistant turn, so its ids are a prefix of the ids that training
-sees. The last answer ends with the tokenizer's end token: what a template writes after it (ChatML's newline) is
-dropped, and if a template ends turns with another token, the end token is appended.
+The rollout prompt is everything before the last assistant turn, so its ids are a prefix of the ids that training sees. The
+last answer ends with the tokenizer's end token: what a template writes after it (ChatML's newline) is dropped, and if a
+template ends turns with another token, the end token is appended.
 """
 
 from collections.abc import Sequence
@@ -105,8 +103,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: str | None = 
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"expected a tokenizer with an end token, found none in {reference!r}; set eos_token in its "
-            "tokenizer_config.json"
+            f"expected a tokenizer with an end token, found none in {reference!r}; set eos_token in tokenizer_config.json"
         )
 
 
@@ -121,7 +118,7 @@ def encode(
 
     Args:
         tokenizer: Has a chat template and an end token.
-        conversations: What to tokenize.
+        conversations: At any length.
         system_prompt: Put before conversations that have no system message; `None` leaves the template's default.
         supervise_all_turns: Whether earlier assistant turns get labels too.
 
@@ -133,13 +130,16 @@ def encode(
         _segments(tokenizer, with_system_prompt(conversation, system_prompt), supervise_all_turns)
         for conversation in conversations
     ]
-    flat = [text for texts in segments for text in texts]
-    # The template has already written the special tokens, so none are added here.
-    ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else [])
+    ids = iter(token_ids(tokenizer, [text for texts in segments for text in texts]))
     return [
         _join(tokenizer.eos_token_id, conversation, [next(ids) for _ in texts], index)
         for index, (conversation, texts) in enumerate(zip(conversations, segments, strict=True))
     ]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of rendered texts: the template has already written the special tokens, so none are added here."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def truncate(example: Example, *, max_length: int, max_prompt_length: int | None = None) -> Example | None:
@@ -170,29 +170,28 @@ def with_system_prompt(conversation: Conversation, system_prompt: str | None) ->
 
 def readable(messages: Sequence[Message]) -> str:
     """A prompt for people: the question alone, or `role: content` lines if there is more than one message."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    named = [f"{message['role']}: {message['content']}" for message in messages]
+    return messages[0]["content"] if len(messages) == 1 else "\n".join(named)
 
 
 def _segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, supervise_all_turns: bool) -> list[str]:
     """The rendered text as prompt, answer, prompt, answer, ... - concatenated, it is the rendered conversation."""
-    messages = conversation.messages
+    messages, source = conversation.messages, conversation.source
     assistant_turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
     segments: list[str] = []
     done = ""
     for turn in assistant_turns if supervise_all_turns else assistant_turns[-1:]:
-        prompt = _render(tokenizer, conversation, messages[:turn], add_generation_prompt=True)
-        full = _render(tokenizer, conversation, messages[: turn + 1], add_generation_prompt=False)
+        prompt = _render(tokenizer, messages[:turn], source, add_generation_prompt=True)
+        full = _render(tokenizer, messages[: turn + 1], source, add_generation_prompt=False)
         if not prompt.startswith(done):
             raise ValueError(
-                f"expected a chat template that keeps earlier turns as they were, found one that rewrites them in "
-                f"{conversation.source}; set supervise_all_turns to false to learn from the last answer only"
+                f"expected a chat template that keeps earlier turns as they were, found one that rewrites them in {source}; set "
+                "supervise_all_turns to false to learn from the last answer only"
             )
         if not full.startswith(prompt):
             raise ValueError(
                 f"expected a chat template whose generation prompt begins the assistant's turn, found {prompt[-40:]!r} "
-                f"before {full[-40:]!r} in {conversation.source}; use a template with a generation prompt"
+                f"before {full[-40:]!r} in {source}; use a template with a generation prompt"
             )
         segments += [prompt[len(done) :], full[len(prompt) :]]
         done = full
@@ -200,21 +199,15 @@ def _segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, su
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    conversation: Conversation,
-    messages: list[Message],
-    *,
-    add_generation_prompt: bool,
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], source: str, *, add_generation_prompt: bool
 ) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:
         raise ValueError(
-            f"expected messages that the chat template accepts, found the roles {[m['role'] for m in messages]} in "
-            f"{conversation.source} ({error}); change the messages or the template"
+            f"expected messages that the chat template accepts, found the roles {[m['role'] for m in messages]} in {source} "
+            f"({error}); change the messages or the template"
         ) from error
-    assert isinstance(text, str)
-    return text
 
 
 def _join(eos_id: int, conversation: Conversation, segments: list[list[int]], index: int) -> Example:
@@ -223,7 +216,8 @@ def _join(eos_id: int, conversation: Conversation, segments: list[list[int]], in
     spans: list[tuple[int, int]] = []
     for prompt_ids, answer_ids in zip(segments[::2], segments[1::2], strict=True):
         start = len(ids) + len(prompt_ids)
-        spans.append((start, start + _through_last(answer_ids, eos_id)))
+        after_end = answer_ids[::-1].index(eos_id) if eos_id in answer_ids else 0
+        spans.append((start, start + len(answer_ids) - after_end))
         ids += prompt_ids + answer_ids
     start, end = spans[-1]
     ids = ids[:end]
@@ -237,8 +231,3 @@ def _join(eos_id: int, conversation: Conversation, segments: list[list[int]], in
         answer=conversation.answer,
         index=index,
     )
-
-
-def _through_last(ids: list[int], eos_id: int) -> int:
-    """The number of ids up to and including the last end token; all of them if there is none."""
-    return len(ids) - ids[::-1].index(eos_id) if eos_id in ids else len(ids)

@@ -3,15 +3,15 @@
 Training rows are padded on the right, rollout prompts on the left (so that every prompt's last token stands in the
 last column and sampling continues there). Masks and labels come from the lengths, never from comparing ids with the
 pad id: many tokenizers pad with the end token, and the answer's own end token must stay visible and supervised.
-
-Shapes: B batch, T tokens of prompt and answer, P prompt tokens.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.chat import Example
@@ -20,7 +20,7 @@ IGNORE_INDEX = -100  # what torch's cross entropy ignores
 
 
 Batch = dict[str, Any]
-"""What every loader yields; B samples, T tokens, P tokens of prompts:
+"""What every loader yields; B samples, T tokens of prompt and answer, P tokens of prompts:
 
 | key              | what it is                                                                                        |
 |------------------|---------------------------------------------------------------------------------------------------|
@@ -80,30 +80,20 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
         examples: At least one.
         pad_id: Fills `input_ids` and `prompt_ids` where their masks are 0.
     """
-    num_rows = len(examples)
-    num_tokens = max(len(example) for example in examples)
-    num_prompt_tokens = max(example.prompt_length for example in examples)
-
-    input_ids_BT = torch.full((num_rows, num_tokens), pad_id)
-    attention_mask_BT = torch.zeros((num_rows, num_tokens), dtype=torch.long)
-    labels_BT = torch.full((num_rows, num_tokens), IGNORE_INDEX)
-    prompt_ids_BP = torch.full((num_rows, num_prompt_tokens), pad_id)
-    prompt_mask_BP = torch.zeros((num_rows, num_prompt_tokens), dtype=torch.long)
-    for row, example in enumerate(examples):
-        length, prompt_length = len(example), example.prompt_length
-        input_ids_BT[row, :length] = example.input_ids
-        attention_mask_BT[row, :length] = 1
+    right = partial(pad_sequence, batch_first=True)
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = [example.input_ids.long() for example in examples]
+    prompt_ids = [row[: example.prompt_length] for row, example in zip(ids, examples, strict=True)]
+    labels = [torch.full_like(row, IGNORE_INDEX) for row in ids]
+    for label_row, row, example in zip(labels, ids, examples, strict=True):
         for start, end in example.answer_spans:
-            labels_BT[row, start:end] = example.input_ids[start:end]
-        prompt_ids_BP[row, num_prompt_tokens - prompt_length :] = example.input_ids[:prompt_length]
-        prompt_mask_BP[row, num_prompt_tokens - prompt_length :] = 1
-
+            label_row[start:end] = row[start:end]
     return Batch(
-        input_ids=input_ids_BT,
-        attention_mask=attention_mask_BT,
-        labels=labels_BT,
-        prompt_ids=prompt_ids_BP,
-        prompt_mask=prompt_mask_BP,
+        input_ids=right(ids, padding_value=pad_id),
+        attention_mask=right([torch.ones_like(row) for row in ids]),
+        labels=right(labels, padding_value=IGNORE_INDEX),
+        prompt_ids=left(prompt_ids, padding_value=pad_id),
+        prompt_mask=left([torch.ones_like(row) for row in prompt_ids]),
         prompt_lengths=[example.prompt_length for example in examples],
         prompts=[example.prompt for example in examples],
         answers=[example.answer for example in examples],

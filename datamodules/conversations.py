@@ -1,8 +1,7 @@
 """Your own conversations: JSONL, Parquet or a `datasets` name.
 
-One record is one conversation, either as `messages` (a list of `{"role": ..., "content": ...}`) or as `prompt` and
-`response`. Samples are batched by length instead of packed: packing needs an attention mask per sample in every model
-and in the rollout, and length bucketing already removes most of the padding.
+One record is one conversation, either as `messages` (a list of `{"role": ..., "content": ...}`) or as `prompt` and `response`.
+Samples are batched by length, not packed, which would need an attention mask per sample in every model and in the rollout.
 """
 
 import random
@@ -44,9 +43,7 @@ class Conversations(ChatDataModule):
         *,
         val: str | None = None,
         test: str | None = None,
-        val_fraction: Annotated[
-            float, Between(0, 1, (1,), "write the share of the training data to hold out, such as 0.05")
-        ] = 0.05,
+        val_fraction: Annotated[float, Between(0, 1, (1,), "write the share to hold out, such as 0.05")] = 0.05,
         dataset_config: str | None = None,
         score_exact_match: bool = False,
         **kwargs: Any,

@@ -1,11 +1,8 @@
-"""Reading conversations from JSONL files, Parquet files and `datasets` names, each record with the place it came
-from.
-
-A JSONL file is read line by line here rather than by the `datasets` library, so that an error can name the line.
-"""
+"""Reading conversations from JSONL files, Parquet files and `datasets` names, each record with its place for errors."""
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,42 +77,28 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 ) from error
             if not isinstance(record, dict):
                 raise ValueError(
-                    f"expected one JSON object a line, found a {type(record).__name__} in {place}; write each record "
-                    "as an object on a line of its own"
+                    f"expected one JSON object a line, found a {type(record).__name__} in {place}; write each on its own line"
                 )
             yield place, record
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "expected the package `pyarrow` to read Parquet files, found none; run `pip install datasets` "
-            "(it brings pyarrow)"
-        ) from error
+    import pyarrow.parquet  # slow to import
+
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(
             f"expected a Parquet file at {path}, found another format ({error}); write it again"
         ) from error
-    number = 0
-    for batch in file.iter_batches():
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path} row {number}", record
+    records = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+    for number, record in enumerate(records, start=1):
+        yield f"{path} row {number}", record
 
 
 def _read_dataset(source: str, default_split: str, config: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"expected the package `datasets` to load {source!r}, found none; run `pip install datasets`, or name a "
-            ".jsonl or .parquet file"
-        ) from error
+    import datasets  # slow to import
+
     name, _, split = source.partition(":")
     try:
         records = datasets.load_dataset(name, config, split=split or default_split)

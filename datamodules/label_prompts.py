@@ -1,21 +1,21 @@
 """Prompts whose answer is one label token, and how many of their tokens a common prefix decides.
 
-The user's message is the prefix, a newline and the prompt, without white space around either. It is rendered by the
-chat template and tokenized as a whole, so its tokens, and with them its score, never depend on whether a key/value
-cache is shared. `prefix_length` only says where the cache may be cut: so many leading tokens are the same in every
-prompt with the same prefix. Usually that is the whole prefix; a tokenizer that merges across the newline costs a token.
+The user's message is the prefix, a newline and the prompt, without white space around either. It is tokenized as a whole, so
+its score never depends on whether a key/value cache is shared. `prefix_length` only says where the cache may be cut. Usually
+that is behind the whole prefix; a tokenizer that merges across the newline costs a token.
 
-The template is rendered once, not once a prompt (a scorer has to render many in a millisecond): it writes the user's
-message between two texts that do not depend on it, which `frame_of` checks.
+The template is rendered once, not once a prompt (a scorer has to render many in a millisecond): it writes the user's message
+between two texts that do not depend on it, which `frame_of` checks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat import Conversation, check_tokenizer, encode
+from datamodules.chat import Conversation, Message, check_tokenizer, encode, token_ids
 
 # Stands for the user's message while the template is rendered; two of them show that the rest stays the same.
 STANDINS = ("a stand-in\nof two lines", "<another> 'stand-in' & more")
@@ -57,10 +57,9 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = Non
         ValueError: There is no template, or it refuses the roles, or does not write the message as it is.
     """
     check_tokenizer(tokenizer)
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     frames = []
     for message in STANDINS:
-        messages = [*system, {"role": "user", "content": message}]
+        messages = _asked(system_prompt, message)
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
@@ -80,12 +79,13 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = Non
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, frame: Frame, pairs: Sequence[tuple[str, str]]) -> list[Prompt]:
     """Tokenize (prefix, prompt) pairs; an empty prefix stands for the system message and the template's own text."""
-    ids = _tokenize(tokenizer, [frame.prompt(prefix, prompt) for prefix, prompt in pairs])
+    ids = token_ids(tokenizer, [frame.prompt(prefix, prompt) for prefix, prompt in pairs])
     prefixes = list(dict.fromkeys(prefix for prefix, _ in pairs))
-    alone = dict(zip(prefixes, _tokenize(tokenizer, [frame.prefix(prefix) for prefix in prefixes]), strict=True))
+    alone = dict(zip(prefixes, token_ids(tokenizer, [frame.prefix(prefix) for prefix in prefixes]), strict=True))
     lengths = {prefix: len(tokens) for prefix, tokens in alone.items()}
     for (prefix, _), tokens in zip(pairs, ids, strict=True):
-        lengths[prefix] = min(lengths[prefix], _num_shared(alone[prefix], tokens))
+        same = (a == b for a, b in zip(alone[prefix], tokens, strict=False))
+        lengths[prefix] = min(lengths[prefix], sum(takewhile(bool, same)))
     return [Prompt(tokens, lengths[prefix]) for (prefix, _), tokens in zip(pairs, ids, strict=True)]
 
 
@@ -100,8 +100,7 @@ def label_token_ids(
     """
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise ValueError(f"expected at least two different labels, found {list(labels)}; name every class once")
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    question = [*system, {"role": "user", "content": STANDINS[0]}]
+    question = _asked(system_prompt, STANDINS[0])
     answers = [[*question, {"role": "assistant", "content": label}] for label in labels]
     examples = encode(tokenizer, [Conversation(messages, "the labels") for messages in answers])
     tokens = []
@@ -119,14 +118,6 @@ def label_token_ids(
     return tokens
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # The template has already written the special tokens, so none are added here.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
-def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for position, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return position
-    return min(len(first), len(second))
+def _asked(system_prompt: str | None, message: str) -> list[Message]:
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": message}]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.files import file_at
+from program.packaged import PackagedFile, fetch
 
 NAME = "ml-100k"
 _INSIDE = f"dataset_example/{NAME}"
@@ -62,9 +63,6 @@ def movielens_folder() -> Path:
         FileNotFoundError: pip cannot download the wheel.
         ValueError: A file is not the one that was published with recbole 1.2.1.
     """
-    # Only here: `models` imports torch modules that this file can do without.
-    from program.packaged import PackagedFile, fetch
-
     # Found, not imported: the library needs much that we do not.
     package = importlib.util.find_spec("recbole")
     if package is not None and package.submodule_search_locations:

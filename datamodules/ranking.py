@@ -1,8 +1,6 @@
 """Ranking and classification: a prompt, and one label token as the answer.
 
-One record is one candidate: `prompt`, optionally the `prefix` that it shares with others (a member's profile, say), and
-either `label` or, for soft targets, `labels` with a weight for each. See `datamodules/label_prompts.py` for how both texts
-become tokens.
+See `Ranking` for the records, and `datamodules/label_prompts.py` for how prefix and prompt become tokens.
 
 Shapes: B batch, C classes.
 """
@@ -191,11 +189,10 @@ def most_probable(weights: Sequence[float]) -> int:
 
 def collate_ranking(examples: Sequence[RankingExample], *, pad_id: int) -> RankingBatch:
     """A padded batch as from `collate`, with what ranking adds."""
-    weights_BC = torch.tensor([example.weights for example in examples])
     return RankingBatch(
         **collate(examples, pad_id=pad_id),
         class_B=torch.tensor([most_probable(example.weights) for example in examples]),
-        weights_BC=weights_BC,
+        weights_BC=torch.tensor([example.weights for example in examples]),
         user=[example.user for example in examples],
         prefix_length=[example.prefix_length for example in examples],
     )

@@ -83,10 +83,11 @@ class ReasoningTasks(ChatDataModule):
             size, extra = divmod(self.sizes[split], len(self.tasks))
             by_task: list[list[Item]] = []
             for i, task in enumerate(self.tasks):
+                count = size + (i < extra)
                 if split == "train":
-                    by_task.append(list(islice(self._draws(task, split), size + (i < extra))))
+                    by_task.append(list(islice(self._draws(task, split), count)))
                 else:
-                    by_task.append(self._unseen(task, split, size + (i < extra), taken))
+                    by_task.append(self._unseen(task, split, count, taken))
                     taken.update(item.question for item in by_task[-1])
             self._items[split] = [item for row in zip_longest(*by_task) for item in row if item is not None]
         return self._items[split]

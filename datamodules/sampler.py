@@ -1,15 +1,13 @@
 """The order of training samples: shuffled, in batches of similar length, and exactly resumable.
 
-Padding is wasted work, so samples of similar length should share a batch; but sorting the whole dataset would show
-the same neighbours in every epoch. `LengthBucketSampler` therefore shuffles, sorts by length inside pools of a few
-batches, and shuffles the batches. It yields single indices, so an ordinary loader with the same `batch_size` cuts
-them into these batches.
+Sorting the whole dataset would show the same neighbours in every epoch, so `LengthBucketSampler` shuffles, sorts by length
+inside pools of a few batches, and shuffles the batches. It yields single indices, which an ordinary loader with the same
+`batch_size` cuts into these batches.
 
-It differs from `torch.utils.data.DistributedSampler`, which it extends so that Lightning recognises it and does not
-wrap it in another one (that would shuffle the buckets away), in two ways. All ranks get a share of the same bucket,
-so no rank waits for a longer batch. And its iterator has a state: torchdata's loader restores the epoch and the
-position from it. Lightning builds the resumed loader's iterator before it tells the sampler the epoch, so an iterator
-that only knew `sampler.epoch` would resume with epoch 0's order.
+It extends `torch.utils.data.DistributedSampler` so that Lightning does not wrap it in another one, which would shuffle the
+buckets away. Unlike there, all ranks get a share of the same bucket, so no rank waits for a longer batch, and the iterator has
+a state, from which torchdata's loader restores epoch and position: Lightning builds the resumed loader's iterator before it
+tells the sampler the epoch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +65,8 @@ class LengthBucketSampler(DistributedSampler):
         The last batch may be short. Its members are drawn at random like all others, not left over from a sorted pool,
         where they would always be the longest.
         """
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        # `seed + epoch` would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
         global_batch = self.batch_size * self.num_replicas
         num_full = len(shuffled) // global_batch * global_batch
@@ -132,8 +131,3 @@ class _ResumableIndices(Iterator[int]):
     def _follow_sampler(self) -> None:
         if self.order is None and self.epoch != self.sampler.epoch:
             self.epoch, self.yielded = self.sampler.epoch, 0
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """A generator seed for the pair; `seed + epoch` would make epoch 1 of seed 0 the same as epoch 0 of seed 1."""
-    return (seed * 1_000_003 + epoch) % 2**63
