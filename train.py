@@ -46,21 +46,11 @@ class RunConfigCallback(SaveConfigCallback):
         """Nothing yet: a run that its preflight refuses leaves nothing behind."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save once the preflight has passed."""
-        super().setup(trainer, pl_module, "fit")
+        """Save once the preflight has passed, or when another command begins."""
+        if not trainer.sanity_checking:
+            super().setup(trainer, pl_module, str(trainer.state.fn))
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save for `validate`; within `fit`, `on_train_start` does it."""
-        if trainer.state.fn == "validate":
-            super().setup(trainer, pl_module, "validate")
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save for `test`."""
-        super().setup(trainer, pl_module, "test")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save for `predict`."""
-        super().setup(trainer, pl_module, "predict")
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file (rank 0)."""
@@ -83,9 +73,8 @@ class PotstillCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, with our way of reading files."""
         parser = self.parser_class(**kwargs)
-        parser.add_argument(
-            "-c", "--config", action=ConfigFile, help="Recipe or overlay in YAML; may be given several times."
-        )
+        described = "Recipe or overlay in YAML; may be given several times."
+        parser.add_argument("-c", "--config", action=ConfigFile, help=described)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,9 +112,11 @@ class PotstillCLI(LightningCLI):
             if logger.init_args.get("save_dir", "") in (None, "."):
                 # Absolute: W&B writes from a process of its own, which may have another working directory.
                 logger.init_args.save_dir = str(self.run_dir.absolute())
-        if config.trainer.max_steps > 0:
-            config.trainer.log_every_n_steps = _log_interval(config.trainer.log_every_n_steps, config.trainer.max_steps)
-        if config.trainer.enable_progress_bar is not False and not _has_bar(callbacks_of(config)):
+        if (steps := config.trainer.max_steps) > 0:  # a short run logs as well: at its last step at the latest
+            chosen = config.trainer.log_every_n_steps
+            config.trainer.log_every_n_steps = min(50, max(1, steps // 20)) if chosen is None else min(chosen, steps)
+        has_bar = any("ProgressBar" in callback.class_path for callback in callbacks_of(config))
+        if config.trainer.enable_progress_bar is not False and not has_bar:
             self.trainer_defaults["callbacks"].append(callbacks.TrainingProgress())
 
     def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> Trainer:
@@ -153,9 +144,8 @@ class PotstillCLI(LightningCLI):
         if not path:
             return
         hyper_parameters = read_checkpoint(Path(path), settings_only=True)["hyper_parameters"]
-        class_path = config.model.class_path
-        if hyper_parameters.get("_class_path") != class_path:
-            found = hyper_parameters.get("_class_path")
+        class_path, found = config.model.class_path, hyper_parameters.get("_class_path")
+        if found != class_path:
             rank_zero_info(f"The checkpoint was written by {found!r}: all settings come from the command line")
             return
         saved, refused = plain_settings(class_at(class_path), hyper_parameters)
@@ -164,18 +154,16 @@ class PotstillCLI(LightningCLI):
                 f"Not taken over from the checkpoint, as it is no plain setting of ours: {', '.join(map(repr, refused))}; the recipe "
                 "and the command line decide"
             )
-        given = self._explicit_settings(self.config.subcommand)
-        merged = {"class_path": class_path, "init_args": _merge(saved, given)}
+        arguments = sys.argv[1:] if self._given is None else self._given
+        explicit = self.parser.parse_args(arguments, defaults=False)[self.config.subcommand]  # type: ignore[arg-type]
+        merged = {"class_path": class_path, "init_args": _merge(saved, explicit.model.init_args.as_dict())}
         # The parser fills what neither names with defaults; whatever differs from the checkpoint was asked for.
         self.config = self.parser.parse_object({self.config.subcommand: {"model": merged}}, self.config)
         said = saved | {name: hyper_parameters[name] for name in REFERENCES if name in hyper_parameters}
-        _log_differences(said, self.config[self.config.subcommand].model.init_args.as_dict())
-
-    def _explicit_settings(self, subcommand: str) -> dict[str, Any]:
-        """The model's settings that recipes and command line name, without defaults."""
-        arguments = sys.argv[1:] if self._given is None else self._given
-        explicit = self.parser.parse_args(arguments, defaults=False)  # type: ignore[arg-type]
-        return explicit[subcommand].model.init_args.as_dict()
+        before, now = flatten(said), flatten(self.config[self.config.subcommand].model.init_args.as_dict())
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                rank_zero_info(f"model.{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now")
 
 
 def _relocatable(config: Namespace, folder: Path) -> Namespace:
@@ -195,17 +183,6 @@ def _loggers(config: Namespace) -> list[Namespace]:
     return [logger for logger in loggers if isinstance(logger, Namespace)]
 
 
-def _log_interval(chosen: int | None, max_steps: int) -> int:
-    """Optimizer steps between two entries: 50 or a twentieth of the run if nothing is said; the last step at the latest."""
-    if chosen is None:
-        return min(50, max(1, max_steps // 20))
-    return min(chosen, max_steps)
-
-
-def _has_bar(listed: list[Namespace]) -> bool:
-    return any("ProgressBar" in callback.class_path for callback in listed)
-
-
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, key by key; a changed class takes none of the old one's settings."""
     if over.get("class_path", base.get("class_path")) != base.get("class_path"):
@@ -215,13 +192,6 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
         merged[key] = _merge(base[key], value) if both else value
     return merged
-
-
-def _log_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = flatten(saved), flatten(now)
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            rank_zero_info(f"model.{key}: {before.get(key)!r} in the checkpoint, {after.get(key)!r} now")
 
 
 def main(args: ArgsType = None) -> PotstillCLI:

@@ -1,12 +1,8 @@
 """The one way to write results: under a new name, flushed to disk, and put in place by a rename.
 
-Whoever reads, kills us or fills the disk meets the old result or the new one, never half of one and never neither.  A folder takes the
-place of a folder by an exchange of names, a file that of a file; neither ever that of the other.
-
-Who writes holds a lock on the folder it writes in (`flock`, which ends with its process): so what dead processes left is told from
-what living ones work on, also across containers, and the next start removes it.
-
-JSON that comes from outside is read with every key once.
+Readers, a kill and a full disk leave the old result or the new one, never half of one.  A folder replaces a folder by an exchange
+of names, a file replaces a file.  A writer locks the folder it writes in (`flock`, which ends with its process), so that the next
+start can tell what dead processes left from what living ones work on, also across containers, and removes it.
 """
 
 import ctypes
@@ -80,11 +76,7 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have a file written and put in place.
-
-    Args:
-        path: The file.
-        write: Writes it to the path that it is given, which has the same name.
+    """Have `write` write a file to the path that it is given, which has the same name, and put it in place.
 
     Raises:
         ValueError: There is a folder of that name, or the disk is full.
@@ -95,13 +87,9 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def move_into_place(source: Path, target: Path, *, ours: Collection[str] | None = None) -> None:
-    """Flush a file or folder to disk and rename it; one of the same kind that is already at `target` is replaced.
+    """Flush a file or folder to disk and rename it, on the same disk; one of the same kind at `target` is replaced.
 
-    Args:
-        source: On the same disk.
-        target: Where to.
-        ours: Patterns of the files in a folder that we write: others in the folder that is replaced are kept in the new one.
-            None: all are.
+    With `ours`, patterns of the files that we write, other files of a replaced folder are kept in the new one.
 
     Raises:
         ValueError: A file would replace a folder, or a folder a file.
@@ -183,11 +171,10 @@ def _lock(folder: Path) -> int | None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
-        return None
-    except OSError:
-        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
         raise
     return descriptor
 

@@ -1,9 +1,8 @@
-"""Ranges of settings stand in their types, and are checked at one place with one sentence; not a number is in no range.
+"""Ranges of settings stand in their types and are checked at one place, wherever a number comes from; NaN is in no range.
 
     share: Annotated[float, Between(0, 1)] = 1.0
 
-A dataclass of settings calls `check_fields` when it is made, a class whose settings are arguments calls `check_arguments`, so a number
-is refused wherever it comes from: a recipe, a command line, Python.
+A dataclass of settings calls `check_fields` when it is made, a class whose settings are arguments calls `check_arguments`.
 """
 
 import sys
@@ -19,17 +18,13 @@ LARGEST = sys.float_info.max
 class Between:
     """The numbers that a setting may be.
 
-    Args:
-        low: The smallest.
-        high: The largest; by default any number but infinity.
-        excluded: Ends that the setting may only come near.
-        advice: How to mend it.
+    Both ends belong to it, except those that are excluded.
     """
 
     low: float
-    high: float = LARGEST
+    high: float = LARGEST  # any number but infinity
     excluded: tuple[float, ...] = ()
-    advice: str = "change it"
+    advice: str = "change it"  # how to mend it
 
     def __contains__(self, value: float) -> bool:
         """Whether a setting may be this number."""
@@ -49,12 +44,7 @@ Share = Annotated[float, Between(0, 1)]
 
 
 def check_fields(settings: Any, owner: str = "") -> None:
-    """Raise `ValueError` for a field of a dataclass that is out of its range, or null where its type says otherwise.
-
-    Args:
-        settings: The dataclass.
-        owner: What the settings are of, as a prefix of their names.
-    """
+    """Raise `ValueError` for a dataclass' field out of its range, or null against its type; `owner` is a prefix of its name."""
     hints = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         if getattr(settings, field.name) is None and NoneType not in get_args(hints[field.name]):

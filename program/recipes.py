@@ -32,8 +32,7 @@ class Parser(LightningArgumentParser):
 class ConfigFile(ActionConfigFile):
     """A file whose lists replace those of the files before it; `name+:` appends.
 
-    jsonargparse alone does so too, unless both lists are equally long: then an entry takes over the `init_args` of the earlier
-    entry of its class at its place.
+    jsonargparse does so unless both lists are equally long: then entries of the same class take over earlier `init_args`.
     """
 
     def __call__(  # type: ignore[override]
@@ -98,9 +97,7 @@ def callbacks_of(config: Namespace) -> list[Namespace]:
 def refuse_nulls(config: Namespace, others: Mapping[str, tuple[type[Any], Any]]) -> None:
     """Raise `ValueError` for a null that its setting's type does not know: the parser takes one for anything.
 
-    Args:
-        config: Of a subcommand.
-        others: Class and settings of what is neither model nor data nor a callback, by the place of its settings.
+    `others` are the class and the settings of what is neither model nor data nor a callback, by place.
     """
     parts = {"model": config.model, "data": config.data}
     parts |= {f"trainer.callbacks.{at}": callback for at, callback in enumerate(callbacks_of(config))}

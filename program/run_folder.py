@@ -35,13 +35,10 @@ def run_folder(config: Namespace) -> Path:
     while True:
         number += 1
         folder = root / f"{config.name}-{number:03d}"
-        try:
-            folder.mkdir()  # fails if another run has just taken the number
-            break
-        except FileExistsError:
-            continue
-    os.environ["POTSTILL_RUN_DIR"] = str(folder)
-    return folder
+        with contextlib.suppress(FileExistsError):  # another run has just taken the number
+            folder.mkdir()
+            os.environ["POTSTILL_RUN_DIR"] = str(folder)
+            return folder
 
 
 def drop_empty_run_folder() -> None:

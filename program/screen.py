@@ -1,8 +1,7 @@
 """The screen of a command: other libraries' noise is filtered, and an error is one sentence, not a stack.
 
-Importing this module silences torchao: kernels of other GPUs that it has not got, and its own deprecations.  transformers imports
-it wherever it is installed, so every program of this project would begin with these lines.  The packages import this module before
-anything else does.
+Importing this module silences torchao, which transformers imports wherever it is installed: its missing kernels of other GPUs and
+its own deprecations.  So the packages import this module before anything else.
 """
 
 import errno
@@ -55,9 +54,8 @@ def quiet_program() -> Iterator[None]:
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     speakers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch", "transformers")]
-    for speaker in speakers:
-        for handler in speaker.handlers:
-            handler.addFilter(_is_of_use)
+    for handler in [handler for speaker in speakers for handler in speaker.handlers]:
+        handler.addFilter(_is_of_use)
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
     with logging_redirect_tqdm(speakers) if sys.stderr.isatty() else nullcontext():
         yield
