@@ -26,10 +26,7 @@ _SAME_REQUEST = 1.0  # seconds; launchers and terminals may send a signal to a p
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write in a temporary folder beside it, flush to disk, rename; see `program/files.py`.
-
-    Lightning's own way goes through the system's temporary folder, which may be another disk, where moving is copying.
-    """
+    """Write as `program/files.py` does; Lightning goes through the system's temporary folder, which may be another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save so that `path` holds either its old content or the complete new one."""
@@ -59,8 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoint(ModelCheckpoint):
     """Keep `checkpoints/last.ckpt` of the run up to date, also when the machine asks us to stop.
 
-    What is saved is always the state between two optimizer steps, after the validation that belongs to the step: a resumed run then
-    goes on as if nothing had happened.  SIGTERM, SIGINT (Ctrl-C) and SIGHUP save after the present step and end the program with
+    What is saved is always the state between two optimizer steps, after the step's validation.  SIGTERM, SIGINT (Ctrl-C) and SIGHUP save after the present step and end the program with
     143, 130 and 129; asked a second time, it stops at once.
 
     Args:
@@ -95,17 +91,14 @@ class Checkpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on, only take note of signals: all devices stop together, after the same optimizer step.
 
-        Lightning's own handler stops in the middle of a step, and starts a collective wherever its rank happens to be.  The trainer
-        puts the handlers of before `fit` back at its end.
+        Lightning's handler stops in the middle of a step.  The trainer restores the handlers of before `fit` at its end.
         """
         super().on_train_start(trainer, pl_module)
         self._due, self._stopping, self._asked = False, False, None
         self._boundary.start(trainer.global_step)
         self._handle(self._note)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """After an optimizer step, save when it is time, and stop every device if one of them was asked to."""
         if not self._boundary.passed(trainer.global_step):
             return
@@ -143,10 +136,8 @@ class Checkpoint(ModelCheckpoint):
     def _note(self, number: int, _: Any) -> None:
         if self._asked is None:
             self._asked = number, time.monotonic()
-            # Not print: the signal may come in the middle of one.
-            os.write(
-                2, b"\nAsked to stop: saving after this optimizer step; asked again, it stops at once without saving\n"
-            )
+            said = b"\nAsked to stop: saving after this optimizer step; asked again, it stops at once without saving\n"
+            os.write(2, said)  # not print: the signal may come in the middle of one
         elif time.monotonic() - self._asked[1] > _SAME_REQUEST:
             self._handle(None)
             signal.raise_signal(number)

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_only
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from callbacks.phases import PhaseEvaluation
 from callbacks.pruning.gradual_pruning import GradualPruning
 from callbacks.quantization import QuantizationAwareTraining
-from callbacks.served import examples_of, held_out_of
 from callbacks.shared.run import check_order, data_of
 from datamodules.base import ChatDataModule
+from datamodules.chat import Example
 from datamodules.collate import Batch
 from datamodules.label_prompts import label_token_ids
 from export.baseline import export_baseline
@@ -28,16 +30,19 @@ from export.pipeline import export_all
 from export.report import closing, summary, write_report
 from export.sessions.onnx_session import OnnxSession
 from export.settings import ExportSettings
-from export.verify import check_tokens
+from export.verify import HeldOut, check_tokens
 from export.verify.checks import raise_on_failure
 from models.architecture import decoder_layers
 from models.hardware.freed_memory import give_back_freed_memory
 from models.loading.reference import end_token_ids
+from models.losses import head_of
 from models.offline import is_offline
 from models.post_training.settings import Method, PostTrainingQuantization
 from models.student import StudentModule
 from models.teacher import Teacher
 from program.ranges import Between, Count, Positive, check_arguments
+
+SERVED_BATCH = 16  # fastest on two cores: activations of more leave the processor's cache
 
 
 class ExportOnFitEnd(Callback):
@@ -105,7 +110,8 @@ class ExportOnFitEnd(Callback):
                 "data.init_args.test, or served_questions to 0"
             )
         if self.served_questions and (self.settings.cpu_format or self.settings.precision not in UNQUANTIZED):
-            spans = [span for example in examples_of(data, self.served_questions) for span in example.answer_spans]
+            examples, _ = _questions(data, self.served_questions)
+            spans = [span for example in examples for span in example.answer_spans]
             check_tokens(sum(end - begin for begin, end in spans), f"{self.served_questions} questions")
         if self.settings.labels:
             label_token_ids(data.tokenizer, self.settings.labels)
@@ -203,6 +209,38 @@ class ExportOnFitEnd(Callback):
         with phases.phase(title, layers) as on_layer:
             settings = PostTrainingQuantization(method=self.cpu_method)
             return requantized(student, batches, self.settings.cpu_format, settings, on_layer=on_layer)
+
+
+def _questions(data: ChatDataModule, count: int) -> tuple[list[Example], str]:
+    """The first conversations of the test data (validation data where there are none), and their split."""
+    split = "test" if data.has_split("test") else "val"
+    return data.examples(split)[:count], split
+
+
+def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, max_new_tokens: int) -> HeldOut:
+    """Held-out conversations, those of similar length together, with the teacher's hidden states of their answers and its head.
+
+    The teacher is left on the CPU.
+    """
+    first, split = _questions(datamodule, questions)
+    examples = sorted(first, key=len)
+    batches = [
+        datamodule.collate_fn(examples[start : start + SERVED_BATCH]) for start in range(0, len(examples), SERVED_BATCH)
+    ]
+    device = teacher.model.device
+    hidden = [teacher.answer_hidden(move_data_to_device(batch, device)).cpu() for batch in batches]
+    head = head_of(teacher.to(torch.device("cpu")).model).cut(None, torch.float32)
+
+    def judge(number: int, batch: Batch, positions_n: Tensor) -> Tensor:
+        return head.logits(hidden[number][positions_n].float())
+
+    return HeldOut(
+        batches,
+        judge,
+        tokenizer=datamodule.tokenizer,
+        scorer=(lambda texts, batch: datamodule.score(texts, batch, split) or []) if datamodule.has_score else None,
+        max_new_tokens=max_new_tokens,
+    )
 
 
 def release_optimizers(trainer: Trainer) -> None:

@@ -38,9 +38,7 @@ class TrainingProgress(ProgressBar):
         )
         self._training = self._bar("Training", max(trainer.max_steps, 0) or None, "steps", initial=trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Count optimizer steps."""
         bar, step = self._training, trainer.global_step
         if bar is None or step == bar.n:  # a micro-batch
@@ -49,15 +47,16 @@ class TrainingProgress(ProgressBar):
             bar.set_postfix_str(_figures(self.get_metrics(trainer, pl_module), "train/"), refresh=False)
         bar.update(step - bar.n)
         if step == bar.total:
-            self._close()
+            self.on_train_end()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run may stop early."""
-        self._close()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """A run may stop early, and the message of an error has lines of its own."""
+        for bar in (self._judging, self._training):
+            if bar is not None:
+                bar.close()
+        self._judging = self._training = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The message of an error has lines of its own."""
-        self._close()
+    on_exception = on_train_end
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A bar for a validation; none for the check before training."""
@@ -92,12 +91,6 @@ class TrainingProgress(ProgressBar):
     def _bar(self, what: str, total: float | None, unit: str, initial: int = 0) -> Bar:
         shown = {} if self._shown else {"disable": True}
         return Bar(desc=what, total=total, unit=unit, initial=initial, **shown)
-
-    def _close(self) -> None:
-        for bar in (self._judging, self._training):
-            if bar is not None:
-                bar.close()
-        self._judging = self._training = None
 
 
 def _figures(metrics: Any, prefix: str) -> str:

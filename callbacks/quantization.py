@@ -83,9 +83,8 @@ class QuantizationAwareTraining(Callback):
                 f"expected either QuantizationAwareTraining.method or steps of observation, found {method}, observe_steps "
                 f"{observe_steps} and inputs_after {inputs_after}; leave one of them out"
             )
-        observe_steps = 4 if observe_steps is None else observe_steps
         self.start_step = start_step
-        self.freeze_weights_step = start_step + (observe_steps if method is None else 0)
+        self.freeze_weights_step = start_step + (0 if method is not None else observe_steps or 4)
         self.freeze_step = self.freeze_weights_step + inputs_after
         self.format = format
         self.search: Search = search or ("max" if method is None else "mse")
@@ -122,7 +121,6 @@ class QuantizationAwareTraining(Callback):
                     f"expected layers to quantize for QuantizationAwareTraining.learn_scales, found exceptions that leave all "
                     f"{len(formats)} as they are; change the exceptions, or set learn_scales to false"
                 )
-
         if self.learn_scales and self._weights_follow:
             check_can_follow(pl_module.student.parameters())
 
@@ -139,9 +137,7 @@ class QuantizationAwareTraining(Callback):
         if self.learn_scales and not are_learned and trainer.global_step >= self.freeze_step:
             self._learn_scales(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Insert or freeze the quantizers if it is time."""
         assert isinstance(pl_module, StudentModule)
         if self.start_step <= trainer.global_step <= self.freeze_step:
@@ -156,10 +152,10 @@ class QuantizationAwareTraining(Callback):
             if self.method is not None:
                 self._calibrate(trainer, pl_module, self.method)
             else:
-                cache = " and the cache" if self.kv_cache else ""
-                rank_zero_info(
-                    f"Observing {len(quantized_linears(pl_module.student))} layers{cache} from step {self.start_step} on"
+                layers = (
+                    f"{len(quantized_linears(pl_module.student))} layers{' and the cache' if self.kv_cache else ''}"
                 )
+                rank_zero_info(f"Observing {layers} from step {self.start_step} on")
         for what, step, freeze in (
             ("weights", self.freeze_weights_step, freeze_weights),
             ("inputs", self.freeze_step, freeze_inputs),
@@ -180,8 +176,7 @@ class QuantizationAwareTraining(Callback):
         """Quantize the student after training batches, the same ones on every device; all end with rank 0's weights and scales."""
         batches = list(data_of(trainer).calibration_batches(self.calibration_batches, seed=self.seed))
         settings = PostTrainingQuantization(method=method, weight_search=self.search, input_search=self.search)
-        with Phases().phase(
-            f"Quantizing after {len(batches)} batches", len(decoder_layers(module.student))
-        ) as on_layer:
+        what, layers = f"Quantizing after {len(batches)} batches", len(decoder_layers(module.student))
+        with Phases().phase(what, layers) as on_layer:
             calibrate_quantizers(module.student, batches, settings, on_layer=lambda _: on_layer())
         rebuild_ddp_wrapper(trainer.strategy)

@@ -25,12 +25,15 @@ class Throughput(Callback):
         self._first_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
-        self._restart(trainer, pl_module)
+        """Start counting, again after every validation: its time is no training time."""
+        assert isinstance(pl_module, StudentModule)
+        pl_module.stopwatch.reset()
+        self._started = time.perf_counter()
+        self._first_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    on_validation_end = on_train_start
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Log and start again every so many steps."""
         assert isinstance(pl_module, StudentModule)
         steps = trainer.global_step - self._first_step
@@ -44,14 +47,4 @@ class Throughput(Callback):
         figures["throughput/tokens_per_second"] = float(trainer.strategy.reduce(tokens, reduce_op="sum")) / elapsed
         figures["throughput/seconds_per_step"] = elapsed / steps
         pl_module.log_dict(figures)
-        self._restart(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time spent on validation is no training time."""
-        self._restart(trainer, pl_module)
-
-    def _restart(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, StudentModule)
-        module.stopwatch.reset()
-        self._started = time.perf_counter()
-        self._first_step = trainer.global_step
+        self.on_train_start(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""The budget of a run with pruning: what it comes down to in sizes, if time has to be measured for that, and what a student takes of it."""
+"""The budget of a run with pruning: the sizes that meet a latency, and what a student costs of the dense one."""
 
 from dataclasses import asdict
 from typing import Any
@@ -21,18 +21,12 @@ from models.student import StudentModule
 class PruningBudget:
     """Searches once for what meets a latency, and counts what students cost.
 
-    The candidates of the search have layers all alike and FLOPs that fall evenly; they are cut from the dense student on the device
-    of the run (see `Budget` for what runs them).  Rank 0 measures, the others take over what it found.  That is part of a checkpoint:
-    a resumed run has no dense student any more, and a second search would find other sizes.
-
-    Args:
-        budget: What the recipe asks for.
-        multiple: Neurons kept are a multiple of this.
+    The candidates have layers all alike and FLOPs that fall evenly; they are cut from the dense student on the device of the run (see
+    `Budget` for what runs them).  Rank 0 measures.  The result is part of a checkpoint: a resumed run has no dense student any more.
 
     Attributes:
         dense: The student before the first event; who uses this sets it as soon as it is known.
-        found: None unless a latency was searched for; then the sizes of layers, the measured ratio, its quartiles, and the settings
-            for which they were found.
+        found: None, or the result of a search: sizes of layers, the measured ratio, its quartiles, and the settings searched for.
     """
 
     dense: Shape
@@ -54,12 +48,7 @@ class PruningBudget:
         return {} if self.found is None else {"budget_latency_ratio": self.found["ratio"]}
 
     def search(self, trainer: Trainer, module: StudentModule, others: Targets) -> Sizes:
-        """The sizes of layers that meet the latency: those of the checkpoint, or else the result of a search.
-
-        Args:
-            trainer: Of the run.
-            module: Whose student is dense, where no checkpoint says what was found.
-            others: What all but the budget will leave of it.
+        """The sizes of layers that meet the latency: the checkpoint's, or found for what the `others` targets leave of the student.
 
         Raises:
             ValueError: The latency cannot be met, is another than the checkpoint's, or the student is not the dense one.
@@ -80,9 +69,8 @@ class PruningBudget:
 
     def figures(self, student: Shape) -> dict[str, float]:
         """What a student costs of the dense one, counted."""
-        return {
-            f"budget_{self._budget.counted}_ratio": self._budget.measure(student) / self._budget.measure(self.dense)
-        }
+        ratio = self._budget.measure(student) / self._budget.measure(self.dense)
+        return {f"budget_{self._budget.counted}_ratio": ratio}
 
     def verdict(self, student: Shape) -> str:
         """What the last student costs beside what it may, for people."""
@@ -128,12 +116,8 @@ class PruningBudget:
             prepare=lambda shape: self._run(module, sliced(module.student, shape).eval()),
             on_measured=tell,
         )
-        return {
-            "settings": self._settings,
-            "sizes": sizes_of(met.shape),
-            "ratio": met.latency.ratio,
-            "quartiles": list(met.latency.spread),
-        }
+        found = {"sizes": sizes_of(met.shape), "ratio": met.latency.ratio, "quartiles": list(met.latency.spread)}
+        return {"settings": self._settings, **found}
 
     def _run(self, module: StudentModule, student: PreTrainedModel) -> Run:
         batch, length = self._budget.batch, self._budget.length
@@ -144,5 +128,4 @@ class PruningBudget:
 
 
 def _words(sizes: Sizes) -> str:
-    names = {"neurons": "neurons", "kv_groups": "key/value groups"}
-    return " and ".join(f"{units} {names[axis]}" for axis, units in sizes.items())
+    return " and ".join(f"{units} {axis.replace('kv_', 'key/value ')}" for axis, units in sizes.items())

@@ -30,18 +30,10 @@ def cut_student(
 ) -> dict[str, float]:
     """Bring the student to its targets; all devices end with rank 0's edits and weights.
 
-    Only between optimizer steps: gradients are dropped.  Optimizer states stay with the weights that stay.
+    Only between optimizer steps: gradients are dropped.  Optimizer states stay with the weights that stay.  A repair that takes the
+    student farther from its teacher is undone: from few calibration tokens it can fit noise.
 
-    Args:
-        trainer: Of the run.
-        module: Whose student is cut.
-        batches: Calibration batches of all devices together.
-        targets: What is kept.
-        settings: How units are chosen and repaired.
-        judge: Measures the student before the cut, after it and after the repair; without batches it does not.
-
-    A repair after which the judge finds the student farther from its teacher than before it is undone: from few calibration tokens
-    it can fit noise, and after a small cut there is little to repair.
+    The calibration `batches` are those of all devices together.  The judge measures before the cut, after it and after the repair.
 
     Returns:
         `kl_before`, `kl_after_cut`, `kl_after_repair` (`loss_...` without a live teacher), `repair_undone` if it was, and the
@@ -85,11 +77,8 @@ def cut_student(
 
 def in_words(figures: Mapping[str, float], measure: str) -> str:
     """What `cut_student` returned, as a part of a sentence; `measure` is the judge's."""
-    moments = [
-        f"{figures[key]:.4g} {key.removeprefix(measure + '_').replace('_', ' ')}"
-        for key in figures
-        if key.startswith(measure)
-    ]
+    of_judge = [key for key in figures if key.startswith(measure)]
+    moments = [f"{figures[key]:.4g} {key.removeprefix(measure + '_').replace('_', ' ')}" for key in of_judge]
     return (
         f"{figures['parameters']:,} parameters, {figures['layers']} layers of {figures['neurons_per_layer']:g} neurons, "
         f"{figures['query_heads_per_layer']:g} query heads and {figures['kv_groups_per_layer']:g} key/value groups, hidden size "

@@ -1,9 +1,10 @@
 """Gradual structured pruning in the middle of `fit`: tensors and optimizer state really shrink, parameters stay the same objects.
 
-This file decides when; `plan` and `budget` how much, `event` does it, `models/pruning` knows what is worth
-keeping.
+This file decides when; `plan` and `budget` how much, `event` does it, `models/pruning` knows what is worth keeping.
 """
 
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated, Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -14,7 +15,6 @@ from callbacks.pruning.budget import PruningBudget
 from callbacks.pruning.event import cut_student, in_words
 from callbacks.pruning.judge import PruningJudge
 from callbacks.pruning.plan import PruningPlan, Sparsities, Sparsity, When, steps_of
-from callbacks.pruning.plateau import Plateau
 from callbacks.shared.averaging import check_averaging, follow_edits
 from callbacks.shared.distributed import check_strategy
 from callbacks.shared.run import StepBoundary, check_order, data_of
@@ -28,12 +28,38 @@ from models.student import StudentModule
 from program.ranges import Between, Count, Positive, check_arguments
 
 
+@dataclass
+class Plateau:
+    """Detects that a loss has stopped falling: compares the mean of the last `patience` losses with that of those before.
+
+    Args:
+        patience: Losses in each mean.
+        min_delta: Share of the earlier mean by which the later one must be lower to count as falling.
+        losses: Since the last event, at most 2 * `patience`; plain numbers, so that a resumed run answers the same.
+    """
+
+    patience: int
+    min_delta: float
+    losses: list[float] = field(default_factory=list)
+
+    def add(self, loss: float) -> None:
+        """Note the loss of one more optimizer step."""
+        self.losses = [*self.losses, loss][-2 * self.patience :]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the loss has stopped falling; False until enough was seen."""
+        if len(self.losses) < 2 * self.patience:
+            return False
+        before, after = fmean(self.losses[: self.patience]), fmean(self.losses[self.patience :])
+        return after > before * (1 - self.min_delta)
+
+
 class GradualPruning(Callback):
     """Remove MLP neurons, attention heads, layers and channels of the hidden state in several events during training.
 
-    Each event judges importance on fresh training batches, cuts, and repairs the weights that are left by least squares.  Layers
-    stay equal, and the student an ordinary Hugging Face model, unless allocation is per_layer.  `history` holds the figures of
-    all events so far.
+    Each event judges importance on fresh training batches, cuts, and repairs the remaining weights by least squares.  Layers stay
+    equal, and the student an ordinary Hugging Face model, unless allocation is per_layer.  `history` has the figures of all events.
 
     Args:
         mlp_sparsity: Share of MLP neurons removed at the end, 0 to 1 (1 excluded), as all sparsities.
@@ -97,7 +123,7 @@ class GradualPruning(Callback):
             mlp_sparsity, kv_group_sparsity, query_head_sparsity, depth_sparsity, hidden_sparsity
         )
         self.steps = steps_of(start_step, end_step, events, when)
-        unequal, multiple, seed = self.settings.allocation == "per_layer", self.settings.multiple, self.settings.seed
+        unequal, multiple = self.settings.allocation == "per_layer", self.settings.multiple
         self.plan = PruningPlan(self.sparsities, events, schedule, multiple, turns, unequal, budget)
         self.start_step = start_step
         self.calibration_batches = calibration_batches
@@ -105,7 +131,7 @@ class GradualPruning(Callback):
         self.history: list[dict[str, Any]] = []
         self._budget = PruningBudget(budget, multiple) if budget else None
         self._plateau = Plateau(patience, min_delta) if when == "plateau" else None
-        self._judge = PruningJudge(judge_batches, seed)
+        self._judge = PruningJudge(judge_batches, self.settings.seed)
         self._boundary = StepBoundary()
 
     @property
@@ -165,9 +191,7 @@ class GradualPruning(Callback):
         if self._plateau is not None and not self.finished:
             self._plateau.add(float(trainer.callback_metrics["train/loss"]))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Cut if an event is due after this optimizer step."""
         assert isinstance(pl_module, StudentModule)
         if self._boundary.passed(trainer.global_step):
@@ -223,7 +247,7 @@ class GradualPruning(Callback):
             self._note_recovery(trainer, measure, figures[f"{measure}_before"])
         self.history.append({"event": number + 1, "step": trainer.global_step, **figures})
         if self._plateau is not None:
-            self._plateau.reset()
+            self._plateau.losses = []  # the model is another one now
         self._log(trainer, figures)
         event = f"Pruned after step {trainer.global_step} (event {number + 1} of {len(self.steps)})"
         rank_zero_info(f"{event}: {before:,} -> {in_words(figures, measure)}")

@@ -17,8 +17,8 @@ from models.teacher import RememberingTeacher, Teacher
 class PruningJudge:
     """Measures the KL to a live teacher, or the cross-entropy without one, in nats per answer token, on held-out batches.
 
-    They are validation batches if there are any, and else training batches that no event calibrates on (as long as there are
-    enough of them).  Several devices share the work and get the same figure.
+    They are validation batches, or else training batches that no event calibrates on (as long as there are enough of them).
+    Several devices share the work and get the same figure.
 
     Args:
         num_batches: Batches to judge on.

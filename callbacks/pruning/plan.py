@@ -87,13 +87,9 @@ class PruningPlan:
     def targets(self, dense: Shape, least: Sizes | None = None) -> list[Targets]:
         """What the student keeps after each event.
 
-        The cost that a budget removes, of what the sparsities leave, follows the schedule.  Layers of the same sizes keep at least what
-        they will at the end.
-
-        Args:
-            dense: The unpruned student.
-            least: The sizes of layers that meet a latency budget: it ends there, or at their FLOPs.  Without them such a budget is
-                left out.
+        The cost that a budget removes, of what the sparsities leave, follows the schedule.  Uniform layers keep at least what they
+        will at the end.  `least` are the sizes that meet a latency budget, which ends there or at their FLOPs; without them it is
+        left out.
 
         Raises:
             ValueError: An axis would be left with nothing, or a budget is out of reach.
@@ -196,11 +192,7 @@ def shape_after(dense: Shape, targets: Targets) -> Shape:
 
 
 def steps_of(start: int, end: int, events: int, when: When) -> list[int]:
-    """The optimizer steps after which events take place, at the latest.
-
-    Raises:
-        ValueError: Not every event has a step of its own.
-    """
+    """The optimizer steps after which events take place, at the latest; `ValueError` if not every event has its own."""
     room = end - start + 1 if when == "steps" else max(1, end - start)
     alone = when == "steps" and (events == 1) != (start == end)
     if not 1 <= start <= end or not 1 <= events <= room or alone:

@@ -1,7 +1,6 @@
 """Averaged weights of a student that changes: Lightning's `WeightAveraging` keeps a copy of the module, which has to follow.
 
-The copy gets the same edits, so every weight that is kept has its average.  Where a repair moved the student's weights, the
-averages move by as much, as if all earlier students had been moved.
+The copy gets the same edits.  Where a repair moved the student's weights, the averages move by as much.
 """
 
 from collections.abc import Iterator, Mapping

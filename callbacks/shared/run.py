@@ -1,7 +1,7 @@
 """Shared by structural callbacks: the data module, their order within one optimizer step, and the end of a step.
 
-Lightning calls callbacks in list order.  Pruning must come before the evaluation that reports it, that before the insertion
-of quantizers (so that "recovered" is judged without them), and export after everything.
+Pruning must come before the evaluation that reports it, that before the insertion of quantizers (so that "recovered" is judged
+without them), and export after everything.
 """
 
 from collections.abc import Sequence

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from callbacks.pruning.gradual_pruning import Plateau
 from callbacks.pruning.plan import PruningPlan, Sparsities, deadlines, shape_after
-from callbacks.pruning.plateau import Plateau
 from models.pruning.budget.costs import flops, parameters
 from models.pruning.budget.schedule import sparsity_after
 from models.pruning.budget.target import Budget
@@ -162,5 +162,5 @@ def test_plateau(losses: list[float], reached: bool) -> None:
     resumed = Plateau(patience=2, min_delta=0.08)
     resumed.losses = plateau.losses
     assert resumed.reached is reached
-    plateau.reset()
+    plateau.losses = []
     assert not plateau.reached
