@@ -1,8 +1,4 @@
-"""Base class of all chat data modules: tokenizing, truncation, loaders that resume exactly, calibration batches.
-
-A subclass says where conversations come from (`load_split`) and, if the task has one, how completions are scored.
-Everything is tokenized once in `setup`; loaders only pad.
-"""
+"""Base class of all chat data modules: tokenizing (once, in `setup`), loaders that resume exactly, calibration batches."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -107,13 +103,7 @@ class ChatDataModule(LightningDataModule):
         return False
 
     def score(self, predictions: list[str], batch: Batch, split: str) -> list[float] | None:
-        """Task score of each completion in 0..1; `None` where the data has no score.
-
-        Args:
-            predictions: One completion for each row of the batch, special tokens removed.
-            batch: From this module's loaders.
-            split: Which loader: train, val or test.
-        """
+        """Task score in 0..1 of each row's completion (without special tokens), for a batch of the split's loader; `None` without."""
         return None
 
     def constant_answer_score(self, split: str) -> float | None:
@@ -199,12 +189,7 @@ class ChatDataModule(LightningDataModule):
     predict_dataloader = test_dataloader
 
     def calibration_batches(self, num_batches: int, seed: int) -> Iterator[Batch]:
-        """Randomly drawn training batches; neither reads nor moves the state of any loader.
-
-        Args:
-            num_batches: How many batches of `batch_size` samples. Samples repeat only when all were used.
-            seed: Decides the draw.
-        """
+        """Training batches of a draw by `seed`, apart from any loader's state; samples repeat only when all were used."""
         examples = self.examples("train")
         generator = torch.Generator().manual_seed(seed)
         drawn: list[int] = []

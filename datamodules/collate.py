@@ -1,8 +1,7 @@
 """Collates tokenized examples into one padded batch, as a pure function.
 
-Training rows are padded on the right, rollout prompts on the left (so that every prompt's last token stands in the
-last column and sampling continues there). Masks and labels come from the lengths, never from comparing ids with the
-pad id: many tokenizers pad with the end token, and the answer's own end token must stay visible and supervised.
+Training rows are padded on the right, rollout prompts on the left, so that sampling continues behind the last column. Masks and
+labels come from the lengths, never from comparing ids with the pad id, which often is the end token that must stay supervised.
 """
 
 from collections.abc import Sequence
@@ -41,19 +40,12 @@ Data modules may add their own, as `datamodules/ranking.py` does.
 
 
 class OptimizerStep(NamedTuple):
-    """The optimizer step that a micro-batch belongs to.
+    """The optimizer step that a micro-batch belongs to."""
 
-    Attributes:
-        position: Of the micro-batch in the step.
-        size: Micro-batches of the step.
-        answer_tokens: Of all of them, on this rank.
-        batches: Their prompts, with the micro-batch that begins the step or resumes within it; with the others, none.
-    """
-
-    position: int
-    size: int
-    answer_tokens: int | Tensor
-    batches: list[Batch]
+    position: int  # of the micro-batch in the step
+    size: int  # micro-batches of the step
+    answer_tokens: int | Tensor  # of all of them, on this rank
+    batches: list[Batch]  # their prompts, with the micro-batch that begins the step or resumes within it; else none
 
     @property
     def begins(self) -> bool:
@@ -74,12 +66,7 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
-    """Pad examples to the longest among them.
-
-    Args:
-        examples: At least one.
-        pad_id: Fills `input_ids` and `prompt_ids` where their masks are 0.
-    """
+    """Pad at least one example to the longest; `pad_id` fills `input_ids` and `prompt_ids` where their masks are 0."""
     right = partial(pad_sequence, batch_first=True)
     left = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = [example.input_ids.long() for example in examples]

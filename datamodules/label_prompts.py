@@ -95,8 +95,7 @@ def label_token_ids(
     """The token of each label where the assistant's answer begins.
 
     Raises:
-        ValueError: There are fewer than two labels or two are the same, or the answer does not begin with one token that
-            is the label.
+        ValueError: Fewer than two labels, two the same, or one that is not a single token at the start of the answer.
     """
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise ValueError(f"expected at least two different labels, found {list(labels)}; name every class once")

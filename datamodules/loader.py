@@ -1,9 +1,8 @@
 """A loader that resumes exactly and knows the whole optimizer step.
 
 With gradient accumulation, two things need more than one micro-batch: a loss that is a mean over all answer tokens of the optimizer
-step, and a rollout that samples all its answers at once.  So the micro-batches of a step are fetched together, and each says in
-`batch["step"]` which one of how many it is (`position`, `size`) and how many answer tokens the step has on this rank
-(`answer_tokens`); the first one handed out also carries what a rollout needs of all of them (`batches`).
+step, and a rollout that samples all its answers at once.  So the micro-batches of a step are fetched together, and each has the
+`OptimizerStep` as `batch["step"]`.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,15 +72,11 @@ class ResumableLoader(StatefulDataLoader):
         return {**state, "num_workers": self.num_workers, "micro_batches": done, "handed_out": self._handed_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the state was saved.
-
-        Raises:
-            ValueError: The state comes from a loader with another number of workers.
-        """
+        """Continue where the state was saved; raises `ValueError` if another number of workers saved it."""
         if state_dict["num_workers"] != self.num_workers:
             raise ValueError(
-                f"expected num_workers {state_dict['num_workers']} as in the run that saved the checkpoint, found "
-                f"{self.num_workers}; resume with the same number"
+                f"expected num_workers {state_dict['num_workers']} as in the run that saved the checkpoint, found {self.num_workers}; "
+                "resume with the same number"
             )
         state = dict(state_dict)
         self._skip, self._handed_out = state.pop("micro_batches"), state.pop("handed_out")

@@ -1,14 +1,11 @@
-"""Labels from MovieLens' ratings without leaking the future: pairs of a member and a film, split by time.
-
-A pair's history are the member's ratings of earlier seconds, and all training pairs are older than all validation pairs, which are
-older than all test pairs.
-"""
+"""Labels from MovieLens' ratings without leaking the future: pairs of a member and a film, split by time."""
 
 import random
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from datamodules.movielens_files import Member, Rating
 
@@ -29,12 +26,7 @@ class Pair:
 
 
 def pairs_of(ratings: Sequence[Rating], history: int) -> list[Pair]:
-    """Every rating with the member's latest ratings of earlier seconds, in the order of `ratings` (oldest first).
-
-    Args:
-        ratings: Oldest first.
-        history: Ratings to remember, at most.
-    """
+    """Every rating with the member's latest ratings of earlier seconds, at most `history`; oldest first, as `ratings` are."""
     seen: dict[Member, list[Rating]] = defaultdict(list)
     pairs = []
     for rating in ratings:
@@ -47,13 +39,7 @@ def pairs_of(ratings: Sequence[Rating], history: int) -> list[Pair]:
 
 
 def split_by_time(pairs: Sequence[Pair], val_fraction: float, test_fraction: float) -> dict[str, list[Pair]]:
-    """`train`, `val` and `test`: the oldest pairs, newer ones, the newest; no second is in two of them.
-
-    Args:
-        pairs: Oldest first.
-        val_fraction: Share of validation; a second that would be cut goes to the later split.
-        test_fraction: Share of test.
-    """
+    """`train`, `val` and `test`: the oldest pairs, newer ones, the newest; a second that would be cut goes to the later split."""
     times = [pair.rating.time for pair in pairs]
 
     def first_newer(share: float) -> int:
@@ -75,18 +61,11 @@ def draw_members(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
 
     Members come whole: a ranking within a member needs all that they rated.
     """
-    counts: dict[str, int] = defaultdict(int)
-    for pair in pairs:
-        counts[pair.rating.member.number] += 1
+    counts = Counter(pair.rating.member.number for pair in pairs)
     members = sorted(counts)
     random.Random(seed).shuffle(members)
-    chosen: set[str] = set()
-    total = 0
-    for member in members:
-        if total >= size:
-            break
-        chosen.add(member)
-        total += counts[member]
+    totals = list(accumulate(counts[member] for member in members))
+    chosen = set(members[: bisect_left(totals, size) + 1])
     return [pair for pair in pairs if pair.rating.member.number in chosen]
 
 

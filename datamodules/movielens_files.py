@@ -82,21 +82,17 @@ def movielens_folder() -> Path:
 
 
 def read_ratings(folder: Path) -> list[Rating]:
-    """All ratings, oldest first; of a film that a member rated twice, the first (within a second, the lower).
-
-    Args:
-        folder: Has `ml-100k.user`, `ml-100k.item` and `ml-100k.inter` in recbole's format.
+    """All ratings of a folder in recbole's format, oldest first; of a film rated twice, the first (within a second, the lower).
 
     Raises:
-        FileNotFoundError: A file is missing.
+        FileNotFoundError: `ml-100k.user`, `ml-100k.item` or `ml-100k.inter` is missing.
         ValueError: A line is broken, or names a member or film that there is none of.
     """
     members = dict(_members(folder / f"{NAME}.user"))
     films = dict(_films(folder / f"{NAME}.item"))
-    ratings: dict[tuple[Member, Film], Rating] = {}
     rows: list[Rating] = []
-    for place, row in _rows(folder / f"{NAME}.inter", ("user_id", "item_id", "rating", "timestamp")):
-        user, item, stars, time = row
+    columns = ("user_id", "item_id", "rating", "timestamp")
+    for place, (user, item, stars, time) in _rows(folder / f"{NAME}.inter", columns):
         if user not in members or item not in films:
             raise ValueError(
                 f"expected a user of {NAME}.user and an item of {NAME}.item, found user {user} and item {item} in {place}; "
@@ -105,6 +101,7 @@ def read_ratings(folder: Path) -> list[Rating]:
         rows.append(Rating(members[user], films[item], _whole(stars, place), _whole(time, place)))
     # Beside the time, the order must not depend on that of the file.
     rows.sort(key=lambda r: (r.time, r.member.number, r.film.title, r.film.year or 0, r.stars))
+    ratings: dict[tuple[Member, Film], Rating] = {}
     for rating in rows:
         ratings.setdefault((rating.member, rating.film), rating)
     return list(ratings.values())
@@ -142,7 +139,7 @@ def _films(path: Path) -> Iterator[tuple[str, Film]]:
     for _, (number, title, year, genres) in _rows(path, ("item_id", "movie_title", "release_year", "class")):
         # A few titles end with the year, and the field of the year holds something else.
         dated = _YEAR_LAST.fullmatch(title)
-        name, digits = (dated[1], dated[2]) if dated else (title, year)
+        name, digits = dated.groups() if dated else (title, year)
         name = _ARTICLE_LAST.sub(r"\2 \1", name) if _ARTICLE_LAST.fullmatch(name) else name
         film = Film(name, int(digits) if digits.isdigit() else None, tuple(genres.split()))
         yield number, first.setdefault((film.title, film.year), film)

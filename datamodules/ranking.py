@@ -141,12 +141,7 @@ class Ranking(RankingData):
 
 
 def candidate_from(record: dict[str, Any], labels: Sequence[str], place: str) -> Candidate:
-    """Check a row and make a candidate of it.
-
-    Args:
-        record: See `Ranking`.
-        labels: The classes in order.
-        place: File and line, for error messages.
+    """Check a row, see `Ranking`, and make a candidate of it; `place` is file and line, for error messages.
 
     Raises:
         ValueError: A field is missing or has the wrong type, a label is unknown, or weights are no distribution.

@@ -1,8 +1,7 @@
 """Procedurally generated reasoning tasks with gold answers and scorers, from the package reasoning-gym.
 
-Stage 1 of distillation learns the gold answers, stage 2 only takes the prompts. Questions are drawn at random, so two
-seeds share questions (of 50 gcd questions up to 30, about 40). Held-out splits are therefore filled question by
-question: what occurs in training, in another held-out split, or twice, is replaced by the next draw.
+Questions are drawn at random, so two seeds share questions (of 50 gcd questions up to 30, about 40). In held-out splits, what
+occurs in training, in another held-out split, or twice, is therefore replaced by the next draw.
 """
 
 import difflib
@@ -16,7 +15,7 @@ from datamodules.base import ChatDataModule, exact_match, most_common_share
 from datamodules.chat import Conversation
 from datamodules.collate import Batch
 
-# Questions drawn for a held-out split before it is given up: this many for each one wanted, and some for small splits.
+# Questions drawn for a held-out split before it is given up: so many for each one wanted, and some more.
 DRAWS_PER_QUESTION, EXTRA_DRAWS = 20, 1000
 DRAWS_AT_ONCE = 200
 # A held-out split must avoid the questions of these.
