@@ -1,8 +1,7 @@
 """Train: `python train.py {fit,validate,test,predict} --config configs/<recipe>.yaml`, the Lightning command line.
 
-Modules, data modules and callbacks are named by their short class names.  Every run writes into a new numbered folder
-`runs/<name>-<number>`.  With `--ckpt_path`, structure and weights come from the checkpoint; a setting given on the command line
-or in a recipe wins over the one saved in the checkpoint, and every such difference is logged.
+Every run writes into a new numbered folder `runs/<name>-<number>`.  With `--ckpt_path`, structure and weights come from
+the checkpoint; a setting on the command line or in a recipe wins over the saved one, and every difference is logged.
 """
 
 import copy
@@ -85,11 +84,11 @@ class PotstillCLI(LightningCLI):
             "Settings are named as in recipes, such as --trainer.max_steps 100 or --data.init_args.train my.jsonl."
         )
         parser.add_argument(
-            "--name", type=str, default="run", help="Name of the run; its folder is <root>/<name>-<number>."
+            "--name", type=str, default="run", help="Name of the run: its folder is <root>/<name>-<number>."
         )
         parser.add_argument("--root", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument(
-            "--run_dir", type=str | None, default=None, help="Folder of this run instead of a new numbered one."
+            "--run_dir", type=str | None, default=None, help="Folder of this run, not a new numbered one."
         )
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")

@@ -26,7 +26,7 @@ _SAME_REQUEST = 1.0  # seconds; launchers and terminals may send a signal to a p
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write as `program/files.py` does; Lightning goes through the system's temporary folder, which may be another disk."""
+    """Write as `program/files.py` does; Lightning would go through the system's temporary folder, on another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save so that `path` holds either its old content or the complete new one."""
@@ -40,11 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load to the CPU what holds plain data only and agrees with its checksums, see `read_checkpoint`.
-
-        Raises:
-            ValueError: It does not; or anything else is asked for.
-        """
+        """Load to the CPU as `read_checkpoint` does; raises `ValueError` unless it is plain data with its checksums."""
         if weights_only is False:
             raise ValueError(
                 "expected weights_only true or null, found false: it would run what the checkpoint says; leave it out"
@@ -56,8 +52,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoint(ModelCheckpoint):
     """Keep `checkpoints/last.ckpt` of the run up to date, also when the machine asks us to stop.
 
-    What is saved is always the state between two optimizer steps, after the step's validation.  SIGTERM, SIGINT (Ctrl-C) and SIGHUP save after the present step and end the program with
-    143, 130 and 129; asked a second time, it stops at once.
+    What is saved is the state between two optimizer steps, after the step's validation.  SIGTERM, SIGINT (Ctrl-C) and
+    SIGHUP save after the present step and end the program with 143, 130 and 129; asked again, it stops at once.
 
     Args:
         every_n_steps: Optimizer steps between two saves; the end of training is always saved.
@@ -66,14 +62,7 @@ class Checkpoint(ModelCheckpoint):
 
     def __init__(self, every_n_steps: Positive = 100, dirpath: str | None = None) -> None:
         check_arguments(Checkpoint.__init__, locals(), "checkpoint.")
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            every_n_train_steps=every_n_steps,
-            save_top_k=1,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
+        super().__init__(dirpath, "last", every_n_train_steps=every_n_steps, enable_version_counter=False)
         self.every_n_steps = every_n_steps
         self._boundary = StepBoundary()
         self._due = False  # to be saved once the step's validation is over
@@ -91,7 +80,7 @@ class Checkpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on, only take note of signals: all devices stop together, after the same optimizer step.
 
-        Lightning's handler stops in the middle of a step.  The trainer restores the handlers of before `fit` at its end.
+        Lightning's would stop in the middle of a step.  The trainer restores the handlers of before `fit` at its end.
         """
         super().on_train_start(trainer, pl_module)
         self._due, self._stopping, self._asked = False, False, None
@@ -113,16 +102,15 @@ class Checkpoint(ModelCheckpoint):
         if not trainer.sanity_checking:
             self._save_if_due(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: saves go by steps."""
+    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: saves go by steps; and after an exception the last good checkpoint stays."""
+
+    on_exception = on_train_epoch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state, with what other callbacks found out at the end; signals end the program at once again."""
         self._save_checkpoint(trainer, self._target())
         self._handle(None)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Nothing: whatever it was, the last good checkpoint stays."""
 
     def _save_if_due(self, trainer: Trainer) -> None:
         if self._due:

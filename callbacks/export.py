@@ -174,7 +174,9 @@ class ExportOnFitEnd(Callback):
                     found = held_out.measure(OnnxSession(graphs["teacher"]), end_token_ids(teacher.model), on_batch)
                 served = [{"name": "teacher", **found.figures()}]
         del teacher
-        release_teacher(pl_module)
+        if hasattr(pl_module, "teacher"):  # `configure_model` loads it again if it is wanted
+            del pl_module.teacher
+        gc.collect()
         student = pl_module.student.cpu().float().eval()
         for_cpu = self._for_cpu(student, datamodule, phases)
         report = export_all(
@@ -218,16 +220,11 @@ def _questions(data: ChatDataModule, count: int) -> tuple[list[Example], str]:
 
 
 def held_out_of(datamodule: ChatDataModule, teacher: Teacher, questions: int, max_new_tokens: int) -> HeldOut:
-    """Held-out conversations, those of similar length together, with the teacher's hidden states of their answers and its head.
-
-    The teacher is left on the CPU.
-    """
+    """Held-out conversations, similar lengths together, judged by a teacher that is left on the CPU."""
     first, split = _questions(datamodule, questions)
     examples = sorted(first, key=len)
-    batches = [
-        datamodule.collate_fn(examples[start : start + SERVED_BATCH]) for start in range(0, len(examples), SERVED_BATCH)
-    ]
-    device = teacher.model.device
+    starts, device = range(0, len(examples), SERVED_BATCH), teacher.model.device
+    batches = [datamodule.collate_fn(examples[start : start + SERVED_BATCH]) for start in starts]
     hidden = [teacher.answer_hidden(move_data_to_device(batch, device)).cpu() for batch in batches]
     head = head_of(teacher.to(torch.device("cpu")).model).cut(None, torch.float32)
 
@@ -250,13 +247,6 @@ def release_optimizers(trainer: Trainer) -> None:
         optimizer.state.clear()
     gc.collect()
     give_back_freed_memory()
-
-
-def release_teacher(module: StudentModule) -> None:
-    """Free the teacher; `configure_model` loads it again if it is wanted."""
-    if hasattr(module, "teacher"):
-        del module.teacher
-    gc.collect()
 
 
 def _training_figures(trainer: Trainer) -> dict[str, Any]:

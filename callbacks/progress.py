@@ -65,12 +65,12 @@ class TrainingProgress(ProgressBar):
             self._judging = self._bar(f"Validation{when}", sum(trainer.num_val_batches), "batches")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A bar for a test."""
-        self._judging = self._bar("Test", sum(trainer.num_test_batches), "batches")
+        """A bar for a test or predictions."""
+        is_test = trainer.state.fn == "test"
+        batches = trainer.num_test_batches if is_test else trainer.num_predict_batches
+        self._judging = self._bar("Test" if is_test else "Prediction", sum(batches), "batches")
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A bar for predictions."""
-        self._judging = self._bar("Prediction", sum(trainer.num_predict_batches), "batches")
+    on_predict_start = on_test_start
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Count."""

@@ -102,7 +102,8 @@ class QuantizationAwareTraining(Callback):
         if stage != "fit":
             return
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
-        refuse_averaging(trainer.callbacks, "QuantizationAwareTraining")  # type: ignore[attr-defined]
+        found = "both: averages of observed scales would mean nothing; leave one of them out"
+        refuse_averaging(trainer.callbacks, "QuantizationAwareTraining without", found)  # type: ignore[attr-defined]
         check_strategy(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradualPruning) and callback.last_step >= self.start_step:
@@ -156,10 +157,8 @@ class QuantizationAwareTraining(Callback):
                     f"{len(quantized_linears(pl_module.student))} layers{' and the cache' if self.kv_cache else ''}"
                 )
                 rank_zero_info(f"Observing {layers} from step {self.start_step} on")
-        for what, step, freeze in (
-            ("weights", self.freeze_weights_step, freeze_weights),
-            ("inputs", self.freeze_step, freeze_inputs),
-        ):
+        stages = (("weights", self.freeze_weights_step, freeze_weights), ("inputs", self.freeze_step, freeze_inputs))
+        for what, step, freeze in stages:
             if trainer.global_step == step and self.method is None:
                 frozen = freeze(pl_module.student, self.search)
                 rank_zero_info(f"Froze {frozen} {self.format} scales of {what} after step {step}")

@@ -44,8 +44,7 @@ class SampleCompletions(Callback):
         assert isinstance(pl_module, StudentModule)
         batch = move_data_to_device(next(iter(data_of(trainer).val_dataloader())), pl_module.device)
         batch = {key: value[: self.num_samples] for key, value in batch.items()}
-        decoder = decoder_for(pl_module.student, pl_module.inference_dtype)
-        ends = end_token_ids(pl_module.student)
+        decoder, ends = decoder_for(pl_module.student, pl_module.inference_dtype), end_token_ids(pl_module.student)
         texts = generate_texts(decoder, pl_module.tokenizer, batch, max_new_tokens=self.max_new_tokens, end_tokens=ends)
         rows = [
             {"step": trainer.global_step, "prompt": prompt, "completion": text, "answer": answer}

@@ -11,8 +11,7 @@ from program.ranges import Positive, check_arguments
 
 
 class Throughput(Callback):
-    """Log `throughput/tokens_per_second` (tokens of the training sequences of all devices, prompts included) and the share of
-    time per part.
+    """Log `throughput/tokens_per_second` (of all devices, prompts included) and the share of time per part.
 
     Args:
         every_n_steps: Optimizer steps between two entries.

@@ -1,4 +1,4 @@
-"""Base class of all chat data modules: tokenizing (once, in `setup`), loaders that resume exactly, calibration batches."""
+"""Base class of chat data modules: tokenizing (once, in `setup`), loaders that resume exactly, calibration batches."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,7 @@ from datamodules.loader import ResumableLoader
 from datamodules.sampler import LengthBucketSampler
 from program.ranges import Between, Positive, check_arguments
 
-SPLITS_OF_STAGE: dict[str, tuple[str, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": ("test",),
-}
+SPLITS_OF_STAGE = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 class ChatDataModule(LightningDataModule):
@@ -103,7 +98,7 @@ class ChatDataModule(LightningDataModule):
         return False
 
     def score(self, predictions: list[str], batch: Batch, split: str) -> list[float] | None:
-        """Task score in 0..1 of each row's completion (without special tokens), for a batch of the split's loader; `None` without."""
+        """Task score in 0..1 of each row's completion, for a batch of the split's loader; `None` where none is."""
         return None
 
     def constant_answer_score(self, split: str) -> float | None:
@@ -189,7 +184,7 @@ class ChatDataModule(LightningDataModule):
     predict_dataloader = test_dataloader
 
     def calibration_batches(self, num_batches: int, seed: int) -> Iterator[Batch]:
-        """Training batches of a draw by `seed`, apart from any loader's state; samples repeat only when all were used."""
+        """Training batches drawn by `seed`, apart from any loader's state; samples repeat only when all were used."""
         examples = self.examples("train")
         generator = torch.Generator().manual_seed(seed)
         drawn: list[int] = []
@@ -199,16 +194,12 @@ class ChatDataModule(LightningDataModule):
             yield self.collate_fn([examples[i] for i in drawn[: self.batch_size]])
             drawn = drawn[self.batch_size :]
 
-    def _limit(self) -> float:
-        """Batches of an epoch; less than there are with `trainer.limit_train_batches`."""
-        return self.trainer.num_training_batches if self.trainer else float("inf")
-
     def _eval_loader(self, split: str) -> StatefulDataLoader:
         # Sorted as data, not by a sampler: under DDP Lightning can then put its own sampler in place.
-        return self._loader(sorted(self.examples(split), key=len), self.eval_batch_size, None)
+        return self._loader(sorted(self.examples(split), key=len), self.eval_batch_size)
 
     def _loader(
-        self, examples: list[Example], batch_size: int, sampler: LengthBucketSampler | None
+        self, examples: list[Example], batch_size: int, sampler: LengthBucketSampler | None = None
     ) -> StatefulDataLoader:
         return ResumableLoader(
             examples,  # type: ignore[arg-type]  # a list has all that a map-style dataset needs
@@ -216,7 +207,7 @@ class ChatDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers if sampler else 0,
             accumulate=(lambda: self.trainer.accumulate_grad_batches if self.trainer else 1) if sampler else None,
-            limit=self._limit,
+            limit=lambda: self.trainer.num_training_batches if self.trainer else float("inf"),
             collate_fn=self.collate_fn,
             pin_memory=torch.cuda.is_available(),
         )

@@ -1,12 +1,12 @@
 """Conversations to token ids through the tokenizer's chat template, as plain functions.
 
-A conversation is rendered turn by turn and cut into segments: a prompt (what the model reads), an answer (what it has to
-write), the next prompt, ... Every segment is tokenized on its own, as at inference, where the model continues the ids of a
-finished prompt: tokenizing both as one string could merge characters of prompt and answer into one token.
+A conversation is rendered turn by turn and cut into segments: a prompt (what the model reads), an answer (what it has
+to write), the next prompt, ... Every segment is tokenized on its own, as at inference, where the model continues the
+ids of a finished prompt: tokenizing both as one string could merge characters of prompt and answer into one token.
 
-The rollout prompt is everything before the last assistant turn, so its ids are a prefix of the ids that training sees. The
-last answer ends with the tokenizer's end token: what a template writes after it (ChatML's newline) is dropped, and if a
-template ends turns with another token, the end token is appended.
+The rollout prompt is everything before the last assistant turn, so its ids are a prefix of the ids that training sees.
+The last answer ends with the tokenizer's end token: what a template writes after it (ChatML's newline) is dropped, and
+if a template ends turns with another token, the end token is appended.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: str | None = 
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"expected a tokenizer with an end token, found none in {reference!r}; set eos_token in tokenizer_config.json"
+            f"expected a tokenizer with an end token, found none in {reference!r}; set it in tokenizer_config.json"
         )
 
 
@@ -114,21 +114,18 @@ def encode(
     system_prompt: str | None = None,
     supervise_all_turns: bool = True,
 ) -> list[Example]:
-    """Tokenize conversations (see the module's docstring for how).
+    """Tokenize conversations (see the module's docstring for how), at any length.
 
-    Args:
-        tokenizer: Has a chat template and an end token.
-        conversations: At any length.
-        system_prompt: Put before conversations that have no system message; `None` leaves the template's default.
-        supervise_all_turns: Whether earlier assistant turns get labels too.
+    `system_prompt` comes before those that have no system message (`None`: the template's default).  With
+    `supervise_all_turns`, earlier assistant turns get labels, too.
 
     Raises:
         ValueError: There is no template or no end token, or the template refuses a conversation or does not render it turn by turn.
     """
     check_tokenizer(tokenizer)
     segments = [
-        _segments(tokenizer, with_system_prompt(conversation, system_prompt), supervise_all_turns)
-        for conversation in conversations
+        _segments(tokenizer, with_system_prompt(c.messages, system_prompt), c.source, supervise_all_turns)
+        for c in conversations
     ]
     ids = iter(token_ids(tokenizer, [text for texts in segments for text in texts]))
     return [
@@ -161,11 +158,11 @@ def truncate(example: Example, *, max_length: int, max_prompt_length: int | None
     )
 
 
-def with_system_prompt(conversation: Conversation, system_prompt: str | None) -> Conversation:
-    """Put a system message first, unless the conversation has its own or `system_prompt` is `None`."""
-    if system_prompt is None or conversation.messages[0]["role"] == "system":
-        return conversation
-    return replace(conversation, messages=[{"role": "system", "content": system_prompt}, *conversation.messages])
+def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
+    """Put a system message first, unless there is one or `system_prompt` is `None`."""
+    if system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def readable(messages: Sequence[Message]) -> str:
@@ -174,19 +171,20 @@ def readable(messages: Sequence[Message]) -> str:
     return messages[0]["content"] if len(messages) == 1 else "\n".join(named)
 
 
-def _segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, supervise_all_turns: bool) -> list[str]:
+def _segments(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], source: str, supervise_all_turns: bool
+) -> list[str]:
     """The rendered text as prompt, answer, prompt, answer, ... - concatenated, it is the rendered conversation."""
-    messages, source = conversation.messages, conversation.source
     assistant_turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
     segments: list[str] = []
     done = ""
     for turn in assistant_turns if supervise_all_turns else assistant_turns[-1:]:
-        prompt = _render(tokenizer, messages[:turn], source, add_generation_prompt=True)
-        full = _render(tokenizer, messages[: turn + 1], source, add_generation_prompt=False)
+        prompt = render(tokenizer, messages[:turn], source, add_generation_prompt=True)
+        full = render(tokenizer, messages[: turn + 1], source, add_generation_prompt=False)
         if not prompt.startswith(done):
             raise ValueError(
-                f"expected a chat template that keeps earlier turns as they were, found one that rewrites them in {source}; set "
-                "supervise_all_turns to false to learn from the last answer only"
+                f"expected a chat template that keeps earlier turns as they were, found one that rewrites them in "
+                f"{source}; set supervise_all_turns to false to learn from the last answer only"
             )
         if not full.startswith(prompt):
             raise ValueError(
@@ -198,15 +196,16 @@ def _segments(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, su
     return segments
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], source: str, *, add_generation_prompt: bool
 ) -> str:
+    """The conversation as text; raises `ValueError` if the template refuses it."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:
         raise ValueError(
-            f"expected messages that the chat template accepts, found the roles {[m['role'] for m in messages]} in {source} "
-            f"({error}); change the messages or the template"
+            f"expected messages that the chat template accepts, found the roles {[m['role'] for m in messages]} in "
+            f"{source} ({error}); change messages, system_prompt or template"
         ) from error
 
 

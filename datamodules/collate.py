@@ -1,7 +1,7 @@
 """Collates tokenized examples into one padded batch, as a pure function.
 
-Training rows are padded on the right, rollout prompts on the left, so that sampling continues behind the last column. Masks and
-labels come from the lengths, never from comparing ids with the pad id, which often is the end token that must stay supervised.
+Training rows are padded on the right, rollout prompts on the left, so that sampling continues behind the last column.
+Masks and labels come from the lengths, not from comparing ids with the pad id, which often is the end token as well.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Your own conversations: JSONL, Parquet or a `datasets` name.
 
-One record is one conversation, either as `messages` (a list of `{"role": ..., "content": ...}`) or as `prompt` and `response`.
-Samples are batched by length, not packed, which would need an attention mask per sample in every model and in the rollout.
+One record has `messages` (a list of `{"role": ..., "content": ...}`) or `prompt` and `response`. Samples are batched
+by length, not packed, which would need an attention mask per sample in every model and in the rollout.
 """
 
 import random

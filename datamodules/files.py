@@ -13,12 +13,9 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 def read_conversations(source: str, *, default_split: str, dataset_config: str | None = None) -> list[Conversation]:
-    """Read every conversation of a source.
+    """Read every conversation of a .jsonl or .parquet file, or a `datasets` name or folder, with or without `:split`.
 
-    Args:
-        source: A .jsonl or .parquet file, or a `datasets` name or folder, optionally with `:split` after it.
-        default_split: The split to take from a `datasets` source that names none.
-        dataset_config: The configuration of a `datasets` name that has several.
+    A `datasets` source that names no split has the default one; `dataset_config` is for a name with several.
 
     Raises:
         FileNotFoundError: The file or data set does not exist.
@@ -76,8 +73,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     "the line"
                 ) from error
             if not isinstance(record, dict):
+                found = type(record).__name__
                 raise ValueError(
-                    f"expected one JSON object a line, found a {type(record).__name__} in {place}; write each on its own line"
+                    f"expected one JSON object a line, found a {found} in {place}; write each on its own line"
                 )
             yield place, record
 

@@ -1,21 +1,20 @@
 """Prompts whose answer is one label token, and how many of their tokens a common prefix decides.
 
-The user's message is the prefix, a newline and the prompt, without white space around either. It is tokenized as a whole, so
-its score never depends on whether a key/value cache is shared. `prefix_length` only says where the cache may be cut. Usually
-that is behind the whole prefix; a tokenizer that merges across the newline costs a token.
+The user's message is the prefix, a newline and the prompt, without white space around either. It is tokenized as a
+whole, so its score never depends on whether a key/value cache is shared. `prefix_length` only says where the cache may
+be cut. Usually that is behind the whole prefix; a tokenizer that merges across the newline costs a token.
 
-The template is rendered once, not once a prompt (a scorer has to render many in a millisecond): it writes the user's message
-between two texts that do not depend on it, which `frame_of` checks.
+The template is rendered once, not once a prompt (a scorer has to render many in a millisecond): it writes the user's
+message between two texts that do not depend on it, which `frame_of` checks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat import Conversation, Message, check_tokenizer, encode, token_ids
+from datamodules.chat import Conversation, check_tokenizer, encode, render, token_ids, with_system_prompt
 
 # Stands for the user's message while the template is rendered; two of them show that the rest stays the same.
 STANDINS = ("a stand-in\nof two lines", "<another> 'stand-in' & more")
@@ -51,22 +50,12 @@ def message_of(prefix: str, prompt: str) -> str:
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> Frame:
-    """The chat template around a user's message.
-
-    Raises:
-        ValueError: There is no template, or it refuses the roles, or does not write the message as it is.
-    """
+    """The chat template around a user's message; raises `ValueError` if there is none, or it refuses or changes it."""
     check_tokenizer(tokenizer)
     frames = []
     for message in STANDINS:
-        messages = _asked(system_prompt, message)
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
-            raise ValueError(
-                f"expected a chat template that accepts the roles {[m['role'] for m in messages]}, found one that "
-                f"refuses them ({error}); leave system_prompt out, or change the template"
-            ) from error
+        messages = with_system_prompt([{"role": "user", "content": message}], system_prompt)
+        text = render(tokenizer, messages, "prompts", add_generation_prompt=True)
         before, found, after = text.rpartition(message)
         frames.append(Frame(before, after) if found else None)
     if frames[0] is None or frames[0] != frames[1]:
@@ -92,16 +81,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, frame: Frame, pairs: Sequ
 def label_token_ids(
     tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], system_prompt: str | None = None
 ) -> list[int]:
-    """The token of each label where the assistant's answer begins.
-
-    Raises:
-        ValueError: Fewer than two labels, two the same, or one that is not a single token at the start of the answer.
-    """
+    """The token of each of two or more different labels; raises `ValueError` if one is no single token of an answer."""
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise ValueError(f"expected at least two different labels, found {list(labels)}; name every class once")
-    question = _asked(system_prompt, STANDINS[0])
-    answers = [[*question, {"role": "assistant", "content": label}] for label in labels]
-    examples = encode(tokenizer, [Conversation(messages, "the labels") for messages in answers])
+    question = {"role": "user", "content": STANDINS[0]}
+    answers = [[question, {"role": "assistant", "content": label}] for label in labels]
+    conversations = [Conversation(messages, "the labels") for messages in answers]
+    examples = encode(tokenizer, conversations, system_prompt=system_prompt)
     tokens = []
     for label, example in zip(labels, examples, strict=True):
         answer_ids = example.input_ids[example.prompt_length :].tolist()
@@ -115,8 +101,3 @@ def label_token_ids(
             )
         tokens.append(answer_ids[0])
     return tokens
-
-
-def _asked(system_prompt: str | None, message: str) -> list[Message]:
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": message}]

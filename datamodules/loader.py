@@ -1,8 +1,8 @@
 """A loader that resumes exactly and knows the whole optimizer step.
 
-With gradient accumulation, two things need more than one micro-batch: a loss that is a mean over all answer tokens of the optimizer
-step, and a rollout that samples all its answers at once.  So the micro-batches of a step are fetched together, and each has the
-`OptimizerStep` as `batch["step"]`.
+With gradient accumulation, two things need more than one micro-batch: a loss that is a mean over all answer tokens of
+the optimizer step, and a rollout that samples all its answers at once.  So the micro-batches of a step are fetched
+together, and each has the `OptimizerStep` as `batch["step"]`.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,8 @@ _PROMPT_KEYS = ("prompt_ids", "prompt_mask", "prompt_lengths", "index")
 class ResumableLoader(StatefulDataLoader):
     """torchdata's loader, by optimizer steps; a state from another number of workers is refused in plain words.
 
-    Args:
-        args: As for torchdata's loader.
-        accumulate: The present number of micro-batches of an optimizer step; None leaves the batches as they are.
-        limit: The number of batches after which the trainer ends the epoch.
-        kwargs: As for torchdata's loader.
+    `accumulate` gives the present number of micro-batches of an optimizer step (None leaves the batches as they are),
+    `limit` the number of batches after which the trainer ends the epoch.
     """
 
     def __init__(
@@ -75,8 +72,8 @@ class ResumableLoader(StatefulDataLoader):
         """Continue where the state was saved; raises `ValueError` if another number of workers saved it."""
         if state_dict["num_workers"] != self.num_workers:
             raise ValueError(
-                f"expected num_workers {state_dict['num_workers']} as in the run that saved the checkpoint, found {self.num_workers}; "
-                "resume with the same number"
+                f"expected num_workers {state_dict['num_workers']} as in the run that saved the checkpoint, found "
+                f"{self.num_workers}; resume with the same number"
             )
         state = dict(state_dict)
         self._skip, self._handed_out = state.pop("micro_batches"), state.pop("handed_out")

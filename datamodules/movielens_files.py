@@ -82,7 +82,7 @@ def movielens_folder() -> Path:
 
 
 def read_ratings(folder: Path) -> list[Rating]:
-    """All ratings of a folder in recbole's format, oldest first; of a film rated twice, the first (within a second, the lower).
+    """A folder's ratings in recbole's format, oldest first; of a film rated twice, the first (in a second, the lower).
 
     Raises:
         FileNotFoundError: `ml-100k.user`, `ml-100k.item` or `ml-100k.inter` is missing.

@@ -1,11 +1,15 @@
 """MovieLens as a ranking task: from a member's profile and latest ratings, will they like this film?
 
-The prefix holds all that does not depend on the film, so that one key/value cache serves every candidate that a member is
-offered at the same moment.
+The prefix does not depend on the film: one key/value cache serves all candidates that a member is offered together.
 """
 
+import random
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,85 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.chat import Conversation
 from datamodules.label_prompts import encode_prompts, frame_of
-from datamodules.movielens import Pair, draw_members, draw_pairs, figures_of, pairs_of, split_by_time
 from datamodules.movielens_files import Film, Member, Rating, movielens_folder, read_ratings
 from datamodules.ranking import RankingData, candidate_of
 from program.ranges import Count, Positive, Share, check_arguments
+
+LIKED = 4  # stars out of 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A rating to predict, and the member's latest ratings before that second, oldest first."""
+
+    rating: Rating
+    history: tuple[Rating, ...]
+
+    @property
+    def liked(self) -> bool:
+        """Whether it got at least four stars."""
+        return self.rating.stars >= LIKED
+
+
+def pairs_of(ratings: Sequence[Rating], history: int) -> list[Pair]:
+    """Every rating with up to `history` latest ratings of earlier seconds by the member; all oldest first."""
+    seen: dict[Member, list[Rating]] = defaultdict(list)
+    pairs = []
+    for rating in ratings:
+        before = seen[rating.member]
+        # Ratings of the same second are no history: what came first there is unknown.
+        end = bisect_left(before, rating.time, key=lambda earlier: earlier.time)
+        pairs.append(Pair(rating, tuple(before[max(0, end - history) : end])))
+        before.append(rating)
+    return pairs
+
+
+def split_by_time(pairs: Sequence[Pair], val_fraction: float, test_fraction: float) -> dict[str, list[Pair]]:
+    """The oldest pairs as `train`, newer ones as `val`, the newest as `test`; a second is never cut."""
+    times = [pair.rating.time for pair in pairs]
+
+    def first_newer(share: float) -> int:
+        position = round(len(times) * share)
+        return bisect_left(times, times[position]) if position < len(times) else len(times)
+
+    val, test = first_newer(1 - val_fraction - test_fraction), first_newer(1 - test_fraction)
+    return {"train": list(pairs[:val]), "val": list(pairs[val:test]), "test": list(pairs[test:])}
+
+
+def draw_pairs(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
+    """A random part of exactly `size` pairs (all, if there are no more), in the old order."""
+    chosen = sorted(random.Random(seed).sample(range(len(pairs)), min(size, len(pairs))))
+    return [pairs[i] for i in chosen]
+
+
+def draw_members(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
+    """The pairs of random members, all of each (rankings need them), until there are `size`; in the old order."""
+    counts = Counter(pair.rating.member.number for pair in pairs)
+    members = sorted(counts)
+    random.Random(seed).shuffle(members)
+    totals = list(accumulate(counts[member] for member in members))
+    chosen = set(members[: bisect_left(totals, size) + 1])
+    return [pair for pair in pairs if pair.rating.member.number in chosen]
+
+
+def figures_of(splits: dict[str, list[Pair]]) -> dict[str, dict[str, float]]:
+    """For each split: `pairs`, `members`, `films`, the share of pairs `liked`, how many have `no_history`, and how many
+    members and films do not occur in training (`new_members`, `new_films`).
+    """
+    members_of = {split: {pair.rating.member for pair in pairs} for split, pairs in splits.items()}
+    films_of = {split: {pair.rating.film for pair in pairs} for split, pairs in splits.items()}
+    return {
+        split: {
+            "pairs": len(pairs),
+            "members": len(members_of[split]),
+            "films": len(films_of[split]),
+            "liked": sum(pair.liked for pair in pairs) / max(len(pairs), 1),
+            "no_history": sum(not pair.history for pair in pairs),
+            "new_members": len(members_of[split] - members_of["train"]),
+            "new_films": len(films_of[split] - films_of["train"]),
+        }
+        for split, pairs in splits.items()
+    }
 
 
 class MovieLens(RankingData):
@@ -78,9 +157,8 @@ class MovieLens(RankingData):
     def pairs(self) -> dict[str, list[Pair]]:
         """The pairs of every split, oldest first; `Batch["index"]` counts in these lists."""
         folder = Path(self.folder).expanduser() if self.folder else movielens_folder()
-        every = split_by_time(
-            pairs_of(read_ratings(folder), self.history), self.fractions["val"], self.fractions["test"]
-        )
+        ratings = read_ratings(folder)
+        every = split_by_time(pairs_of(ratings, self.history), self.fractions["val"], self.fractions["test"])
         drawn: dict[str, list[Pair]] = {}
         for split, pairs in every.items():
             draw, size = draw_pairs if split == "train" else draw_members, self.sizes[split]
@@ -103,8 +181,7 @@ class MovieLens(RankingData):
         pairs = self.pairs[split]
         if not pairs:
             raise ValueError(
-                f"expected {split} pairs, found none; raise val_fraction or test_fraction, or lower them if it is training that "
-                "has none"
+                f"expected {split} pairs, found none; raise val_fraction or test_fraction, or lower them for training"
             )
         histories = self._fitting(pairs)
         return [
@@ -131,8 +208,8 @@ class MovieLens(RankingData):
                 for pair in to_check
             ]
             lengths = [len(prompt.ids) for prompt in encode_prompts(self.tokenizer, frame, texts)]
-            too_long = {_moment(pair) for pair, length in zip(to_check, lengths, strict=True) if length > limit}
-            too_long = {moment for moment in too_long if histories[moment]}
+            checked = [(_moment(pair), length) for pair, length in zip(to_check, lengths, strict=True)]
+            too_long = {moment for moment, length in checked if length > limit and histories[moment]}
             histories |= {moment: histories[moment][1:] for moment in too_long}
             to_check = [pair for pair in to_check if _moment(pair) in too_long]
         return [histories[_moment(pair)] for pair in pairs]
@@ -140,15 +217,12 @@ class MovieLens(RankingData):
 
 def prefix_of(member: Member, history: Sequence[Rating], labels: Sequence[str]) -> str:
     """The question, the profile, and the ratings, oldest first."""
-    rated = [f"{rating.stars} {described(rating.film)}" for rating in history]
-    return "\n".join(
-        [
-            f"Will this person like the film below? Answer {labels[1]} or {labels[0]}.",
-            f"Profile: {member.age} years, {member.gender}, {member.occupation}",
-            "Latest ratings, 1 to 5 stars:" if rated else "Latest ratings: none",
-            *rated,
-        ]
-    )
+    lines = [
+        f"Will this person like the film below? Answer {labels[1]} or {labels[0]}.",
+        f"Profile: {member.age} years, {member.gender}, {member.occupation}",
+        "Latest ratings, 1 to 5 stars:" if history else "Latest ratings: none",
+    ]
+    return "\n".join([*lines, *(f"{rating.stars} {described(rating.film)}" for rating in history)])
 
 
 def prompt_of(film: Film) -> str:

@@ -141,11 +141,7 @@ class Ranking(RankingData):
 
 
 def candidate_from(record: dict[str, Any], labels: Sequence[str], place: str) -> Candidate:
-    """Check a row, see `Ranking`, and make a candidate of it; `place` is file and line, for error messages.
-
-    Raises:
-        ValueError: A field is missing or has the wrong type, a label is unknown, or weights are no distribution.
-    """
+    """Make a candidate of a row, see `Ranking`; raises `ValueError`, naming its `place`, if it breaks a rule."""
     fields = ", ".join(record) or "no field"
     prompt, prefix, user = (record.get(name) for name in ("prompt", "prefix", "user"))
     if not isinstance(prompt, str) or not prompt.strip():

@@ -1,7 +1,7 @@
 """Procedurally generated reasoning tasks with gold answers and scorers, from the package reasoning-gym.
 
-Questions are drawn at random, so two seeds share questions (of 50 gcd questions up to 30, about 40). In held-out splits, what
-occurs in training, in another held-out split, or twice, is therefore replaced by the next draw.
+Questions are drawn at random, so two seeds share questions (of 50 gcd questions up to 30, about 40). In held-out
+splits, what occurs in training, in another held-out split, or twice, is therefore replaced by the next draw.
 """
 
 import difflib

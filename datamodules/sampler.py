@@ -1,13 +1,12 @@
 """The order of training samples: shuffled, in batches of similar length, and exactly resumable.
 
-Sorting the whole dataset would show the same neighbours in every epoch, so `LengthBucketSampler` shuffles, sorts by length
-inside pools of a few batches, and shuffles the batches. It yields single indices, which an ordinary loader with the same
-`batch_size` cuts into these batches.
+Sorting the whole dataset would show the same neighbours in every epoch, so `LengthBucketSampler` shuffles, sorts by
+length inside pools of a few batches, and shuffles the batches. It yields single indices, which an ordinary loader with
+the same `batch_size` cuts into these batches.
 
-It extends `torch.utils.data.DistributedSampler` so that Lightning does not wrap it in another one, which would shuffle the
-buckets away. Unlike there, all ranks get a share of the same bucket, so no rank waits for a longer batch, and the iterator has
-a state, from which torchdata's loader restores epoch and position: Lightning builds the resumed loader's iterator before it
-tells the sampler the epoch.
+It extends `torch.utils.data.DistributedSampler` so that Lightning does not wrap it in another one. Unlike there, all
+ranks get a share of the same bucket, so no rank waits for a longer batch, and the iterator has a state, from which
+torchdata's loader restores epoch and position: Lightning tells a resumed sampler the epoch only later.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,15 +18,9 @@ from torch.utils.data import DistributedSampler
 
 
 class LengthBucketSampler(DistributedSampler):
-    """Yield indices so that consecutive runs of `batch_size` have similar lengths; a function of seed and epoch alone.
+    """Yield indices so that runs of `batch_size` have similar lengths (tokens); a function of seed and epoch alone.
 
-    Args:
-        lengths: Tokens of every sample.
-        batch_size: Samples per batch of one rank.
-        pool_batches: Batches (of all ranks together) that are sorted among each other; 1 is a plain shuffle.
-        seed: Together with the epoch, decides the order.
-        num_replicas: Processes that share the data.
-        rank: This process among them.
+    `batch_size` counts samples of one rank; `pool_batches` of all ranks are sorted together, 1 is a plain shuffle.
     """
 
     def __init__(
@@ -50,21 +43,11 @@ class LengthBucketSampler(DistributedSampler):
 
     def fingerprint(self) -> dict[str, int]:
         """What the order depends on, beside the epoch."""
-        return {
-            "samples": len(self.lengths),
-            "tokens": sum(self.lengths),
-            "batch_size": self.batch_size,
-            "pool_batches": self.pool_batches,
-            "seed": self.seed,
-            "processes": self.num_replicas,
-        }
+        data = {"samples": len(self.lengths), "tokens": sum(self.lengths), "batch_size": self.batch_size}
+        return {**data, "pool_batches": self.pool_batches, "seed": self.seed, "processes": self.num_replicas}
 
     def order(self, epoch: int) -> list[int]:
-        """This rank's indices in the given epoch.
-
-        The last batch may be short. Its members are drawn at random like all others, not left over from a sorted pool,
-        where they would always be the longest.
-        """
+        """This rank's indices in an epoch; a short last batch is random, not what is longest in a sorted pool."""
         # `seed + epoch` would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
@@ -89,10 +72,10 @@ class LengthBucketSampler(DistributedSampler):
 
 
 class _ResumableIndices(Iterator[int]):
-    """One pass over the sampler.
+    """One pass over the sampler; the order is fixed at the first index.
 
-    The order is fixed at the first index. An epoch that is set before, even after a state was loaded, starts that epoch
-    from its beginning; this is how a run resumes that was saved after the last batch of `limit_train_batches`.
+    An epoch that is set before, even after a state was loaded, starts from its beginning: so does a run that was saved
+    after the last batch of `limit_train_batches`.
     """
 
     def __init__(self, sampler: LengthBucketSampler) -> None:

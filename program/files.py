@@ -1,8 +1,8 @@
 """The one way to write results: under a new name, flushed to disk, and put in place by a rename.
 
-Readers, a kill and a full disk leave the old result or the new one, never half of one.  A folder replaces a folder by an exchange
-of names, a file replaces a file.  A writer locks the folder it writes in (`flock`, which ends with its process), so that the next
-start can tell what dead processes left from what living ones work on, also across containers, and removes it.
+Readers, a kill and a full disk leave the old result or the new one, never half of one.  A folder replaces a folder by
+an exchange of names, a file replaces a file.  A writer locks the folder it writes in (`flock`, which ends with its
+process, also across containers), so that the next start can tell what dead processes left, and remove it.
 """
 
 import ctypes
@@ -24,11 +24,7 @@ _held: set[Path] = set()  # folders that this process alone writes into
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Let nobody else write into a folder (created if missing; removed at the end if it is then empty and was not there).
-
-    Raises:
-        ValueError: Another process does.
-    """
+    """Write into a folder alone, or raise `ValueError`; if missing it is created, and removed if empty at the end."""
     path = folder.resolve()
     if path in _held:  # by this process, further out
         yield
@@ -54,11 +50,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder inside `parent` (created if missing), removed at the end with whatever was not moved out.
-
-    Raises:
-        ValueError: The disk is full.
-    """
+    """A temporary folder inside `parent` (created if missing), removed at the end; a full disk raises `ValueError`."""
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
     folder, lock = _new_staging(parent)
@@ -76,11 +68,7 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` write a file to the path that it is given, which has the same name, and put it in place.
-
-    Raises:
-        ValueError: There is a folder of that name, or the disk is full.
-    """
+    """Put in place what `write` writes to a path of the same name; `ValueError` for a folder there, or a full disk."""
     with staging_folder(path.absolute().parent) as folder:
         write(folder / path.name)
         move_into_place(folder / path.name, path)

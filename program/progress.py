@@ -26,11 +26,8 @@ class Bar(tqdm):
         if not self.redraws:
             # Without `leave`, tqdm's last call of `display` has an empty message, and tqdm writes nothing itself.
             kwargs |= {"leave": False, "mininterval": EVERY, "miniters": 1}
-        defaults: dict[str, Any] = {
-            "bar_format": LAYOUT,
-            "smoothing": 0.1,
-            "disable": os.environ.get("LOCAL_RANK", "0") != "0",
-        }
+        hidden = os.environ.get("LOCAL_RANK", "0") != "0"
+        defaults: dict[str, Any] = {"bar_format": LAYOUT, "smoothing": 0.1, "disable": hidden}
         super().__init__(*args, **defaults | kwargs)
         if not self.disable:
             self._running.add(self)

@@ -1,8 +1,8 @@
-"""Ranges of settings stand in their types and are checked at one place, wherever a number comes from; NaN is in no range.
+"""Ranges of settings stand in their types and are checked at one place; NaN is in no range.
 
     share: Annotated[float, Between(0, 1)] = 1.0
 
-A dataclass of settings calls `check_fields` when it is made, a class whose settings are arguments calls `check_arguments`.
+A dataclass of settings calls `check_fields`, a class whose settings are arguments calls `check_arguments`.
 """
 
 import sys
@@ -44,7 +44,7 @@ Share = Annotated[float, Between(0, 1)]
 
 
 def check_fields(settings: Any, owner: str = "") -> None:
-    """Raise `ValueError` for a dataclass' field out of its range, or null against its type; `owner` is a prefix of its name."""
+    """Raise `ValueError` for a field out of its range, or null against its type; `owner` is a prefix of its name."""
     hints = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         if getattr(settings, field.name) is None and NoneType not in get_args(hints[field.name]):

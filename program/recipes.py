@@ -32,7 +32,7 @@ class Parser(LightningArgumentParser):
 class ConfigFile(ActionConfigFile):
     """A file whose lists replace those of the files before it; `name+:` appends.
 
-    jsonargparse does so unless both lists are equally long: then entries of the same class take over earlier `init_args`.
+    jsonargparse does so unless both lists are equally long: then entries of one class take over earlier `init_args`.
     """
 
     def __call__(  # type: ignore[override]
@@ -86,12 +86,8 @@ def class_at(class_path: str) -> type[Any]:
 
 def callbacks_of(config: Namespace) -> list[Namespace]:
     """Those that are listed; the parser takes one alone, too."""
-    listed = config.trainer.callbacks
-    return [
-        each
-        for each in (listed if isinstance(listed, list) else [listed])
-        if isinstance(each, Namespace) and "class_path" in each
-    ]
+    listed = config.trainer.callbacks if isinstance(config.trainer.callbacks, list) else [config.trainer.callbacks]
+    return [each for each in listed if isinstance(each, Namespace) and "class_path" in each]
 
 
 def refuse_nulls(config: Namespace, others: Mapping[str, tuple[type[Any], Any]]) -> None:

@@ -1,7 +1,7 @@
 """The screen of a command: other libraries' noise is filtered, and an error is one sentence, not a stack.
 
-Importing this module silences torchao, which transformers imports wherever it is installed: its missing kernels of other GPUs and
-its own deprecations.  So the packages import this module before anything else.
+Importing this module silences torchao, which transformers imports wherever it is installed: its missing kernels of
+other GPUs and its own deprecations.  So the packages import this module before anything else.
 """
 
 import errno

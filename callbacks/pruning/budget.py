@@ -21,12 +21,12 @@ from models.student import StudentModule
 class PruningBudget:
     """Searches once for what meets a latency, and counts what students cost.
 
-    The candidates have layers all alike and FLOPs that fall evenly; they are cut from the dense student on the device of the run (see
-    `Budget` for what runs them).  Rank 0 measures.  The result is part of a checkpoint: a resumed run has no dense student any more.
+    The candidates have layers all alike and FLOPs that fall evenly; they are cut from the dense student on the device
+    of the run (see `Budget` for what runs them).  The result is in checkpoints: a resumed run has no dense student.
 
     Attributes:
         dense: The student before the first event; who uses this sets it as soon as it is known.
-        found: None, or the result of a search: sizes of layers, the measured ratio, its quartiles, and the settings searched for.
+        found: None, or the result of a search: its settings, sizes of layers, the measured ratio and its quartiles.
     """
 
     dense: Shape
@@ -48,10 +48,9 @@ class PruningBudget:
         return {} if self.found is None else {"budget_latency_ratio": self.found["ratio"]}
 
     def search(self, trainer: Trainer, module: StudentModule, others: Targets) -> Sizes:
-        """The sizes of layers that meet the latency: the checkpoint's, or found for what the `others` targets leave of the student.
+        """The sizes of layers that meet the latency, after the `others` targets: a checkpoint's, or those of a search.
 
-        Raises:
-            ValueError: The latency cannot be met, is another than the checkpoint's, or the student is not the dense one.
+        Raises `ValueError` if it cannot be met, is another than the checkpoint's, or the student is not the dense one.
         """
         if self.found is None:
             if shape_of(module.student) != self.dense:

@@ -30,14 +30,13 @@ def cut_student(
 ) -> dict[str, float]:
     """Bring the student to its targets; all devices end with rank 0's edits and weights.
 
-    Only between optimizer steps: gradients are dropped.  Optimizer states stay with the weights that stay.  A repair that takes the
-    student farther from its teacher is undone: from few calibration tokens it can fit noise.
+    Only between optimizer steps: gradients are dropped.  Optimizer states stay with the weights that stay.  A repair
+    that takes the student farther from its teacher is undone: from few calibration tokens it can fit noise.
 
-    The calibration `batches` are those of all devices together.  The judge measures before the cut, after it and after the repair.
+    The calibration `batches` are those of all devices.  The judge measures before and after cut and repair.
 
     Returns:
-        `kl_before`, `kl_after_cut`, `kl_after_repair` (`loss_...` without a live teacher), `repair_undone` if it was, and the
-        sizes, see `sizes_of`.
+        `kl_before`, `kl_after_cut`, `kl_after_repair` (`loss_...` without a teacher), `repair_undone`, and `sizes_of`.
     """
     measure, figures = judge.measure(module), {}
 
@@ -89,11 +88,9 @@ def in_words(figures: Mapping[str, float], measure: str) -> str:
 
 
 def _autocast(module: StudentModule) -> torch.autocast:
-    """Where training is in half precision, so are the forward passes of an event: in bfloat16, as Fisher gradients are not scaled.
-
-    Without autocast's cache, which would not see that a repair changes weights.
-    """
+    """With training in half precision, an event's forward passes are in bfloat16: Fisher gradients are not scaled."""
     half = module.inference_dtype != torch.float32
+    # Autocast's cache would not see that a repair changes weights.
     return torch.autocast(module.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 

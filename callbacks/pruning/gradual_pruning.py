@@ -15,7 +15,7 @@ from callbacks.pruning.budget import PruningBudget
 from callbacks.pruning.event import cut_student, in_words
 from callbacks.pruning.judge import PruningJudge
 from callbacks.pruning.plan import PruningPlan, Sparsities, Sparsity, When, steps_of
-from callbacks.shared.averaging import check_averaging, follow_edits
+from callbacks.shared.averaging import follow_edits, refuse_averaging
 from callbacks.shared.distributed import check_strategy
 from callbacks.shared.run import StepBoundary, check_order, data_of
 from models.architecture import count_parameters
@@ -30,7 +30,7 @@ from program.ranges import Between, Count, Positive, check_arguments
 
 @dataclass
 class Plateau:
-    """Detects that a loss has stopped falling: compares the mean of the last `patience` losses with that of those before.
+    """Detects that a loss has stopped falling, by its means over the last `patience` steps and over those before.
 
     Args:
         patience: Losses in each mean.
@@ -58,8 +58,8 @@ class Plateau:
 class GradualPruning(Callback):
     """Remove MLP neurons, attention heads, layers and channels of the hidden state in several events during training.
 
-    Each event judges importance on fresh training batches, cuts, and repairs the remaining weights by least squares.  Layers stay
-    equal, and the student an ordinary Hugging Face model, unless allocation is per_layer.  `history` has the figures of all events.
+    Each event judges importance on fresh training batches, cuts, and repairs the remaining weights by least squares.
+    Layers stay equal, and the student an ordinary Hugging Face model, unless allocation is per_layer.
 
     Args:
         mlp_sparsity: Share of MLP neurons removed at the end, 0 to 1 (1 excluded), as all sparsities.
@@ -128,7 +128,7 @@ class GradualPruning(Callback):
         self.start_step = start_step
         self.calibration_batches = calibration_batches
         self.targets: list[Targets] = []
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []  # the figures of all events so far
         self._budget = PruningBudget(budget, multiple) if budget else None
         self._plateau = Plateau(patience, min_delta) if when == "plateau" else None
         self._judge = PruningJudge(judge_batches, self.settings.seed)
@@ -155,7 +155,9 @@ class GradualPruning(Callback):
         if stage != "fit":
             return
         check_order(trainer.callbacks)  # type: ignore[attr-defined]
-        check_averaging(trainer.callbacks, self)  # type: ignore[attr-defined]
+        earlier = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
+        # A checkpoint of theirs would load into old shapes.
+        refuse_averaging(earlier, "GradualPruning before", "it behind; reorder trainer.callbacks in the recipe")
         check_strategy(trainer)
         data_of(trainer)
         assert isinstance(pl_module, StudentModule)

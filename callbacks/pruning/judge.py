@@ -17,12 +17,8 @@ from models.teacher import RememberingTeacher, Teacher
 class PruningJudge:
     """Measures the KL to a live teacher, or the cross-entropy without one, in nats per answer token, on held-out batches.
 
-    They are validation batches, or else training batches that no event calibrates on (as long as there are enough of them).
-    Several devices share the work and get the same figure.
-
-    Args:
-        num_batches: Batches to judge on.
-        seed: Decides the draw of training batches.
+    They are validation batches, or else training batches that no event calibrates on (as long as there are enough of
+    them). Several devices share the work and get the same figure.  `seed` decides the draw of training batches.
     """
 
     def __init__(self, num_batches: int, seed: int) -> None:
@@ -56,10 +52,7 @@ class PruningJudge:
         self._batches, self._teacher = [], None
 
     def calibration_batches(self, data: ChatDataModule, event: int, count: int) -> list[Batch]:
-        """Fresh training batches for an event, counted from 1: none that an earlier event or the judge has seen.
-
-        Where the data runs out, samples come again.
-        """
+        """Training batches for an event, counted from 1; while data lasts, none that events or the judge saw."""
         skip = (0 if data.has_split("val") else self.num_batches) + (event - 1) * count
         return list(islice(data.calibration_batches(skip + count, self.seed), skip, None))
 

@@ -9,13 +9,11 @@ from models.pruning.budget.target import Budget, Limit
 from models.pruning.budget.uniform import Sizes, largest_within, smallest
 from models.pruning.cut import Targets
 from models.structure.shape import Key, Shape, WidthAxis
-from program.ranges import Between, check_fields
+from program.ranges import Between
 
 When = Literal["steps", "plateau"]
 
 SPARSITY_OF: dict[WidthAxis, str] = {"neurons": "mlp_sparsity", "kv_groups": "kv_group_sparsity"}
-
-
 Sparsity = Annotated[float, Between(0, 1, (1,), "it is the share to remove, for example 0.375")]
 
 
@@ -29,9 +27,6 @@ class Sparsities:
     depth_sparsity: Sparsity = 0.0
     hidden_sparsity: Sparsity = 0.0
 
-    def __post_init__(self) -> None:
-        check_fields(self, "GradualPruning.")
-
     @property
     def given(self) -> list[str]:
         """Names of those above 0."""
@@ -40,16 +35,7 @@ class Sparsities:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The course of a student's sizes.
-
-    Attributes:
-        sparsities: Where it ends, as shares of an axis.
-        events: Number of events.
-        schedule: Course over the events of every sparsity, and of the cost that is removed for a budget.
-        multiple: Neurons and channels kept are rounded to a multiple of this.
-        turns: Odd events, counted from 1, cut the MLP, even ones the attention; depth and hidden size take part in all.
-        per_layer: Targets are averages over layers, so key/value groups need not be whole, and a budget is a limit.
-        budget: What the student may cost in the end, other axes than the budget's cut as the sparsities say.
+    """The course of a student's sizes, see `GradualPruning`.
 
     Raises:
         ValueError: Nothing is to be pruned, a budget and a sparsity are about the same units, or there is nothing to take turns.
@@ -58,10 +44,10 @@ class PruningPlan:
     sparsities: Sparsities
     events: int
     schedule: Course = "cubic"
-    multiple: int = 64
-    turns: bool = False
-    per_layer: bool = False
-    budget: Budget | None = None
+    multiple: int = 64  # neurons and channels kept are rounded to a multiple of this
+    turns: bool = False  # odd events, from 1, cut the MLP, even ones the attention; all cut depth and hidden size
+    per_layer: bool = False  # targets are averages, so key/value groups need not be whole, and a budget is a limit
+    budget: Budget | None = None  # in the end; other axes than the budget's are cut as the sparsities say
 
     def __post_init__(self) -> None:
         given = self.sparsities.given
@@ -87,9 +73,8 @@ class PruningPlan:
     def targets(self, dense: Shape, least: Sizes | None = None) -> list[Targets]:
         """What the student keeps after each event.
 
-        The cost that a budget removes, of what the sparsities leave, follows the schedule.  Uniform layers keep at least what they
-        will at the end.  `least` are the sizes that meet a latency budget, which ends there or at their FLOPs; without them it is
-        left out.
+        The cost that a budget removes, of what the sparsities leave, follows the schedule.  Uniform layers keep at
+        least what they will at the end.  A latency budget ends at the sizes `least` or their FLOPs, if they are given.
 
         Raises:
             ValueError: An axis would be left with nothing, or a budget is out of reach.
@@ -200,9 +185,5 @@ def steps_of(start: int, end: int, events: int, when: When) -> list[int]:
             f"expected 1 <= start_step <= end_step, a step for every event, and with when: steps one event exactly if they are "
             f"equal, found start_step {start}, end_step {end}, events {events}, when {when}; change GradualPruning in the recipe"
         )
-    return event_steps(start, end, events) if when == "steps" else deadlines(start, end, events)
-
-
-def deadlines(start: int, end: int, events: int) -> list[int]:
-    """The steps at which events take place that wait for a plateau in vain: evenly spaced, after `start`, up to `end`."""
-    return event_steps(start, end, events + 1)[1:]
+    # Events that wait for a plateau in vain are evenly spaced as well, but after `start`.
+    return event_steps(start, end, events) if when == "steps" else event_steps(start, end, events + 1)[1:]

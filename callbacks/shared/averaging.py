@@ -22,24 +22,11 @@ def averaged_modules(trainer: Trainer) -> Iterator[StudentModule]:
             yield average
 
 
-def check_averaging(callbacks: list[Callback], pruning: Callback) -> None:
-    """Raise `ValueError` if weights are averaged by a callback before `pruning`: a checkpoint would load into old shapes."""
-    for callback in callbacks[: callbacks.index(pruning)]:
-        if isinstance(callback, WeightAveraging):
-            raise ValueError(
-                f"expected {type(pruning).__name__} before {type(callback).__name__}, found it behind; reorder "
-                "trainer.callbacks in the recipe"
-            )
-
-
-def refuse_averaging(callbacks: list[Callback], name: str) -> None:
-    """Raise `ValueError` if weights are averaged beside a callback that cannot have it."""
+def refuse_averaging(callbacks: list[Callback], expected: str, found: str) -> None:
+    """Raise `ValueError` in these words if one of the callbacks averages weights."""
     for callback in callbacks:
         if isinstance(callback, WeightAveraging):
-            raise ValueError(
-                f"expected {name} without {type(callback).__name__}, found both: averages of observed scales would mean nothing; "
-                "leave one of them out"
-            )
+            raise ValueError(f"expected {expected} {type(callback).__name__}, found {found}")
 
 
 def follow_edits(trainer: Trainer, module: StudentModule) -> None:

@@ -1,7 +1,7 @@
 """Shared by structural callbacks: the data module, their order within one optimizer step, and the end of a step.
 
-Pruning must come before the evaluation that reports it, that before the insertion of quantizers (so that "recovered" is judged
-without them), and export after everything.
+Pruning must come before the evaluation that reports it, that before the insertion of quantizers (so that "recovered" is
+judged without them), and export after everything.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,7 @@ STRUCTURAL_ORDER = ("GradualPruning", "PhaseEvaluation", "QuantizationAwareTrain
 
 
 def data_of(trainer: Trainer) -> ChatDataModule:
-    """The data module of the run.
-
-    Raises:
-        ValueError: There is none, or it is none of ours and cannot score, calibrate or provide prompts.
-    """
+    """The run's data module; raises `ValueError` if there is none, or one that cannot score, calibrate and prompt."""
     datamodule = getattr(trainer, "datamodule", None)
     if not isinstance(datamodule, ChatDataModule):
         found = "none" if datamodule is None else type(datamodule).__name__
@@ -52,7 +48,5 @@ class StepBoundary:
 
     def passed(self, step: int) -> bool:
         """Whether `step` is new since the last call."""
-        if step == self._last:
-            return False
-        self._last = step
-        return True
+        is_new, self._last = step != self._last, step
+        return is_new

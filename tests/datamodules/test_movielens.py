@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from datamodules.movielens import Pair, draw_members, draw_pairs, figures_of, pairs_of, split_by_time
 from datamodules.movielens_files import Rating, read_ratings
+from datamodules.movielens_ranking import Pair, draw_members, draw_pairs, figures_of, pairs_of, split_by_time
 from tests.helpers.tiny_movielens import tiny_movielens
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from callbacks.pruning.gradual_pruning import Plateau
-from callbacks.pruning.plan import PruningPlan, Sparsities, deadlines, shape_after
+from callbacks.pruning.plan import PruningPlan, Sparsities, shape_after, steps_of
 from models.pruning.budget.costs import flops, parameters
 from models.pruning.budget.schedule import sparsity_after
 from models.pruning.budget.target import Budget
@@ -137,9 +137,9 @@ def test_a_budget_that_makes_no_sense_is_refused(settings: dict[str, Any], messa
 
 
 def test_deadlines_are_behind_the_start() -> None:
-    assert deadlines(1, 6, 1) == [6]
-    assert deadlines(0, 9, 3) == [3, 6, 9]
-    assert deadlines(4, 4, 1) == [4]
+    assert steps_of(1, 6, 1, "plateau") == [6]
+    assert steps_of(1, 10, 3, "plateau") == [4, 7, 10]
+    assert steps_of(4, 4, 1, "plateau") == [4]
 
 
 @pytest.mark.parametrize(
