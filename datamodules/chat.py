@@ -205,7 +205,7 @@ def render(
     except TemplateError as error:
         raise ValueError(
             f"expected messages that the chat template accepts, found the roles {[m['role'] for m in messages]} in "
-            f"{source} ({error}); change messages, system_prompt or template"
+            f"{source} ({error}); leave system_prompt out, or change the messages or the template"
         ) from error
 
 
