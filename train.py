@@ -1,4 +1,4 @@
-"""Train: `python train.py {fit,validate,test,predict} --config configs/<recipe>.yaml`, the Lightning command line.
+"""Train: `python train.py {fit,validate,test,predict,plan} --config configs/<recipe>.yaml`, the Lightning command line.
 
 Every run writes into a new numbered folder `runs/<name>-<number>`.  With `--ckpt_path`, structure and weights come from
 the checkpoint; a setting on the command line or in a recipe wins over the saved one, and every difference is logged.
@@ -30,6 +30,7 @@ import callbacks
 import datamodules
 import models
 from models.loading.checkpoint import REFERENCES, plain_settings, read_checkpoint
+from models.planning.planner import Planner
 from program.ranges import Between, check_range
 from program.recipes import ConfigFile, Parser, callbacks_of, class_at, flatten, refuse_nulls
 from program.run_folder import drop_empty_run_folder, run_folder
@@ -93,9 +94,19 @@ class PotstillCLI(LightningCLI):
         parser.add_lightning_class_args(callbacks.Checkpoint, "checkpoint")
         parser.link_arguments("model.init_args.student", "data.init_args.tokenizer")
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `plan`, see `Planner`."""
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and hand it to trainer and loggers; choose how often to log, and the progress bar."""
         config = self.config[self.subcommand]
+        if self.subcommand == "plan":  # for GPUs that need not be here; nothing is written
+            if config.sharded is None:
+                config.sharded = any(name in str(config.trainer.strategy).lower() for name in ("modelparallel", "fsdp"))
+            config.trainer.update(Namespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", logger=False))
+            return
         refuse_nulls(config, {"checkpoint": (callbacks.Checkpoint, config.checkpoint)})
         # Lightning would hang on the first, and end a run of no step as if all was well on the second.
         for name, least in {"accumulate_grad_batches": 1, "limit_train_batches": 1e-9}.items():
@@ -198,6 +209,7 @@ def main(args: ArgsType = None) -> PotstillCLI:
     return PotstillCLI(
         models.StudentModule,
         datamodules.ChatDataModule,
+        trainer_class=Planner,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

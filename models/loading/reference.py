@@ -18,7 +18,14 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from models.loading.contents import check_finite, check_loaded, check_only_data
 from models.loading.converted import converted_model, converted_tokenizer
@@ -84,6 +91,24 @@ def load_model(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = end_token_ids(model)[0] if end_token_ids(model) else 0
     return model.eval()
+
+
+def load_model_config(reference: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model reference; of a student with layers of different sizes, with the largest of each.
+
+    Raises:
+        FileNotFoundError: As for `load_model`.
+    """
+    source, options = _resolve(reference)
+    try:
+        if source.endswith(GGUF):
+            source = str(converted_model(Path(source)))
+        if has_unequal_layers(Path(source)):
+            return load_config(Path(source))
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:
+        raise _not_loadable("model", reference, error) from error
+    return config
 
 
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
