@@ -20,10 +20,9 @@ from torch import Tensor
 from models.calibration.least_squares import damped
 from models.quantization.fake_quantize import fake_quantize
 from models.quantization.formats import Grid
-from models.quantization.scales import Search, weight_scales
+from models.quantization.scales import SMALLEST_SCALE, Search, weight_scales
 
 _BLOCK = 128  # inputs handled together where no group says how many
-_SMALLEST_SCALE = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class _Columns:
             slope_O, bend_O = slope_O.sum(), bend_O.sum()
         scale = self.scale if block is None else self.scale[:, block]
         best = scale * (1 - slope_O / bend_O.clamp(min=torch.finfo(torch.float32).tiny))
-        best = best.clamp(min=_SMALLEST_SCALE).half().float()
+        best = best.clamp(min=SMALLEST_SCALE).half().float()
         factor = best / scale
         values_OK *= factor if factor.dim() == 0 else factor[:, None]
         scale.copy_(best)

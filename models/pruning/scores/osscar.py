@@ -144,6 +144,42 @@ def eliminate(problem: Elimination, keep: int, *, step: int = 1, classes: int = 
     return rounds
 
 
+def local_search(problem: Elimination, swaps: int, *, classes: int = 1) -> int:
+    """After `eliminate`: units that are gone change places with units that are kept, for as long as the error falls.
+
+    A swap puts back the unit whose return takes most from the error, and then removes the one that is cheapest now.  Where that is
+    the same one, no swap of it helps, and the search is over.  (One of a unit that is worth less could still help: to know, all
+    pairs would have to be tried.)
+
+    Args:
+        problem: After `eliminate`; its `left` and `cost` become those of the better choice.
+        swaps: The most that are done.
+        classes: As in `eliminate`: a unit changes places with one of its own class, and the search goes on until it is over in all.
+
+    Returns:
+        How many swaps were done.
+    """
+    done = 0
+    open_C = torch.ones(classes, dtype=torch.bool)
+    while done < swaps:
+        gains_CN = problem.gains().unflatten(0, (classes, -1)).masked_fill(~open_C[:, None], -math.inf)
+        gain, back = gains_CN.max(), int(gains_CN.argmax())
+        if gain <= 0:
+            break
+        of_class = back // gains_CN.shape[1]
+        problem.restore([back])
+        costs_N = problem.costs().unflatten(0, (classes, -1))[of_class]
+        gone = of_class * len(costs_N) + int(costs_N.argmin())
+        if gone != back and costs_N.min() < gain:
+            problem.remove([gone])
+            done += 1
+            open_C[:] = True
+        else:
+            problem.remove([back])
+            open_C[of_class] = False
+    return done
+
+
 def _root(metric_DD: Tensor) -> Tensor:
     """R with R R^T = A, from eigenvectors: a Fisher matrix of few samples has no Cholesky factor."""
     values_D, vectors_DD = torch.linalg.eigh(metric_DD.double())
