@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -226,6 +227,14 @@ def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     """
     family = check_family(model.config)
     return [DecoderLayer(index, block, family) for index, block in enumerate(model.model.layers)]
+
+
+@torch.no_grad()
+def gain_offset(norm: Any) -> Tensor:
+    """What an RMSNorm adds to its weight before it multiplies with it: 0, or 1 (Gemma)."""
+    weight = norm.weight.float()
+    gain = norm(torch.full_like(weight, 1e4))  # of equal channels each is 1 after the division, up to epsilon
+    return (gain - weight).mean().round()
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -23,19 +23,12 @@ from models.generation.on_policy import OnPolicy, OnPolicyAnswers, Source, check
 from models.generation.rollout import Rollout, rollout_batch
 from models.generation.sampling import Sampling
 from models.loading.reference import end_token_ids, vocabulary_size
-from models.losses import (
-    Objective,
-    Targets,
-    check_stored_top_k,
-    head_of,
-    hidden_state_loss,
-    linear_objective,
-)
+from models.losses import Objective, Targets, check_stored_top_k, head_of, hidden_state_loss, linear_objective
 from models.losses.hidden_states import check_hidden_states
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.offline.teacher import check_offline
 from models.student import StudentModule, settings_of
-from models.teacher import Teacher, TeacherDtype, load_teacher
+from models.teacher import Teacher, TeacherDtype
 from program.ranges import Between, check_arguments
 
 FORWARD_KL, NEVER, PLAIN = Objective(), OnPolicy(), Sampling()  # defaults; all three are frozen
@@ -109,21 +102,10 @@ class Distillation(StudentModule):
         super().configure_model()
         if hasattr(self, "teacher") or is_offline(self.teacher_reference):
             return  # `setup` opens a captured one: it has to match the data
-        self.teacher = load_teacher(
-            self.teacher_reference,
-            self.tokenizer,
-            dtype=self.teacher_dtype,
-            inference_dtype=self.inference_dtype,
-            trust_remote_code=self.trust_remote_code,
+        self.teacher = self.load_teacher(
+            self.teacher_reference, self.teacher_dtype, generate_tokens=self.generate_tokens
         )
         self._agree_on_vocabulary(len(self.teacher.model.get_output_embeddings().weight))
-        if self.device_mesh is not None:
-            if self.teacher_dtype == "int8" or self.generate_tokens:
-                raise ValueError(
-                    "expected a sharded teacher in floating point that generates nothing, found model.teacher_dtype "
-                    f"{self.teacher_dtype} and model.generate_tokens {self.generate_tokens}; set them to auto and 0"
-                )
-            self.teacher.shard(self.device_mesh["data_parallel"])
 
     def _agree_on_vocabulary(self, teacher: int) -> None:
         """Heads may be padded beyond the tokenizer, each to another size: only true tokens take part, on both sides."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.architecture import DecoderLayer, Part
+from models.architecture import DecoderLayer, Part, gain_offset
 from models.post_training.kernels import kernel_block, rounded_in_blocks
 from models.post_training.rounding import nearest
 from models.quantization.fake_quantize import fake_quantize
@@ -84,7 +84,8 @@ def fold(pair: Pair, factor_C: Tensor) -> None:
             if parameter is not None:
                 parameter[rows] /= factor_C if parameter.dim() == 1 else factor_C[:, None]
     else:
-        _divide_gain(pair.source, factor_C)
+        offset, weight_C = gain_offset(pair.source), pair.source.weight
+        weight_C.copy_((weight_C.float() + offset) / factor_C - offset)
     for reader in pair.readers:
         reader.weight *= factor_C[pair.channel_I]
 
@@ -140,11 +141,7 @@ def best_factors(
 
 
 def _output_error(
-    weights: Sequence[Tensor],
-    input_SI: Tensor,
-    weight_S: Tensor,
-    factor_I: Tensor,
-    formats: Sequence[Format | None],
+    weights: Sequence[Tensor], input_SI: Tensor, weight_S: Tensor, factor_I: Tensor, formats: Sequence[Format | None]
 ) -> Tensor:
     """The squared change of all outputs by rounding inputs and weights."""
     squares_S = torch.zeros_like(weight_S)
@@ -163,11 +160,3 @@ def _rounded_inputs(input_SI: Tensor, format: Format) -> Tensor:
         return rounded_in_blocks(input_SI, kernel_block(format.weight))
     scale = row_scales(input_SI, grid) if grid.scales == "row" else scale_from_amax(input_SI.abs().amax(), grid.high)
     return fake_quantize(input_SI, scale, None, grid.numbers)
-
-
-def _divide_gain(norm: Any, factor_C: Tensor) -> None:
-    """Divide what an RMSNorm multiplies with: its weight, or (Gemma) one more than its weight."""
-    weight_C = norm.weight.float()
-    gain_C = norm(torch.full_like(weight_C, 1e4))  # of equal channels each is 1 after the division, up to epsilon
-    offset = (gain_C - weight_C).mean().round()
-    norm.weight.copy_((weight_C + offset) / factor_C - offset)

@@ -32,10 +32,7 @@ def moment_of(
 
 @torch.no_grad()
 def round_weight(
-    linear: FakeQuantizedLinear,
-    gram_II: Tensor | None,
-    product_IO: Tensor | None,
-    settings: PostTrainingQuantization,
+    linear: FakeQuantizedLinear, gram_II: Tensor | None, product_IO: Tensor | None, settings: PostTrainingQuantization
 ) -> None:
     """Round the weight of a layer, in place, and freeze its quantizer.
 
