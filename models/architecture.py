@@ -66,13 +66,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive outputs of a linear layer: all of them, or the part of a layer that stacks several projections.
-
-    Attributes:
-        linear: The layer.
-        start: Its first output that belongs to the part.
-        size: Number of outputs.
-    """
+    """Consecutive outputs of a linear layer: all of them, or the part of a layer that stacks several projections."""
 
     linear: Any
     start: int
@@ -86,13 +80,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One transformer block: a gated MLP and grouped-query attention.
-
-    Attributes:
-        index: Position of the block, from 0.
-        block: The module.
-        family: The names in it.
-    """
+    """One transformer block, `index` from 0: a gated MLP and grouped-query attention."""
 
     index: int
     block: Any

@@ -25,11 +25,8 @@ TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
 class Teacher:
     """A frozen model that answers with next-token logits.
 
-    Args:
-        reference: Model reference, see `models/loading/reference.py`.
-        dtype: Floating point type of the weights, and of the computation.
-        int8: Keep the linear layers of the decoder in 8 bits with one scale per output; the head stays in `dtype`.
-        trust_remote_code: Run Python code that comes with the model.
+    `dtype` is the floating point type of the weights and of the computation; with `int8`, the linear layers of the
+    decoder are kept in 8 bits with one scale per output, and the head stays in `dtype`.
     """
 
     def __init__(
@@ -66,14 +63,12 @@ class Teacher:
 
 
 class RememberingTeacher(Teacher):
-    """A teacher that runs its body once for each sample it is shown again, keyed by the sample's position in its split.
+    """A teacher that runs its body once for each sample, known by its position in the split.
 
     For students that change while the samples do not: repeated evaluation, or several runs on the same data.  It keeps D numbers
     per answer token.
 
-    Args:
-        teacher: The teacher to ask.
-        hidden: What it remembers from before, and adds to: final hidden states (answer tokens, D) by position.
+    `hidden` is what it remembers from before, and adds to: final hidden states (answer tokens, D) by position.
     """
 
     def __init__(self, teacher: Teacher, hidden: dict[int, Tensor] | None = None) -> None:

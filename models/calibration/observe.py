@@ -22,10 +22,7 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 def observe(model: PreTrainedModel, batches: Iterable[Batch], observers: Iterable[tuple[nn.Module, Observer]]) -> None:
     """Run a model up to its final hidden states, in evaluation mode, and show each observer what passes its module.
 
-    Args:
-        model: The model.
-        batches: At least one; `input_ids` and `attention_mask` are used.
-        observers: Modules of the model and who looks at them; a module may have several.
+    Of a batch `input_ids` and `attention_mask` are used; a module may have several observers.
 
     Raises:
         ValueError: There was no batch.

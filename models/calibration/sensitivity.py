@@ -39,10 +39,7 @@ def token_weights(model: PreTrainedModel, batch: Batch, *, seed: int = 0) -> lis
 
     Padding has weight 0.  The model, its mode and its gradients are left unchanged.
 
-    Args:
-        model: The model before it is quantized.
-        batch: One calibration batch on the model's device, with `labels`.
-        seed: Of the labels that are drawn.
+    The batch is on the model's device, with `labels`; the seed is that of the labels that are drawn.
     """
     readers = [group for layer in decoder_layers(model) for group in readers_of(layer)]
     mask_BT = batch["attention_mask"].bool()

@@ -58,12 +58,8 @@ def sample(
 ) -> Tensor:
     """One token for every row, shape (B,).
 
-    Args:
-        logits_BV: Next-token logits.
-        uniform_B: Random numbers in [0, 1); unused at temperature 0.
-        sampling: How to sample.
-        end_tokens: Tokens that end an answer; not sampled before `sampling.min_tokens`.
-        num_sampled: Tokens that every answer has already.
+    Random numbers in [0, 1) are not used at temperature 0.  `end_tokens` end an answer, and are not sampled before it
+    has `sampling.min_tokens`; every answer has `num_sampled` tokens already.
     """
     if num_sampled < sampling.min_tokens and end_tokens.numel():
         logits_BV = logits_BV.index_fill(1, end_tokens[end_tokens < logits_BV.shape[1]], -torch.inf)

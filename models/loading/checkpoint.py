@@ -41,9 +41,8 @@ OPTIMIZERS = frozenset(
 def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any]:
     """Read a checkpoint of `train.py` to the CPU, without running anything of it.
 
-    Args:
-        path: A file.
-        settings_only: Look at no tensor, so that it takes no time; nor are tensors compared with their checksums then.
+    With `settings_only` it looks at no tensor, so that it takes no time; nor are tensors compared with their checksums
+    then.
 
     Raises:
         FileNotFoundError: There is no file.
@@ -114,12 +113,8 @@ def _check_records(path: Path, *, skip_tensors: bool) -> None:
 def plain_settings(kind: type[StudentModule], saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What a checkpoint may set, and the names of what it says beyond that.
 
-    Args:
-        kind: The module that the user has named.
-        saved: The checkpoint's `hyper_parameters`.
-
-    Returns:
-        Settings that fit the types that the module declares, without `REFERENCES`; and what does not fit.
+    `kind` is the module that the user has named, `saved` the checkpoint's `hyper_parameters`.  Kept are settings that
+    fit the types that the module declares, without `REFERENCES`.
     """
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
@@ -185,10 +180,6 @@ def load_student_checkpoint(path: Path, student: str | None = None) -> tuple[Pre
 
     All weights are the checkpoint's.  Configuration and tokenizer come from the model that it was trained from: what the user
     names, else what the checkpoint names, as long as that is on this machine already (or is a packaged model, whose hash we know).
-
-    Args:
-        path: The file.
-        student: The model that it was trained from.
 
     Raises:
         FileNotFoundError: There is no such file or model.

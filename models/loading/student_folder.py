@@ -60,12 +60,7 @@ def why_not_plain(model: PreTrainedModel) -> str | None:
 
 
 def save_unequal_layers(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model that `config.json` does not describe, for `load_unequal_layers`.
-
-    Args:
-        model: Without quantizers and adapters.
-        folder: Where to write; created if missing.
-    """
+    """Write a model without quantizers and adapters that `config.json` does not describe, for `load_unequal_layers`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     config = model.config.to_diff_dict()

@@ -77,15 +77,8 @@ def capture(
 ) -> CaptureReport:
     """Write the teacher's answers to the splits into a folder, or finish a capture that was begun there.
 
-    Args:
-        reference: Of the teacher, see `models/loading/reference.py`.
-        datamodule: The data that training will use, with the student's tokenizer.
-        folder: Where to.
-        settings: See `CaptureSettings`.
-        splits: Some of train, val and test.
-        dtype: Floating point type in which the teacher computes.
-        device: Where it computes.
-        trust_remote_code: Run Python code that comes with the teacher.
+    The data is what training will use, with the student's tokenizer; splits are some of train, val and test.  The
+    teacher computes in `dtype`, on `device`.
 
     Raises:
         ValueError: Tokenizers differ, a setting is out of range, the folder holds another capture, or the disk is too small;

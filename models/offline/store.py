@@ -131,13 +131,8 @@ def write_shard(
 ) -> None:
     """Write one shard and put it in place when it is whole.
 
-    Args:
-        path: Where to.
-        key: Of the index.
-        positions: Of the samples in their split.
-        identities: Of the samples, see `fingerprints.example_identity`.
-        counts: Answer tokens of each sample.
-        columns: The answers of all samples, one after the other.
+    Positions are those of the samples in their split, identities see `fingerprints.example_identity`, counts the answer
+    tokens of each; columns hold the answers of all samples, one after the other.  `key` is the index's.
     """
     offset = torch.tensor([0, *counts]).cumsum(0)
     bounds = zip(offset[:-1].tolist(), offset[1:].tolist(), strict=True)
@@ -153,12 +148,7 @@ def write_shard(
 
 
 class Shard:
-    """A shard on disk, mapped into memory.
-
-    Args:
-        path: The file.
-        key: Of the index.
-        layout: The columns it must have.
+    """A shard on disk, mapped into memory: of the index with this key, with the columns of this layout.
 
     Raises:
         DamagedError: It is cut short or lacks a column.

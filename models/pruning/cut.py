@@ -137,13 +137,7 @@ def plan_cut(
 
     The hidden size goes by the score, and by taylor in the place of osscar, since no single projection reads the residual stream.
 
-    Args:
-        model: The model to cut.
-        batches: Calibration batches with answers; with several processes, those of this one.
-        targets: What is kept.
-        settings: How units are chosen.
-        ranking: From `rank_units`, of this model on these batches; by default it is made where it is needed.
-        total: Sums a tensor over all processes.
+    The ranking is one of `rank_units`, of this model on these batches; by default it is made where it is needed.
 
     Raises:
         ValueError: There was no batch, the target of query heads is no multiple of the groups, an average or the limit cannot be

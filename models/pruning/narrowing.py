@@ -31,15 +31,10 @@ def narrow_layers(
 ) -> list[Edit]:
     """Edits that bring layers to their targets.
 
-    Args:
-        shape: The model's, with the hidden size that it will have.
-        layers: Those that stay.
-        ranking: Of their units.
-        neurons: Kept in every layer, or on average over the layers; None leaves them all.
-        kv_groups: The same.
-        query_heads: The same, all groups together.
-        limit: What the model may cost when all is done; its axes have no other target.
-        multiple: Sizes may differ by layer, those of the MLP in multiples of this; None: all layers get the same.
+    Targets are kept in every layer, or on average over the layers; query heads count over all groups; None leaves an
+    axis alone.  The shape has the hidden size that the model will have, and the layers are those that stay.  The limit
+    is on the model when all is done; its axes have no other target.  With a `multiple` sizes may differ by layer, those
+    of the MLP in multiples of it; None: all layers get the same.
 
     Raises:
         ValueError: Groups are no whole number, query heads no multiple of the groups, an average or the limit cannot be reached, or

@@ -68,14 +68,8 @@ def repair(
 ) -> None:
     """Fit `o_proj` and `down_proj` of every layer of a cut model, in place.
 
-    Args:
-        model: The model after the cut.
-        dense: The model before it.
-        edits: The cut.
-        batches: Calibration batches (`input_ids`, `attention_mask`); with several processes, those of this one.
-        prefix: See the top of this module.
-        ridge: Share of the mean diagonal of X^T X that pulls towards the present weights.
-        total: Sums a tensor over all processes.
+    `prefix`: see the top of this module.  `ridge` is the share of the mean diagonal of X^T X that pulls towards the
+    present weights.
 
     Raises:
         ValueError: There was no batch, or too few tokens for this ridge.
@@ -107,12 +101,7 @@ def _read(dense: PreTrainedModel, model: PreTrainedModel, batch: Batch, channels
 
 @dataclass
 class _Half:
-    """Attention or MLP of a layer, seen from the projection with which it writes to the stream.
-
-    Attributes:
-        linear: `o_proj` or `down_proj`.
-        norm: What stands between it and the stream.
-    """
+    """Attention or MLP of a layer, seen from the projection that writes to the stream, and the norm between the two."""
 
     linear: Any
     norm: Callable[[Tensor], Tensor] | None

@@ -52,13 +52,9 @@ def insert_adapters(
 ) -> None:
     """Put an adapter beside linear layers of every decoder layer, in place, and freeze everything else.
 
-    Args:
-        model: The student, in float32 or bfloat16; adapters are float32.
-        optimizers: Not looked at: what is frozen stays in its group.
-        rank: Rows of A and columns of B.
-        alpha: Numerator of the scale `alpha / rank`.
-        dropout: Probability with which an input of A is dropped in training.
-        modules: Which projections, by their names in the layer.
+    The adapters of these `modules` (names in the layer) are float32: A has `rank` rows, their scale is `alpha / rank`,
+    and `dropout` is the probability with which an input of A is dropped in training.  Optimizers are not looked at:
+    what is frozen stays in its group.
 
     Raises:
         ModuleNotFoundError: PEFT is not installed.

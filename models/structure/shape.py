@@ -21,13 +21,7 @@ Key = tuple[Axis, int]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one decoder layer.
-
-    Attributes:
-        neurons: Neurons of the gated MLP.
-        query_heads: Query heads, as many in every group.
-        kv_groups: Key/value heads.
-    """
+    """Sizes of a decoder layer: neurons of the gated MLP, query heads (as many in every group), key/value heads."""
 
     neurons: int
     query_heads: int
@@ -38,14 +32,7 @@ class LayerShape:
 class Wiring:
     """What pruning leaves as it is, but a count of parameters must know.
 
-    Attributes:
-        tied: Embedding and head are one matrix.
-        qkv_bias: Queries, keys and values have biases.
-        o_bias: `o_proj` has one.
-        gate_up_bias: Gate and up projections have biases.
-        down_bias: `down_proj` has one.
-        norms: Norms over the hidden size in a layer.
-        head_norms: Norms over the width of a head in a layer.
+    Norms are counted in a layer: those over the hidden size, and those over the width of a head.
     """
 
     tied: bool = True
@@ -59,15 +46,7 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a student.
-
-    Attributes:
-        hidden: Channels of the residual stream.
-        head_dim: Width of a head.
-        vocabulary: Rows of the embedding, and of the head.
-        layers: Sizes of each decoder layer.
-        wiring: Biases, norms, tied or not.
-    """
+    """Sizes of a student: channels of the residual stream, width of a head, rows of the embedding, and its layers."""
 
     hidden: int
     head_dim: int

@@ -73,11 +73,7 @@ def collect_curvature(
 ) -> list[LayerCurvature]:
     """Statistics of all decoder layers; the model, its gradients and its mode are left unchanged.
 
-    Args:
-        model: The model to judge.
-        batches: Calibration batches; with several processes, those of this one.
-        seed: Of the labels that are drawn.
-        total: Sums a tensor over all processes.
+    The seed is that of the labels that are drawn.
 
     Raises:
         ValueError: There was no batch with an answer token.

@@ -120,16 +120,10 @@ class Elimination:
 def eliminate(problem: Elimination, keep: int, *, step: int = 1, classes: int = 1) -> list[Removal]:
     """Remove the cheapest units, round after round, until `keep` are left.
 
-    Args:
-        problem: Is used up.
-        keep: Units that stay.
-        step: Units removed between two scorings, in every class; the first round may be smaller, so that what is left after
-            any round is `keep` and a multiple of it.
-        classes: Units fall into so many classes of equal, consecutive units that must lose equally many: query heads of the
-            key/value groups.  `keep` is a multiple of it.
-
-    Returns:
-        The rounds in order.
+    `step` units are removed between two scorings in every class; the first round may be smaller, so that what is left
+    after any round is `keep` and a multiple of it.  Units fall into so many `classes` of equal, consecutive units that
+    must lose equally many (query heads of the key/value groups), and `keep` is a multiple of it.  Returned are the
+    rounds in order.
     """
     rounds: list[Removal] = []
     excess = (int(problem.left.sum()) - keep) // classes
@@ -151,13 +145,8 @@ def local_search(problem: Elimination, swaps: int, *, classes: int = 1) -> int:
     the same one, no swap of it helps, and the search is over.  (One of a unit that is worth less could still help: to know, all
     pairs would have to be tried.)
 
-    Args:
-        problem: After `eliminate`; its `left` and `cost` become those of the better choice.
-        swaps: The most that are done.
-        classes: As in `eliminate`: a unit changes places with one of its own class, and the search goes on until it is over in all.
-
-    Returns:
-        How many swaps were done.
+    At most so many swaps are done, and how many were is returned.  With `classes`, as in `eliminate`, a unit changes
+    places with one of its own class, and the search goes on until it is over in all.
     """
     done = 0
     open_C = torch.ones(classes, dtype=torch.bool)

@@ -80,11 +80,7 @@ class OsscarRanking:
 
 
 class ScoreRanking:
-    """Lowest scores first; a removal costs its share of the layer's scores.
-
-    Args:
-        scores: Of every layer.
-    """
+    """Lowest scores first; a removal costs its share of the layer's scores."""
 
     def __init__(self, scores: ImportanceScores) -> None:
         self._scores = scores
