@@ -67,9 +67,10 @@ def _kept(file: Path, what: str, write: Callable[[Path], None]) -> Path:
     target = _folder_of(file) / what
     if target.is_dir():
         return target
-    with staging_folder(target.parent) as staging:
+    with staging_folder(cache_folder() / "gguf") as staging:
         (staging / what).mkdir()
         write(staging / what)
+        target.parent.mkdir(parents=True, exist_ok=True)
         for other in target.parent.parent.iterdir():
             if other != target.parent:  # of another content, or of other versions
                 shutil.rmtree(other, ignore_errors=True)
