@@ -194,7 +194,20 @@ class Distillation(StudentModule):
         """The objective, summed over the answer tokens of a micro-batch."""
         objective = self.objectives[self._source]
         hidden_ND, our_states = answer_states(self.student, batch, layers=self.hidden_state_layers)
-        total, sums = linear_objective(
+        total, sums = self._compare(hidden_ND, targets, batch, objective)
+        for ours_ND, theirs_ND in zip(our_states, their_states, strict=True):
+            distance = hidden_state_loss(ours_ND, theirs_ND).sum() / len(our_states)
+            total = total + self.hidden_state_weight * distance
+            self.step_mean.add("train/hidden_states", distance)
+        for name, value in sums.items():
+            self.step_mean.add(f"train/{name}_{'dataset' if self._source == 'dataset' else 'on_policy'}", value)
+        return total
+
+    def _compare(
+        self, hidden_ND: Tensor, targets: Targets, batch: Batch, objective: Objective
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """An objective summed over answer tokens, and each of its losses; see `linear_objective`."""
+        return linear_objective(
             hidden_ND,
             head_of(self.student),
             targets,
@@ -204,13 +217,6 @@ class Distillation(StudentModule):
             chunk_tokens=self.chunk_tokens,
             sequence_lengths=answer_lengths(batch) if objective.discount else None,
         )
-        for ours_ND, theirs_ND in zip(our_states, their_states, strict=True):
-            distance = hidden_state_loss(ours_ND, theirs_ND).sum() / len(our_states)
-            total = total + self.hidden_state_weight * distance
-            self.step_mean.add("train/hidden_states", distance)
-        for name, value in sums.items():
-            self.step_mean.add(f"train/{name}_{'dataset' if self._source == 'dataset' else 'on_policy'}", value)
-        return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the draws of stage 2 depend on: each rank's own replay buffer, and the adaptive share."""
@@ -248,18 +254,10 @@ class Distillation(StudentModule):
             self._judge_by_top_k(self.teacher.targets(batch, split), batch)
 
     def _judge_by_top_k(self, targets: Targets, batch: Batch) -> None:
-        labels_N, objective = answer_labels(batch), replace(self.objectives["dataset"], weights={"top_k_kl": 1.0})
+        objective = replace(self.objectives["dataset"], weights={"top_k_kl": 1.0})
         hidden_ND = answer_hidden(self.student, batch)
-        total, _ = linear_objective(
-            hidden_ND,
-            head_of(self.student),
-            targets,
-            labels_N,
-            objective,
-            vocabulary=self.vocabulary,
-            chunk_tokens=self.chunk_tokens,
-        )
-        self.metrics.top_k_kl.update(total / len(labels_N), weight=len(labels_N))
+        total, _ = self._compare(hidden_ND, targets, batch, objective)
+        self.metrics.top_k_kl.update(total / len(hidden_ND), weight=len(hidden_ND))
 
     def _judge_teacher(self, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
         logits_NV = self.teacher_logits(batch, split)

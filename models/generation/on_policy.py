@@ -59,7 +59,6 @@ class OnPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
         check_fields(self, "on_policy.")
 
 

@@ -35,7 +35,6 @@ class Sampling:
     min_tokens: Count = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be sampled from."""
         check_fields(self, "sampling.")
 
 

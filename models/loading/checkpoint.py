@@ -38,6 +38,10 @@ OPTIMIZERS = frozenset(
 """Optimizers that a checkpoint may name."""
 
 
+# What readers raise for a file that is cut, damaged or something else.
+_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
 def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any]:
     """Read a checkpoint of `train.py` to the CPU, without running anything of it.
 
@@ -55,15 +59,7 @@ def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any
         _check_records(path, skip_tensors=settings_only)
         admit_optimizer_states(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=settings_only or None)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"expected a checkpoint at {str(path)!r}, found a file that does not load as one ({reason}); take an earlier one, or copy "
@@ -75,20 +71,13 @@ def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any
             f"expected a checkpoint written by train.py at {str(path)!r}, found one without a student's structure; give the .ckpt file of "
             "a run, or a Hugging Face folder"
         )
-    for what, good in (
-        (
-            "weights that are tensors",
-            all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values()),
-        ),
-        (
-            "edits with a name each",
-            all(isinstance(edit, dict) and isinstance(edit.get("op"), str) for edit in checkpoint["edits"]),
-        ),
-    ):
-        if not good:
-            raise ValueError(
-                f"expected {what} in the checkpoint {str(path)!r}, found others; take an earlier one, or copy it again"
-            )
+    tensors = all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values())
+    named = all(isinstance(edit, dict) and isinstance(edit.get("op"), str) for edit in checkpoint["edits"])
+    if not tensors or not named:
+        what = "edits with a name each" if tensors else "weights that are tensors"
+        raise ValueError(
+            f"expected {what} in the checkpoint {str(path)!r}, found others; take an earlier one, or copy it again"
+        )
     return checkpoint
 
 

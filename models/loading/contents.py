@@ -95,7 +95,7 @@ def check_loaded(reference: str, report: Mapping[str, Any]) -> None:
 
 
 def check_finite(model: nn.Module, source: str) -> None:
-    """Raise `ValueError` if a weight is infinite or not a number; the source says in words where the model comes from."""
+    """Raise `ValueError` if a weight is infinite or not a number; `source` says where the model comes from."""
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not _is_finite(tensor.detach()):
             bad = int((~torch.isfinite(tensor)).sum())

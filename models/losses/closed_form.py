@@ -45,7 +45,7 @@ class TeacherChunk:
 
 
 class StudentChunk:
-    """The student's log-probabilities at the losses' temperature; probabilities are computed when they are first asked for."""
+    """The student's log-probabilities at the losses' temperature; probabilities are computed when first asked for."""
 
     def __init__(self, log_q_CV: Tensor) -> None:
         self.log_q_CV = log_q_CV

@@ -85,7 +85,7 @@ def logits_of(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, head: Head, *, tolerance: float = 1e-2) -> None:
-    """Compare the head's logits with the model's own on a two-token input; `tolerance` is relative to the largest logit.
+    """Compare the head's logits with the model's own on a two-token input, relative to the largest logit.
 
     Raises:
         ValueError: They differ: the family treats its logits in a way that `Head` does not know.

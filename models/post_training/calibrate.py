@@ -28,7 +28,7 @@ from models.post_training.settings import PostTrainingQuantization
 from models.post_training.smoothing import Pair, best_factors, fold, pairs_of
 from models.post_training.weight_solver import moment_of, round_weight
 from models.quantization.cache import CacheFormat, cache_quantizers
-from models.quantization.formats import Format, format_of
+from models.quantization.formats import format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
 from models.quantization.scales import Search
@@ -228,13 +228,9 @@ def _smooth(layer: DecoderLayer, readings: Sequence[_Reading], settings: PostTra
         input_SI = torch.cat([input_BTI[reading.mask_BT] for input_BTI, reading in inputs])
         weight_S = torch.cat([reading.weights[layer.index][position][reading.mask_BT] for reading in some])
         step = -(-len(input_SI) // settings.smoothing_tokens)
+        formats = [format_of(r.format) if isinstance(r, FakeQuantizedLinear) else None for r in pair.readers]
         strengths = _strengths(pair, settings)
-        fold(pair, best_factors(pair, input_SI[::step], _formats(pair), strengths=strengths, weight_S=weight_S[::step]))
-
-
-def _formats(pair: Pair) -> list[Format | None]:
-    """The formats of a pair's readers; None for those that stay as they are."""
-    return [format_of(r.format) if isinstance(r, FakeQuantizedLinear) else None for r in pair.readers]
+        fold(pair, best_factors(pair, input_SI[::step], formats, strengths=strengths, weight_S=weight_S[::step]))
 
 
 def _strengths(pair: Pair, settings: PostTrainingQuantization) -> tuple[float, ...]:

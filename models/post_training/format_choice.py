@@ -143,9 +143,9 @@ def _error(weight_OI: Tensor, gram_II: Tensor, format: str) -> float:
 
 
 def _weighted_grams(
-    model: PreTrainedModel, batches: Sequence[Batch], groups: Sequence[Sequence[nn.Module]]
+    model: PreTrainedModel, batches: Sequence[Batch], groups: Sequence[Sequence[Any]]
 ) -> tuple[list[Tensor], int]:
-    grams = [_square(group[0]).to(model.device) for group in groups]
+    grams = [torch.zeros(2 * group[0].weight.shape[1:]).to(model.device) for group in groups]
     answer_tokens = 0
     for number, batch in enumerate(on_device(batches, model.device)):
         weights = [weight_BT for layer in token_weights(model, batch, seed=number) for weight_BT in layer]
@@ -161,10 +161,6 @@ def _weighted_grams(
             gram_II += moment(weighted_SI, weighted_SI)
         answer_tokens += sum(answer_lengths(batch))
     return grams, answer_tokens
-
-
-def _square(linear: Any) -> Tensor:
-    return torch.zeros(2 * linear.weight.shape[1:])
 
 
 def bits_of(format: str) -> float:

@@ -36,7 +36,7 @@ _MOST = 1e4  # factor; the least is one over it
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor that its source (a norm, or outputs of a linear layer) can divide and the linear layers that read it multiply.
+    """A tensor that its source (a norm, or outputs of a linear layer) can divide and its readers multiply.
 
     `channel_I` says which channel each input of a reader is.
     """

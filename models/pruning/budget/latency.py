@@ -25,7 +25,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Latency:
-    """Median seconds of the dense model and of the student, and their ratio over pairs: the median and both quartiles."""
+    """Median seconds of both models, and the ratio of the student's to the dense one's over pairs: median and quartiles."""
 
     dense_s: float
     student_s: float
