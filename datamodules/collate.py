@@ -31,7 +31,7 @@ Batch = dict[str, Any]
 | `prompt_lengths` | of each sample, tokens of its prompt                                                              |
 | `prompts`        | readable prompts                                                                                  |
 | `answers`        | gold answers                                                                                      |
-| `answer_spans`   | of each sample, where its answers are: half-open ranges, known to the host without a look at a GPU |
+| `answer_spans`   | of each sample, where its answers are: half-open ranges that say the same as `labels`, which on a GPU nobody looks at |
 | `index`          | positions in the split                                                                            |
 | `step`           | training only: the `OptimizerStep` it belongs to, see `datamodules/loader.py`                     |
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -65,13 +66,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive outputs of a linear layer: all of them, or the part of a layer that stacks several projections.
-
-    Attributes:
-        linear: The layer.
-        start: Its first output that belongs to the part.
-        size: Number of outputs.
-    """
+    """Consecutive outputs of a linear layer: all of them, or the part of a layer that stacks several projections."""
 
     linear: Any
     start: int
@@ -85,13 +80,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One transformer block: a gated MLP and grouped-query attention.
-
-    Attributes:
-        index: Position of the block, from 0.
-        block: The module.
-        family: The names in it.
-    """
+    """One transformer block, `index` from 0: a gated MLP and grouped-query attention."""
 
     index: int
     block: Any
@@ -226,6 +215,14 @@ def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     """
     family = check_family(model.config)
     return [DecoderLayer(index, block, family) for index, block in enumerate(model.model.layers)]
+
+
+@torch.no_grad()
+def gain_offset(norm: Any) -> Tensor:
+    """What an RMSNorm adds to its weight before it multiplies with it: 0, or 1 (Gemma)."""
+    weight = norm.weight.float()
+    gain = norm(torch.full_like(weight, 1e4))  # of equal channels each is 1 after the division, up to epsilon
+    return (gain - weight).mean().round()
 
 
 def head_name(model: PreTrainedModel) -> str:

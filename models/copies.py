@@ -16,9 +16,7 @@ from models.structure.adapters import merge_adapters
 def shared_copy(model: PreTrainedModel, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """A second model on the same tensors: its modules can be changed and exchanged, and `model` stays as it is.
 
-    Args:
-        model: What is copied.
-        config: Of the copy; None: a copy of the model's.
+    Without a config of its own, it has a copy of the model's.
     """
     kept: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     if config is not None:

@@ -23,20 +23,13 @@ from models.generation.on_policy import OnPolicy, OnPolicyAnswers, Source, check
 from models.generation.rollout import Rollout, rollout_batch
 from models.generation.sampling import Sampling
 from models.loading.reference import end_token_ids, vocabulary_size
-from models.losses import (
-    Objective,
-    Targets,
-    check_stored_top_k,
-    head_of,
-    hidden_state_loss,
-    linear_objective,
-)
+from models.losses import Objective, Targets, check_stored_top_k, head_of, hidden_state_loss, linear_objective
 from models.losses.hidden_states import check_hidden_states
 from models.losses.output_head import LazyLogits
 from models.offline import OfflineTeacher, is_offline, open_offline_teacher
 from models.offline.teacher import check_offline
 from models.student import StudentModule, settings_of
-from models.teacher import Teacher, TeacherDtype, load_teacher
+from models.teacher import Teacher, TeacherDtype
 from program.ranges import Between, check_arguments
 
 FORWARD_KL, NEVER, PLAIN = Objective(), OnPolicy(), Sampling()  # defaults; all three are frozen
@@ -110,21 +103,10 @@ class Distillation(StudentModule):
         super().configure_model()
         if hasattr(self, "teacher") or is_offline(self.teacher_reference):
             return  # `setup` opens a captured one: it has to match the data
-        self.teacher = load_teacher(
-            self.teacher_reference,
-            self.tokenizer,
-            dtype=self.teacher_dtype,
-            inference_dtype=self.inference_dtype,
-            trust_remote_code=self.trust_remote_code,
+        self.teacher = self.load_teacher(
+            self.teacher_reference, self.teacher_dtype, generate_tokens=self.generate_tokens
         )
         self._agree_on_vocabulary(len(self.teacher.model.get_output_embeddings().weight))
-        if self.device_mesh is not None:
-            if self.teacher_dtype == "int8" or self.generate_tokens:
-                raise ValueError(
-                    "expected a sharded teacher in floating point that generates nothing, found model.teacher_dtype "
-                    f"{self.teacher_dtype} and model.generate_tokens {self.generate_tokens}; set them to auto and 0"
-                )
-            self.teacher.shard(self.device_mesh["data_parallel"])
 
     def _agree_on_vocabulary(self, teacher: int) -> None:
         """Heads may be padded beyond the tokenizer, each to another size: only true tokens take part, on both sides."""
@@ -213,7 +195,20 @@ class Distillation(StudentModule):
         """The objective, summed over the answer tokens of a micro-batch."""
         objective = self.objectives[self._source]
         hidden_ND, our_states = answer_states(self.student, batch, layers=self.hidden_state_layers)
-        total, sums = linear_objective(
+        total, sums = self._compare(hidden_ND, targets, batch, objective)
+        for ours_ND, theirs_ND in zip(our_states, their_states, strict=True):
+            distance = hidden_state_loss(ours_ND, theirs_ND).sum() / len(our_states)
+            total = total + self.hidden_state_weight * distance
+            self.step_mean.add("train/hidden_states", distance)
+        for name, value in sums.items():
+            self.step_mean.add(f"train/{name}_{'dataset' if self._source == 'dataset' else 'on_policy'}", value)
+        return total
+
+    def _compare(
+        self, hidden_ND: Tensor, targets: Targets, batch: Batch, objective: Objective
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """An objective summed over answer tokens, and each of its losses; see `linear_objective`."""
+        return linear_objective(
             hidden_ND,
             head_of(self.student),
             targets,
@@ -223,13 +218,6 @@ class Distillation(StudentModule):
             chunk_tokens=self.chunk_tokens,
             sequence_lengths=answer_lengths(batch) if objective.discount else None,
         )
-        for ours_ND, theirs_ND in zip(our_states, their_states, strict=True):
-            distance = hidden_state_loss(ours_ND, theirs_ND).sum() / len(our_states)
-            total = total + self.hidden_state_weight * distance
-            self.step_mean.add("train/hidden_states", distance)
-        for name, value in sums.items():
-            self.step_mean.add(f"train/{name}_{'dataset' if self._source == 'dataset' else 'on_policy'}", value)
-        return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the draws of stage 2 depend on: each rank's own replay buffer, and the adaptive share."""
@@ -267,18 +255,10 @@ class Distillation(StudentModule):
             self._judge_by_top_k(self.teacher.targets(batch, split), batch)
 
     def _judge_by_top_k(self, targets: Targets, batch: Batch) -> None:
-        labels_N, objective = answer_labels(batch), replace(self.objectives["dataset"], weights={"top_k_kl": 1.0})
+        objective = replace(self.objectives["dataset"], weights={"top_k_kl": 1.0})
         hidden_ND = answer_hidden(self.student, batch)
-        total, _ = linear_objective(
-            hidden_ND,
-            head_of(self.student),
-            targets,
-            labels_N,
-            objective,
-            vocabulary=self.vocabulary,
-            chunk_tokens=self.chunk_tokens,
-        )
-        self.metrics.top_k_kl.update(total / len(labels_N), weight=len(labels_N))
+        total, _ = self._compare(hidden_ND, targets, batch, objective)
+        self.metrics.top_k_kl.update(total / len(hidden_ND), weight=len(hidden_ND))
 
     def _judge_teacher(self, metrics: AnswerMetrics, batch: Batch, split: str) -> None:
         logits = self.teacher_logits(batch, split)

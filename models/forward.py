@@ -25,15 +25,15 @@ def answer_labels(batch: Batch) -> Tensor:
 
 def answer_lengths(batch: Batch) -> list[int]:
     """Answer tokens of each sample."""
-    if "answer_spans" in batch:
-        return [sum(end - max(start, 1) for start, end in spans) for spans in batch["answer_spans"]]
-    lengths: list[int] = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
-    return lengths
+    if _asks_labels(batch):
+        lengths: list[int] = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
+        return lengths
+    return [sum(end - max(start, 1) for start, end in spans) for spans in batch["answer_spans"]]
 
 
 def _before_answers(batch: Batch) -> tuple[Tensor, ...]:
-    """Rows and columns (N,) of the positions that predict answer tokens; where a loader says where answers are, no GPU is waited for."""
-    if "answer_spans" not in batch:
+    """Rows and columns (N,) of the positions that predict answer tokens."""
+    if _asks_labels(batch):
         return (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     at = [
         (row, column)
@@ -42,6 +42,11 @@ def _before_answers(batch: Batch) -> tuple[Tensor, ...]:
         for column in range(max(start, 1) - 1, end - 1)
     ]
     return torch.tensor(at).reshape(-1, 2).T.to(batch["labels"].device, non_blocking=True).unbind()
+
+
+def _asks_labels(batch: Batch) -> bool:
+    """On a GPU, labels say where answers are only to a host that waits: there, the loader says it."""
+    return batch["labels"].device.type == "cpu" or "answer_spans" not in batch
 
 
 def answer_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from models.losses.labels import LabelObjective, label_logits, label_objective
 from models.losses.output_head import LazyLogits
 from models.offline import is_offline
 from models.student import StudentModule, settings_of
-from models.teacher import RememberingTeacher, Teacher, TeacherDtype, load_teacher
+from models.teacher import RememberingTeacher, Teacher, TeacherDtype
 
 LABELS_ALONE = LabelObjective()
 
@@ -82,23 +82,10 @@ class RankingDistillation(StudentModule):
         super().configure_model()
         if getattr(self, "teacher", None) is not None or not self.teacher_reference:
             return
-        self.teacher = load_teacher(
-            self.teacher_reference,
-            self.tokenizer,
-            dtype=self.teacher_dtype,
-            inference_dtype=self.inference_dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        self.teacher = self.load_teacher(self.teacher_reference, self.teacher_dtype)
         # Heads may be padded beyond the tokenizer, each to another size.
-        self.vocabulary = min(
-            vocabulary_size(self.tokenizer), self.vocabulary, len(head_of(self.teacher.model).weight_VD)
-        )
-        if self.device_mesh is not None:
-            if self.teacher_dtype == "int8":
-                raise ValueError(
-                    "expected a sharded teacher in floating point, found model.teacher_dtype int8; set it to auto"
-                )
-            self.teacher.shard(self.device_mesh["data_parallel"])
+        of_teacher = len(self.teacher.model.get_output_embeddings().weight)
+        self.vocabulary = min(vocabulary_size(self.tokenizer), self.vocabulary, of_teacher)
 
     def setup(self, stage: str) -> None:
         """Learn the labels' tokens from the data, and put them and the teacher where the student will be."""
@@ -117,9 +104,8 @@ class RankingDistillation(StudentModule):
         self.labels, self.label_tokens_C = data.labels, data.label_token_ids.to(device)
         if self.teacher:
             self.teacher.to(device)
-            self._remembering = RememberingTeacher(
-                self.teacher
-            )  # again: samples of another split have the same numbers
+            # Again for every split: samples of another one have the same numbers.
+            self._remembering = RememberingTeacher(self.teacher)
 
     # Training -------------------------------------------------------------------------------------------------------
 

@@ -20,11 +20,6 @@ class SFT(StudentModule):
             self.step_mean.start(step.answer_tokens)
         hidden_ND = answer_hidden(self.student, batch)
         total, _ = linear_objective(
-            hidden_ND,
-            head_of(self.student),
-            None,
-            answer_labels(batch),
-            CROSS_ENTROPY,
-            chunk_tokens=self.chunk_tokens,
+            hidden_ND, head_of(self.student), None, answer_labels(batch), CROSS_ENTROPY, chunk_tokens=self.chunk_tokens
         )
         return self.share_of_step(total, batch)

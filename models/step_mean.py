@@ -13,11 +13,7 @@ from datamodules.collate import IGNORE_INDEX, Batch, OptimizerStep
 
 
 class StepMean:
-    """Turns sums over tokens into shares of the optimizer step's mean.
-
-    Args:
-        module: Whose trainer knows ranks and micro-batches.
-    """
+    """Turns sums over tokens into shares of the optimizer step's mean, by what the module's trainer knows of it."""
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module

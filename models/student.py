@@ -21,13 +21,14 @@ from models.hardware.attention import use_attention
 from models.hardware.freed_memory import keep_freed_memory
 from models.hardware.low_precision import check_rounding
 from models.hardware.sharding import check_shardable, shard
-from models.loading.reference import load_model, load_tokenizer
+from models.loading.reference import check_same_tokenizer, load_model, load_tokenizer
 from models.losses import check_head, head_of
 from models.quantization.learned_scales import add_scale_group, cover_new_groups, learned_scales, round_learned_scales
 from models.quantization.output_head import untie_head
 from models.step_mean import StepMean, step_of
 from models.stopwatch import Stopwatch
 from models.structure.edits import Edit, apply_edit, replay
+from models.teacher import Teacher, TeacherDtype
 from program.ranges import Between, Count, check_arguments, check_range
 
 Settings = TypeVar("Settings")
@@ -109,6 +110,29 @@ class StudentModule(EvaluatedModule):
         if self.gradient_checkpointing:
             checkpoint_activations(student)
         self.student = student.train()  # from_pretrained leaves it in evaluation mode, and so would Lightning
+
+    def load_teacher(self, reference: str, dtype: TeacherDtype, *, generate_tokens: int = 0) -> Teacher:
+        """A teacher that the student can learn from, sharded as the student is.
+
+        Of its weights' types auto is `inference_dtype`, and int8 keeps the decoder layers in 8 bits.  `generate_tokens` is the length of
+        the answers that it will be asked for.
+
+        Raises:
+            ValueError: The tokenizers differ, the losses cannot compute with the teacher's head, or it cannot be sharded.
+        """
+        trusted = self.trust_remote_code
+        check_same_tokenizer(self.tokenizer, load_tokenizer(reference, trust_remote_code=trusted))
+        numbers = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, self.inference_dtype)
+        teacher = Teacher(reference, dtype=numbers, int8=dtype == "int8", trust_remote_code=trusted)
+        check_head(teacher.model, head_of(teacher.model))
+        if self.device_mesh is not None:
+            if dtype == "int8" or generate_tokens:
+                raise ValueError(
+                    "expected a sharded teacher in floating point that generates nothing, found model.teacher_dtype "
+                    f"{dtype} and model.generate_tokens {generate_tokens}; set them to auto and 0"
+                )
+            shard(teacher.model, self.device_mesh["data_parallel"])
+        return teacher
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with a schedule over `trainer.max_steps`.

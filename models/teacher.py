@@ -11,16 +11,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from datamodules.collate import Batch
 from models.forward import answer_hidden, answer_lengths, answer_states
 from models.hardware.attention import use_attention
 from models.hardware.low_precision import quantize_weights
-from models.hardware.sharding import shard
-from models.loading.reference import check_same_tokenizer, load_model, load_tokenizer
-from models.losses import FullTargets, Targets, check_head, head_of, logits_of
+from models.loading.reference import load_model
+from models.losses import FullTargets, Targets, head_of, logits_of
 from models.losses.output_head import LazyLogits
 
 TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
@@ -29,11 +27,8 @@ TeacherDtype = Literal["auto", "float32", "bfloat16", "int8"]
 class Teacher:
     """A frozen model that answers with next-token logits.
 
-    Args:
-        reference: Model reference, see `models/loading/reference.py`.
-        dtype: Floating point type of the weights, and of the computation.
-        int8: Keep the linear layers of the decoder in 8 bits with one scale per output; the head stays in `dtype`.
-        trust_remote_code: Run Python code that comes with the model.
+    `dtype` is the floating point type of the weights and of the computation; with `int8`, the linear layers of the
+    decoder are kept in 8 bits with one scale per output, and the head stays in `dtype`.
     """
 
     def __init__(
@@ -49,10 +44,6 @@ class Teacher:
         """Move the teacher to a device; returns itself."""
         self.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         return self
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Spread the teacher over the processes of a mesh, as the student is."""
-        shard(self.model, mesh)
 
     @torch.no_grad()
     def targets(self, batch: Batch, layers: Iterable[int] = ()) -> tuple[Targets, list[Tensor]]:
@@ -83,14 +74,12 @@ class Teacher:
 
 
 class RememberingTeacher(Teacher):
-    """A teacher that runs its body once for each sample it is shown again, keyed by the sample's position in its split.
+    """A teacher that runs its body once for each sample, known by its position in the split.
 
     For students that change while the samples do not: repeated evaluation, or several runs on the same data.  It keeps D numbers
     per answer token.
 
-    Args:
-        teacher: The teacher to ask.
-        hidden: What it remembers from before, and adds to: final hidden states (answer tokens, D) by position.
+    `hidden` is what it remembers from before, and adds to: final hidden states (answer tokens, D) by position.
     """
 
     def __init__(self, teacher: Teacher, hidden: dict[int, Tensor] | None = None) -> None:
@@ -103,35 +92,3 @@ class RememberingTeacher(Teacher):
             parts = super().answer_hidden(batch).split(answer_lengths(batch))
             self._hidden |= dict(zip(batch["index"], parts, strict=True))
         return torch.cat([self._hidden[index] for index in batch["index"]])
-
-
-def load_teacher(
-    reference: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: TeacherDtype,
-    inference_dtype: torch.dtype,
-    trust_remote_code: bool = False,
-) -> Teacher:
-    """A teacher that a student with this tokenizer can learn from.
-
-    Args:
-        reference: Model reference, see `models/loading/reference.py`.
-        tokenizer: The student's.
-        dtype: Of the teacher's weights; auto is `inference_dtype`, int8 keeps its decoder layers in 8 bits.
-        inference_dtype: Of the computation where `dtype` names none.
-        trust_remote_code: Run Python code that comes with the model.
-
-    Raises:
-        ValueError: The tokenizers differ, or the losses cannot compute with the teacher's head.
-    """
-    check_same_tokenizer(tokenizer, load_tokenizer(reference, trust_remote_code=trust_remote_code))
-    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    teacher = Teacher(
-        reference,
-        dtype=floats.get(dtype, inference_dtype),
-        int8=dtype == "int8",
-        trust_remote_code=trust_remote_code,
-    )
-    check_head(teacher.model, head_of(teacher.model))
-    return teacher

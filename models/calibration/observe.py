@@ -1,9 +1,9 @@
 """Looking into a model while it reads calibration batches, and leaving it as it was: no hook, no mode, no gradient stays behind.
 
-Legend: B samples, T tokens, I inputs, O outputs of a module.
+Legend: B samples, T tokens, I inputs, O outputs of a module, D hidden.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,19 +14,15 @@ from transformers import PreTrainedModel
 
 from datamodules.collate import Batch
 
-Observer = Callable[
-    [Tensor, Tensor, Tensor], None
-]  # the module's input (B, T, I), its output (B, T, O), the mask (B, T)
+# Takes the module's input (B, T, I), its output (B, T, O) and the mask (B, T).
+Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, batches: Iterable[Batch], observers: Iterable[tuple[nn.Module, Observer]]) -> None:
     """Run a model up to its final hidden states, in evaluation mode, and show each observer what passes its module.
 
-    Args:
-        model: The model.
-        batches: At least one; `input_ids` and `attention_mask` are used.
-        observers: Modules of the model and who looks at them; a module may have several.
+    Of a batch `input_ids` and `attention_mask` are used; a module may have several observers.
 
     Raises:
         ValueError: There was no batch.
@@ -77,6 +73,23 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+def layer_arguments(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Batch
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The residual stream (B, T, D) at the first decoder layer, and what the model gives to each beside hidden states."""
+    streams: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+
+    def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        if not streams:
+            streams.append(positional[0].detach())
+        arguments.append(named)
+
+    with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks):
+        model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return streams[0], arguments
 
 
 class _Reached(Exception):  # noqa: N818  (no error: it ends a forward pass)

@@ -5,10 +5,11 @@ average, with the gradient g_t of the log-likelihood of labels that the model dr
 input with |g_t|^2 therefore counts errors where they matter, and not where inputs are merely large, as at the first token of a text
 (the idea of GuidedQuant, arXiv 2505.07004, with one weight a token instead of one for each group of outputs).
 
-Legend: B samples, T tokens, N answer tokens, V vocabulary.
+Legend: B samples, T tokens, N answer tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.observe import evaluating, hooked
 from models.forward import answer_hidden
 from models.generation.sampling import seed_of
-from models.losses.output_head import logits_of
+from models.losses.output_head import logits_of, pieces_of
 
 _TOKENS_AT_ONCE = 512  # a token of SmolLM2-135M takes 1.3 MB, one of a model of 500M parameters 2.6
 _READ = ("input_ids", "attention_mask", "labels")
@@ -38,10 +39,7 @@ def token_weights(model: PreTrainedModel, batch: Batch, *, seed: int = 0) -> lis
 
     Padding has weight 0.  The model, its mode and its gradients are left unchanged.
 
-    Args:
-        model: The model before it is quantized.
-        batch: One calibration batch on the model's device, with `labels`.
-        seed: Of the labels that are drawn.
+    The batch is on the model's device, with `labels`; the seed is that of the labels that are drawn.
     """
     readers = [group for layer in decoder_layers(model) for group in readers_of(layer)]
     mask_BT = batch["attention_mask"].bool()
@@ -59,24 +57,40 @@ def _weights_of_piece(
     model: PreTrainedModel, batch: Batch, readers: Sequence[Sequence[nn.Module]], generator: torch.Generator
 ) -> list[Tensor]:
     """|g_t|^2 for each group of readers; activations and gradients of all layers are held meanwhile."""
-    outputs: dict[nn.Module, Tensor] = {}
+    linears = [linear for group in readers for linear in group]
+    with evaluating(model), torch.enable_grad(), passing(linears) as seen:
+        hidden_ND = answer_hidden(model, batch)
+        found = label_gradients(model, hidden_ND, [output for _, output in seen.values()], generator)
+    gradients = dict(zip(seen, found, strict=True))
+    return [_squares(group, gradients) for group in readers]
 
-    def note(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:  # the first layers of a frozen model
+
+@contextmanager
+def passing(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Input and output of every linear layer in the last forward pass; outputs take part in differentiation."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def note(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not output.requires_grad:  # the first layers of a frozen model
             output = output.detach().requires_grad_()
-        outputs[linear] = output
+        seen[linear] = inputs[0], output
         return output
 
-    with (
-        evaluating(model),
-        torch.enable_grad(),
-        hooked(linear.register_forward_hook(note) for group in readers for linear in group),
-    ):
-        logits_NV = logits_of(model, answer_hidden(model, batch)).float()
-        labels_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
-        gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
-    return [_squares(group, gradients) for group in readers]
+    with hooked(linear.register_forward_hook(note) for linear in linears):
+        yield seen
+
+
+def label_gradients(
+    model: PreTrainedModel, hidden_ND: Tensor, outputs: Sequence[Tensor], generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Gradients in the outputs of the negative log-likelihood of labels drawn from the model, summed over answer tokens."""
+    gradients: list[Tensor] = []
+    for rows in pieces_of(len(hidden_ND), len(model.get_output_embeddings().weight)):
+        piece_nD = hidden_ND[rows].detach().requires_grad_()
+        logits_nV = logits_of(model, piece_nD).float()
+        labels_n = torch.multinomial(logits_nV.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        gradients += torch.autograd.grad(F.cross_entropy(logits_nV, labels_n, reduction="sum"), piece_nD)
+    return torch.autograd.grad(hidden_ND, list(outputs), torch.cat([hidden_ND[:0], *gradients]))
 
 
 def _squares(linears: Sequence[nn.Module], gradients: dict[nn.Module, Tensor]) -> Tensor:

@@ -43,12 +43,7 @@ def decoder_for(model: PreTrainedModel, dtype: torch.dtype) -> Decoder:
 
 
 class TransformersDecoder:
-    """Any causal language model, through its own forward and cache.
-
-    Args:
-        model: The model to copy.
-        dtype: Floating point type of the copy.
-    """
+    """A copy of any causal language model in this floating point type, through its own forward and cache."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.model = inference_copy(model, dtype)

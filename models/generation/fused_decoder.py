@@ -35,9 +35,7 @@ _KNOWN_LINEARS = (nn.Linear, FakeQuantizedLinear)
 class FusedDecoder:
     """A `models.generation.decoder.Decoder` of Llama-type models (`FAMILIES`), pruned and fake-quantized ones included.
 
-    Args:
-        model: The model to copy the weights of.
-        dtype: Floating point type of weights, cache and computation.
+    `dtype` is the floating point type of weights, cache and computation.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:

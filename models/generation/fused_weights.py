@@ -16,9 +16,7 @@ from models.quantization.linear import FakeQuantizedLinear
 class Weights:
     """One matrix for all linear layers that read the same tensor; those with quantized inputs are called one after the other.
 
-    Args:
-        linears: The layers; all with a bias, or none.
-        dtype: Floating point type of the copy.
+    All layers have a bias, or none; the copy is in `dtype`.
     """
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
@@ -50,12 +48,7 @@ class Weights:
 
 
 class Norm:
-    """A copy of an RMSNorm; a product in float32 would be cast back at once, so the weight has the type of the computation.
-
-    Args:
-        norm: The layer.
-        dtype: Floating point type of the copy.
-    """
+    """A copy of an RMSNorm; a product in float32 would be cast back at once, so the weight has the type of the computation."""
 
     def __init__(self, norm: Any, dtype: torch.dtype) -> None:
         self.weight, self.epsilon = norm.weight.detach().to(dtype, copy=True), norm.variance_epsilon

@@ -59,17 +59,11 @@ class OnPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
         check_fields(self, "on_policy.")
 
 
 class OnPolicyAnswers:
-    """Draws the source of every optimizer step's answers, and samples, keeps and replays the student's own.
-
-    Args:
-        settings: When and how.
-        sampling: Temperature and truncation.
-    """
+    """Draws the source of every optimizer step's answers, and samples, keeps and replays the student's own."""
 
     def __init__(self, settings: OnPolicy, sampling: Sampling) -> None:
         self.settings, self.sampling = settings, sampling
@@ -115,14 +109,8 @@ class OnPolicyAnswers:
     ) -> list[tuple[Batch, Rollout]]:
         """Prompts and the student's answers for all micro-batches of an optimizer step, from one generation or the buffer.
 
-        Args:
-            source: From `source`.
-            batches: Prompts of the micro-batches.
-            step: The optimizer step.
-            rank: This process, for the draws from its own buffer.
-            decoder: Makes a decoder of the student's present weights; asked only if there is something to sample.
-            end_tokens: Tokens that end an answer.
-            vocabulary: Tokens that can be sampled.
+        Each rank draws from its own buffer.  `decoder` makes a decoder of the student's present weights, and is asked
+        only if there is something to sample: tokens below `vocabulary`, up to one of `end_tokens`.
         """
         sizes = [len(batch["index"]) for batch in batches]
         if source == "replay":

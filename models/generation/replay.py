@@ -15,11 +15,7 @@ from models.generation.rollout import Rollout, pad_left
 
 
 class ReplayBuffer:
-    """The latest answers of the student, with their prompts, on the CPU.
-
-    Args:
-        capacity: Samples kept; the oldest leave first.
-    """
+    """The latest answers of the student, with their prompts, on the CPU; the oldest leave first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

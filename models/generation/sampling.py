@@ -35,7 +35,6 @@ class Sampling:
     min_tokens: Count = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be sampled from."""
         check_fields(self, "sampling.")
 
 
@@ -58,12 +57,8 @@ def sample(
 ) -> Tensor:
     """One token for every row, shape (B,).
 
-    Args:
-        logits_BV: Next-token logits.
-        uniform_B: Random numbers in [0, 1); unused at temperature 0.
-        sampling: How to sample.
-        end_tokens: Tokens of these logits that end an answer; not sampled before `sampling.min_tokens`.
-        num_sampled: Tokens that every answer has already.
+    Random numbers in [0, 1) are not used at temperature 0.  `end_tokens` end an answer, and are not sampled before it
+    has `sampling.min_tokens`; every answer has `num_sampled` tokens already.
     """
     if num_sampled < sampling.min_tokens and end_tokens.numel():
         logits_BV = logits_BV.index_fill(1, end_tokens, -torch.inf)

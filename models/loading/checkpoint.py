@@ -38,12 +38,15 @@ OPTIMIZERS = frozenset(
 """Optimizers that a checkpoint may name."""
 
 
+# What readers raise for a file that is cut, damaged or something else.
+_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
 def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any]:
     """Read a checkpoint of `train.py` to the CPU, without running anything of it.
 
-    Args:
-        path: A file.
-        settings_only: Look at no tensor, so that it takes no time; nor are tensors compared with their checksums then.
+    With `settings_only` it looks at no tensor, so that it takes no time; nor are tensors compared with their checksums
+    then.
 
     Raises:
         FileNotFoundError: There is no file.
@@ -56,15 +59,7 @@ def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any
         _check_records(path, skip_tensors=settings_only)
         admit_optimizer_states(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=settings_only or None)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"expected a checkpoint at {str(path)!r}, found a file that does not load as one ({reason}); take an earlier one, or copy "
@@ -76,20 +71,13 @@ def read_checkpoint(path: Path, *, settings_only: bool = False) -> dict[str, Any
             f"expected a checkpoint written by train.py at {str(path)!r}, found one without a student's structure; give the .ckpt file of "
             "a run, or a Hugging Face folder"
         )
-    for what, good in (
-        (
-            "weights that are tensors",
-            all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values()),
-        ),
-        (
-            "edits with a name each",
-            all(isinstance(edit, dict) and isinstance(edit.get("op"), str) for edit in checkpoint["edits"]),
-        ),
-    ):
-        if not good:
-            raise ValueError(
-                f"expected {what} in the checkpoint {str(path)!r}, found others; take an earlier one, or copy it again"
-            )
+    tensors = all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values())
+    named = all(isinstance(edit, dict) and isinstance(edit.get("op"), str) for edit in checkpoint["edits"])
+    if not tensors or not named:
+        what = "edits with a name each" if tensors else "weights that are tensors"
+        raise ValueError(
+            f"expected {what} in the checkpoint {str(path)!r}, found others; take an earlier one, or copy it again"
+        )
     return checkpoint
 
 
@@ -114,12 +102,8 @@ def _check_records(path: Path, *, skip_tensors: bool) -> None:
 def plain_settings(kind: type[StudentModule], saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What a checkpoint may set, and the names of what it says beyond that.
 
-    Args:
-        kind: The module that the user has named.
-        saved: The checkpoint's `hyper_parameters`.
-
-    Returns:
-        Settings that fit the types that the module declares, without `REFERENCES`; and what does not fit.
+    `kind` is the module that the user has named, `saved` the checkpoint's `hyper_parameters`.  Kept are settings that
+    fit the types that the module declares, without `REFERENCES`.
     """
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
@@ -185,10 +169,6 @@ def load_student_checkpoint(path: Path, student: str | None = None) -> tuple[Pre
 
     All weights are the checkpoint's.  Configuration and tokenizer come from the model that it was trained from: what the user
     names, else what the checkpoint names, as long as that is on this machine already (or is a packaged model, whose hash we know).
-
-    Args:
-        path: The file.
-        student: The model that it was trained from.
 
     Raises:
         FileNotFoundError: There is no such file or model.

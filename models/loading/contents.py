@@ -26,10 +26,7 @@ _SHOWN = 3  # names in a sentence
 def check_only_data(source: str, *, gguf: bool = False, local_files_only: bool = False) -> None:
     """Look at the files that say where a model's parts come from, before anything of it is loaded.
 
-    Args:
-        source: Folder or hub id.
-        gguf: The model is a GGUF file in the folder, which has configuration and weights in itself.
-        local_files_only: Ask no hub.
+    `source` is a folder or hub id.  A GGUF file in the folder has configuration and weights in itself.
 
     Raises:
         ValueError: The configuration names a kernel or weights in another form, the index names a file elsewhere, or an adapter
@@ -98,12 +95,7 @@ def check_loaded(reference: str, report: Mapping[str, Any]) -> None:
 
 
 def check_finite(model: nn.Module, source: str) -> None:
-    """Raise `ValueError` if a weight is infinite or not a number.
-
-    Args:
-        model: The model.
-        source: Where it comes from, in words.
-    """
+    """Raise `ValueError` if a weight is infinite or not a number; `source` says where the model comes from."""
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not _is_finite(tensor.detach()):
             bad = int((~torch.isfinite(tensor)).sum())

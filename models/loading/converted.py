@@ -5,9 +5,7 @@ no longer fits its file is removed when the next is made.  Model and tokenizer a
 """
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, m
 from transformers.utils.quantization_config import GgufConfig
 
 from models.loading.contents import check_loaded, check_only_data, tie_equal_head
+from program.files import move_into_place, staging_folder
 from program.packaged import cache_folder
 from program.progress import Bar
 
@@ -68,19 +67,14 @@ def _kept(file: Path, what: str, write: Callable[[Path], None]) -> Path:
     target = _folder_of(file) / what
     if target.is_dir():
         return target
-    root = cache_folder() / "gguf"
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as temporary:
-        whole = Path(temporary) / what
-        whole.mkdir()
-        write(whole)
-        _remove_outdated(target.parent)
+    with staging_folder(cache_folder() / "gguf") as staging:
+        (staging / what).mkdir()
+        write(staging / what)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(whole, target)
-        except OSError:  # another process was first
-            if not target.is_dir():
-                raise
+        for other in target.parent.parent.iterdir():
+            if other != target.parent:  # of another content, or of other versions
+                shutil.rmtree(other, ignore_errors=True)
+        move_into_place(staging / what, target)
     return target
 
 
@@ -90,13 +84,6 @@ def _folder_of(file: Path) -> Path:
     state = path.stat()
     present = (state.st_size, state.st_mtime_ns, version("gguf"), version("transformers"))
     return cache_folder() / "gguf" / _digest(str(path)) / _digest(repr(present))
-
-
-def _remove_outdated(present: Path) -> None:
-    if present.parent.is_dir():
-        for other in present.parent.iterdir():
-            if other != present:
-                shutil.rmtree(other, ignore_errors=True)
 
 
 def _digest(text: str) -> str:

@@ -17,6 +17,7 @@ transformers then refuses the folder instead of building another model, and `loa
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from models.architecture import decoder_layers
 from models.loading.contents import read_object
 from models.quantization.cache import cache_format, cache_quantizers
 from models.quantization.linear import quantized_linears
 from models.quantization.quantizers import FakeQuantizer
-from models.structure.edits import Edit, apply_edit, replay
+from models.structure.edits import apply_edit, replay
+from models.structure.shape import LayerShape, edits_between, shape_of
 from models.structure.sizes import is_uniform
 
 CONFIG_FILE = "config.json"
@@ -42,13 +43,11 @@ STRUCTURE_FILE, SCALES_FILE = "potstill/structure.json", "potstill/scales.safete
 _BESIDE_THE_WEIGHTS = {STRUCTURE_FILE: "potstill.json", SCALES_FILE: "potstill.safetensors"}  # before they had a folder
 TYPE_PREFIX = "potstill-"
 
-LayerSizes = dict[str, int]
-
 
 def why_not_plain(model: PreTrainedModel) -> str | None:
     """Why plain transformers can't build this model from a `config.json`; None if it can."""
     if not is_uniform(model):
-        sizes = sorted({tuple(layer.values()) for layer in layer_sizes(model)})
+        sizes = sorted({astuple(layer) for layer in shape_of(model).layers})
         return (
             f"layers of {len(sizes)} sizes (neurons, query heads, key/value groups: {sizes[0]} to {sizes[-1]}), and a "
             "config.json has one for all"
@@ -60,21 +59,8 @@ def why_not_plain(model: PreTrainedModel) -> str | None:
     return None
 
 
-def layer_sizes(model: PreTrainedModel) -> list[LayerSizes]:
-    """Neurons, query heads and key/value groups of every decoder layer."""
-    return [
-        {"neurons": layer.num_neurons, "query_heads": layer.num_query_heads, "kv_groups": layer.num_kv_groups}
-        for layer in decoder_layers(model)
-    ]
-
-
 def save_unequal_layers(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model that `config.json` does not describe, for `load_unequal_layers`.
-
-    Args:
-        model: Without quantizers and adapters.
-        folder: Where to write; created if missing.
-    """
+    """Write a model without quantizers and adapters that `config.json` does not describe, for `load_unequal_layers`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     config = model.config.to_diff_dict()
@@ -82,7 +68,7 @@ def save_unequal_layers(model: PreTrainedModel, folder: Path) -> None:
     config |= {"model_type": TYPE_PREFIX + model.config.model_type, "architectures": None, "dtype": dtype}
     _write_json(folder / CONFIG_FILE, config)
     model.generation_config.save_pretrained(folder)
-    _add_to_structure(folder, {"layers": layer_sizes(model)})
+    _add_to_structure(folder, {"layers": [asdict(layer) for layer in shape_of(model).layers]})
 
 
 def save_quantizers(model: PreTrainedModel, folder: Path) -> None:
@@ -133,11 +119,12 @@ def load_unequal_layers(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: The files do not describe one model.
     """
-    sizes = _structure(folder).get("layers", [])
+    sizes = tuple(LayerShape(**layer) for layer in _structure(folder).get("layers", []))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(_with_room_for(sizes, load_config(folder)), dtype=dtype)
     model.tie_weights()
-    replay(model, _narrowing(model, sizes))
+    largest = shape_of(model)
+    replay(model, edits_between(largest, replace(largest, layers=sizes)))
     try:
         load_model(model, folder / WEIGHTS_FILE)
     except RuntimeError as error:
@@ -181,34 +168,18 @@ def restore_quantizers(model: PreTrainedModel, folder: Path) -> None:
         quantizer.set_scales(found[f"{name}.scale"], found.get(f"{name}.zero_point"))
 
 
-def _with_room_for(sizes: Sequence[LayerSizes], config: PretrainedConfig) -> PretrainedConfig:
+def _with_room_for(sizes: Sequence[LayerShape], config: PretrainedConfig) -> PretrainedConfig:
     """Set the sizes of a configuration to the largest ones of all layers."""
     if len(sizes) != config.num_hidden_layers:
         raise ValueError(
             f"expected the sizes of {config.num_hidden_layers} layers in {STRUCTURE_FILE}, found {len(sizes)}; "
             "write the folder again"
         )
-    groups = max(layer["kv_groups"] for layer in sizes)
-    config.intermediate_size = max(layer["neurons"] for layer in sizes)
+    groups = max(layer.kv_groups for layer in sizes)
+    config.intermediate_size = max(layer.neurons for layer in sizes)
     config.num_key_value_heads = groups
-    config.num_attention_heads = groups * max(layer["query_heads"] // layer["kv_groups"] for layer in sizes)
+    config.num_attention_heads = groups * max(layer.query_heads // layer.kv_groups for layer in sizes)
     return config
-
-
-def _narrowing(model: PreTrainedModel, sizes: Sequence[LayerSizes]) -> list[Edit]:
-    """The edits that lead from equal layers to these sizes; which units they keep does not matter, as weights follow."""
-    edits: list[Edit] = []
-    for layer, wanted in zip(decoder_layers(model), sizes, strict=True):
-        groups, heads = wanted["kv_groups"], wanted["query_heads"] // wanted["kv_groups"]
-        largest = layer.num_query_heads // layer.num_kv_groups
-        kept = [group * largest + head for group in range(groups) for head in range(heads)]
-        if wanted["neurons"] < layer.num_neurons:
-            edits.append({"op": "narrow_mlp", "layer": layer.index, "keep": list(range(wanted["neurons"]))})
-        if groups < layer.num_kv_groups:
-            edits.append({"op": "narrow_kv_groups", "layer": layer.index, "keep": list(range(groups))})
-        if heads < largest:
-            edits.append({"op": "narrow_query_heads", "layer": layer.index, "keep": kept})
-    return edits
 
 
 def _structure(folder: Path) -> dict[str, Any]:
@@ -219,7 +190,7 @@ def _structure(folder: Path) -> dict[str, Any]:
     """
     path = _own_file(folder, STRUCTURE_FILE)
     found = read_object(path) if path.is_file() else {}
-    sizes = {"neurons", "query_heads", "kv_groups"}
+    sizes = {field.name for field in fields(LayerShape)}
     forms = {
         "layers": lambda layers: (
             isinstance(layers, list)

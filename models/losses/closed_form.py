@@ -45,11 +45,7 @@ class TeacherChunk:
 
 
 class StudentChunk:
-    """The student's distribution; probabilities are computed when the first loss asks for them, or the gradient.
-
-    Args:
-        log_q_CV: Log-probabilities at the losses' temperature.
-    """
+    """The student's log-probabilities at the losses' temperature; probabilities are computed when first asked for."""
 
     def __init__(self, log_q_CV: Tensor) -> None:
         self.log_q_CV = log_q_CV
@@ -71,16 +67,9 @@ def values_and_gradient(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Each loss of the objective, and the gradient of their weighted sum.
 
-    Args:
-        logits_CV: The student's logits, float32 or float64.
-        teacher: The teacher's log-probabilities at the objective's temperature.
-        labels_C: Answer tokens.
-        advantages_C: For policy_gradient; None: each token's own log-ratio.
-        objective: The mix.
-        gradient: Whether the gradient is wanted.
-
-    Returns:
-        Sum over the chunk of each unweighted loss, scalars by name; d/d logits, shape (C, V), or None.
+    Logits are float32 or float64, the teacher's log-probabilities at the objective's temperature.  Without
+    `advantages_C`, policy_gradient takes each token's own log-ratio.  Returned are the sum over the chunk of each
+    unweighted loss, scalars by name, and d/d logits, shape (C, V), or None where no gradient is wanted.
     """
     tempered = [name for name in objective.weights if name != "cross_entropy"]
     groups = {objective.temperature: tempered} if tempered else {}

@@ -95,19 +95,11 @@ def label_objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective summed over samples.
 
-    Args:
-        hidden_ND: The student's final hidden states at the position that answers, one for each sample.
-        head: The student's head.
-        targets: The teacher's hidden states (N, E) there, and its head; None for an objective without teacher.
-        labels_N: The token of each sample's label.
-        weights_NC: The data's distribution over the classes.
-        tokens_C: The token of each class.
-        objective: The mix of losses.
-        vocabulary: Tokens that take part in full_kl; needed where the heads differ in size.
-        chunk_tokens: Samples whose whole distributions full_kl holds at once, at most; 0 chooses.
-
-    Returns:
-        The weighted sum, a scalar that can be differentiated once; each loss's unweighted sum by name, detached.  Nats.
+    Hidden states, of student and teacher, are those at the position that answers, one for each sample, whose label is
+    the token in `labels_N`.  `weights_NC` is the data's distribution over the classes, `tokens_C` the token of each.
+    `vocabulary` tokens take part in full_kl (needed where the heads differ in size), of `chunk_tokens` samples at once,
+    at most; 0 chooses.  Returned are the weighted sum, a scalar that can be differentiated once, and each loss's
+    unweighted sum by name, detached.  Nats.
 
     Raises:
         ValueError: There is no teacher for a KL.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from models.calibration.observe import evaluating
 from models.quantization.linear import FakeQuantizedLinear
 
 #: Logits that are held at once where their gradients are not needed in closed form: 128 MiB in float32, and a few copies of that.
@@ -116,23 +117,15 @@ def logits_of(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, head: Head, *, tolerance: float = 1e-2) -> None:
-    """Compare the head's logits with the model's own on a two-token input.
-
-    Args:
-        model: The model, on any device.
-        head: What `head_of` made of it.
-        tolerance: Largest allowed difference over the largest logit.
+    """Compare the head's logits with the model's own on a two-token input, relative to the largest logit.
 
     Raises:
         ValueError: They differ: the family treats its logits in a way that `Head` does not know.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     tokens_BT = torch.tensor([[0, 1]], device=head.weight_VD.device)
-    expected_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float()
-    found_TV = head.logits(model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state[0]).float()
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model):
+        expected_TV = model(input_ids=tokens_BT, use_cache=False).logits[0].float()
+        found_TV = head.logits(model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state[0]).float()
     difference = float((expected_TV - found_TV).abs().max() / expected_TV.abs().max().clamp(min=1e-6))
     if not difference <= tolerance:
         raise ValueError(

@@ -26,11 +26,8 @@ def advantages(
 ) -> Tensor:
     """Log-ratio of each sampled token plus the discounted ones after it in the same answer, shape (N,), nats, detached.
 
-    Args:
-        teacher_log_p_N: log P of the sampled tokens.
-        student_log_q_N: log Q of the same.
-        discount: Weight of later tokens, per token of distance.
-        sequence_lengths: Tokens of each answer, in order; needed with a discount.
+    The two are log P and log Q of the sampled tokens.  `discount` is the weight of later tokens, per token of distance;
+    it needs `sequence_lengths`, the tokens of each answer, in order.
 
     Raises:
         ValueError: With a discount, the lengths are missing or do not add up to N.

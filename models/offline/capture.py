@@ -21,7 +21,7 @@ from datamodules.base import ChatDataModule
 from datamodules.chat import Example
 from datamodules.collate import collate, pad_id_of
 from models.loading.reference import check_same_tokenizer, load_tokenizer
-from models.losses.output_head import Head, check_head, head_of
+from models.losses.output_head import check_head, head_of
 from models.offline import fingerprints, store
 from models.offline.forms import Columns, bytes_per_token, encode_exact, encode_top_k
 from models.teacher import Teacher
@@ -77,15 +77,8 @@ def capture(
 ) -> CaptureReport:
     """Write the teacher's answers to the splits into a folder, or finish a capture that was begun there.
 
-    Args:
-        reference: Of the teacher, see `models/loading/reference.py`.
-        datamodule: The data that training will use, with the student's tokenizer.
-        folder: Where to.
-        settings: See `CaptureSettings`.
-        splits: Some of train, val and test.
-        dtype: Floating point type in which the teacher computes.
-        device: Where it computes.
-        trust_remote_code: Run Python code that comes with the teacher.
+    The data is what training will use, with the student's tokenizer; splits are some of train, val and test.  The
+    teacher computes in `dtype`, on `device`.
 
     Raises:
         ValueError: Tokenizers differ, a setting is out of range, the folder holds another capture, or the disk is too small;
@@ -99,7 +92,10 @@ def capture(
     store.begin(folder, index)
     key = store.key_of(index)
     if index["head"]:
-        _write_head(folder, index, key, head_of(teacher.model))
+        try:
+            store.read_head(folder, index)
+        except store.DamagedError:
+            store.write_head(folder, key, head_of(teacher.model))
     return _Run(teacher.to(torch.device(device)), index, key, folder, pad_id_of(datamodule.tokenizer)).over(examples)
 
 
@@ -177,13 +173,6 @@ def _check_room(folder: Path, index: store.Index) -> None:
             f"expected {needed / 1e6:,.1f} MB of free space for {str(folder)!r}, found {free / 1e6:,.1f} MB; choose another disk, "
             "fewer samples or the form top_k"
         )
-
-
-def _write_head(folder: Path, index: store.Index, key: str, head: Head) -> None:
-    try:
-        store.read_head(folder, index)
-    except store.DamagedError:
-        store.write_head(folder, key, head)
 
 
 @dataclass(frozen=True)

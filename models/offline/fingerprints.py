@@ -19,12 +19,8 @@ from datamodules.chat import Example
 from datamodules.collate import IGNORE_INDEX, Batch
 
 Fingerprint = dict[str, Any]
-VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-)  # say nothing about what the model computes
+# Settings that say nothing about what the model computes.
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def teacher_fingerprint(model: PreTrainedModel) -> Fingerprint:

@@ -17,10 +17,8 @@ Legend: S samples, N answer tokens.
 """
 
 import json
-import os
-import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,9 @@ from torch import Tensor
 from models.losses.output_head import Head
 from models.offline.fingerprints import combined, readable, tensor_bytes
 from models.offline.forms import Columns, Layout, exact_layout, top_k_layout
+from program.files import sweep, write_file
 
-INDEX_FILE, HEAD_FILE, STAGING = "index.json", "head.safetensors", ".writing"
+INDEX_FILE, HEAD_FILE = "index.json", "head.safetensors"
 FORMAT, VERSION = "potstill-offline-teacher", 1
 Index = dict[str, Any]
 AGAIN = "remove this file and run the capture again: only this file is made again"
@@ -95,20 +94,16 @@ def begin(folder: Path, index: Index) -> None:
         ValueError: The folder holds another capture, or something else.
     """
     if (folder / INDEX_FILE).is_file():
-        check_same(
-            read_index(folder),
-            index,
-            f"{str(folder)!r}",
-            "continue it with its own settings, or choose another --output",
-        )
+        remedy = "continue it with its own settings, or choose another --output"
+        check_same(read_index(folder), index, f"{str(folder)!r}", remedy)
         return
-    if folder.exists() and any(file.name != STAGING for file in folder.iterdir()):
+    sweep(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"expected a new or empty folder, or a capture to continue, found other files in {str(folder)!r}; choose another --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(index, indent=2) + "\n"
-    _replace(folder / INDEX_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_file(folder / INDEX_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def check_same(captured: Mapping[str, Any], now: Mapping[str, Any], where: str, remedy: str) -> None:
@@ -136,13 +131,8 @@ def write_shard(
 ) -> None:
     """Write one shard and put it in place when it is whole.
 
-    Args:
-        path: Where to.
-        key: Of the index.
-        positions: Of the samples in their split.
-        identities: Of the samples, see `fingerprints.example_identity`.
-        counts: Answer tokens of each sample.
-        columns: The answers of all samples, one after the other.
+    Positions are those of the samples in their split, identities see `fingerprints.example_identity`, counts the answer
+    tokens of each; columns hold the answers of all samples, one after the other.  `key` is the index's.
     """
     offset = torch.tensor([0, *counts]).cumsum(0)
     bounds = zip(offset[:-1].tolist(), offset[1:].tolist(), strict=True)
@@ -154,16 +144,11 @@ def write_shard(
         **columns,
     }
     # One entry of metadata: their order in the file is not defined, and the same capture shall give the same bytes.
-    _replace(path, lambda temporary: save_file(tensors, temporary, metadata={"key": key}))
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"key": key}))
 
 
 class Shard:
-    """A shard on disk, mapped into memory.
-
-    Args:
-        path: The file.
-        key: Of the index.
-        layout: The columns it must have.
+    """A shard on disk, mapped into memory: of the index with this key, with the columns of this layout.
 
     Raises:
         DamagedError: It is cut short or lacks a column.
@@ -230,7 +215,7 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 def write_head(folder: Path, key: str, head: Head) -> None:
     """Store the head in its own floating point type."""
-    _replace(folder / HEAD_FILE, lambda path: save_file(_head_tensors(head), path, metadata={"key": key}))
+    write_file(folder / HEAD_FILE, lambda path: save_file(_head_tensors(head), path, metadata={"key": key}))
 
 
 def read_head(folder: Path, index: Index) -> Head:
@@ -265,20 +250,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors):
         checksum = zlib.crc32(tensor_bytes(tensors[name]), checksum)
     return checksum
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write in a folder beside the file, flush to disk, rename."""
-    # The folder's name is always the same: what a killed capture left in it, also by libraries, is removed by the next one.
-    staging = path.parent / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        temporary = staging / path.name
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors makes files private, and a team shares a capture
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

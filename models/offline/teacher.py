@@ -33,10 +33,7 @@ def open_offline_teacher(
 ) -> "OfflineTeacher":
     """Open a capture and make sure that it was made for this data.
 
-    Args:
-        folder: Of the capture, with or without `offline:`.
-        datamodule: What training reads.
-        splits: The splits that will be asked for; by default train, and val where the data has one.
+    Asked for will be `splits`; by default train, and val where the data has one.
 
     Raises:
         FileNotFoundError: There is no capture, or it is not finished.
@@ -63,10 +60,6 @@ def open_offline_teacher(
 
 class OfflineTeacher:
     """The captured answers of a teacher; `open_offline_teacher` also checks that they belong to the data.
-
-    Args:
-        folder: Of the capture.
-        splits: Those to open.
 
     Attributes:
         form: `exact` or `top_k`.
@@ -100,9 +93,7 @@ class OfflineTeacher:
     def targets(self, batch: Batch, split: str = "train") -> Targets:
         """What the losses compare the student with, in the order of `models.forward.answer_labels`.
 
-        Args:
-            batch: Samples of the split, as the loaders give them.
-            split: Which one; a batch does not know.
+        The samples are those of a split, as the loaders give them; a batch does not know which.
 
         Raises:
             ValueError: The split or a sample was not captured, has other tokens now, or its file is damaged.
@@ -187,9 +178,8 @@ def _check_splits(
 def check_offline(reference: str, live: Mapping[str, bool]) -> None:
     """Raise `ValueError` if a captured teacher is asked about answers it has not seen, or for more than its answers.
 
-    Args:
-        reference: The teacher's; nothing is checked where it names a model.
-        live: Settings that need a model, by name, and whether they are in use.
+    Nothing is checked where the reference names a model.  `live` holds settings that need a model, by name, and whether
+    they are in use.
     """
     if not is_offline(reference):
         return

@@ -4,8 +4,7 @@ Memory is counted by running the step without data (`models.planning.memory`); h
 GPU's bandwidth where a rollout reads weights for every token.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,11 +63,18 @@ OVERLAYS: dict[str, dict[str, Any]] = {
     "teacher_int8": {"teacher_dtype": "int8"},
 }
 _CROSS_ENTROPY = Objective({"cross_entropy": 1.0})
-_APART = (
-    {"adam8bit", "bf16_weights"},
-    {"bf16_weights", "lora"},
-    {"adam8bit", "lora"},
-)  # pairs that make no sense together
+#: Overlays to try, in rising order of what they cost: time, then exactness, then what is trained.
+LADDER: tuple[tuple[str, ...], ...] = (
+    (),
+    ("checkpointing",),
+    ("adam8bit",),
+    ("checkpointing", "adam8bit"),
+    ("checkpointing", "bf16_weights"),
+    ("checkpointing", "teacher_int8"),
+    ("checkpointing", "bf16_weights", "teacher_int8"),
+    ("checkpointing", "lora"),
+    ("checkpointing", "lora", "teacher_int8"),
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,14 @@ class Workload:
 
 
 def workload_of(
-    module: StudentModule, data: Any, trainer: Any, *, length: int, mean_length: float, answer_share: float
+    module: StudentModule,
+    data: Any,
+    trainer: Any,
+    *,
+    length: int,
+    mean_length: float,
+    answer_share: float,
+    device: str = "cuda",
 ) -> Workload:
     """What the parts of a recipe say; nothing is loaded but configurations."""
     own = module.own_answers if isinstance(module, Distillation) else None
@@ -139,6 +152,7 @@ def workload_of(
         checkpointing=module.gradient_checkpointing,
         lora_rank=lora.settings["rank"] if lora else 0,
         chunk_tokens=module.chunk_tokens,
+        device=device,
         **({"objective": objectives["dataset"]} if objectives else {"objective": _CROSS_ENTROPY}),
     )
     steps = max(trainer.max_steps, 0)
@@ -188,23 +202,18 @@ def _gathered(sizes: Sizes, itemsize: int) -> int:
 
 
 def what_fits(work: Workload, machine: Machine) -> tuple[list[str], dict[str, Any]] | None:
-    """The fewest overlays with which the recipe fits, and its memory then; None if nothing helps."""
-    for overlays in _combinations(machine, work):
-        changed = {name: value for overlay in overlays for name, value in OVERLAYS.get(overlay, {}).items()}
-        there = replace(machine, sharded=machine.sharded or "fsdp" in overlays)
-        found = memory(replace(work, step=replace(work.step, **changed)), there)
-        if found["peak"] <= found["usable"]:
-            return list(overlays), found
+    """The first overlays of `LADDER` with which the recipe fits, and its memory then; None if nothing helps."""
+    may_shard = machine.gpus > 1 and not machine.sharded and not work.events
+    for overlays in LADDER:
+        if "teacher_int8" in overlays and not work.teacher:
+            continue
+        changed = {name: value for overlay in overlays for name, value in OVERLAYS[overlay].items()}
+        for further in ([], ["fsdp"]) if may_shard and "teacher_int8" not in overlays else ([],):
+            there = replace(machine, sharded=machine.sharded or bool(further))
+            found = memory(replace(work, step=replace(work.step, **changed)), there)
+            if found["peak"] <= found["usable"]:
+                return [*overlays, *further], found
     return None
-
-
-def _combinations(machine: Machine, work: Workload) -> Iterator[tuple[str, ...]]:
-    names = [name for name in OVERLAYS if name != "teacher_int8" or work.teacher]
-    names += ["fsdp"] if machine.gpus > 1 and not machine.sharded and not work.events else []
-    for count in range(5):
-        for overlays in itertools.combinations(names, count):
-            if not any(pair <= set(overlays) for pair in _APART):
-                yield overlays
 
 
 def phases(work: Workload, machine: Machine) -> list[dict[str, Any]]:
@@ -286,13 +295,19 @@ def in_words(plan: Mapping[str, Any]) -> str:
         f"  {total['hours']:.3g} hours, {total['gpu_hours']:.3g} GPU hours, {total['kwh']:.3g} kWh at full power{money}",
     ]
     if advice := plan.get("guidance"):
-        lines += ["", f"What {advice['flops']:.2e} FLOPs pay for, and nats a token by each law (of pre-training: tokens are an upper bound)", ""]
+        lines += [
+            "",
+            f"What {advice['flops']:.2e} FLOPs pay for, and nats a token by each law (of pre-training: tokens are an upper bound)",
+            "",
+        ]
         lines += [f"  [{number}] {law}" for number, law in enumerate(advice["laws"], 1)]
         bests = [way["parameters"] for way in advice["best"]]
         for way in advice["ways"][:: max(1, len(advice["ways"]) // 8)] + advice["best"]:
             stars = "".join(f" best by [{number}]" for number, size in enumerate(bests, 1) if size == way["parameters"])
             losses = "  ".join(f"{loss:.3f}" for loss in way["losses"])
-            lines.append(f"  {way['parameters'] / 1e9:8.3f} B parameters {way['tokens'] / 1e9:10.2f} B tokens   {losses}{stars}")
+            lines.append(
+                f"  {way['parameters'] / 1e9:8.3f} B parameters {way['tokens'] / 1e9:10.2f} B tokens   {losses}{stars}"
+            )
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
-from models.calibration.observe import evaluating, hooked, input_of, on_device
+from models.calibration.observe import evaluating, hooked, input_of, layer_arguments, on_device
 from models.calibration.sensitivity import readers_of, token_weights
 from models.hardware.freed_memory import release_memory
 from models.post_training.compensation import DenseHalf
@@ -28,7 +28,7 @@ from models.post_training.settings import PostTrainingQuantization
 from models.post_training.smoothing import Pair, best_factors, fold, pairs_of
 from models.post_training.weight_solver import moment_of, round_weight
 from models.quantization.cache import CacheFormat, cache_quantizers
-from models.quantization.formats import Format, format_of
+from models.quantization.formats import format_of
 from models.quantization.linear import FakeQuantizedLinear, quantized_linears
 from models.quantization.quantizers import InputQuantizer, RowQuantizer
 from models.quantization.scales import Search
@@ -121,19 +121,10 @@ def calibrate_quantizers(
 
 def _read(model: PreTrainedModel, batch: Batch, number: int, *, sensitive: bool) -> _Reading:
     """What the first layer reads, the arguments of all layers, and the weights of the tokens."""
-    streams: list[Tensor] = []
-    arguments: list[dict[str, Any]] = []
-
-    def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        if not streams:
-            streams.append(positional[0].detach())
-        arguments.append(named)
-
     mask_BT, blocks = batch["attention_mask"].bool(), [layer.block for layer in decoder_layers(model)]
-    with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks):
-        model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    stream_BTD, arguments = layer_arguments(model, blocks, batch)
     weights = token_weights(model, batch, seed=number) if sensitive else [[mask_BT.float()] * 4 for _ in blocks]
-    return _Reading(mask_BT, arguments, weights, streams[0])
+    return _Reading(mask_BT, arguments, weights, stream_BTD)
 
 
 def _quantize_layer(layer: DecoderLayer, readings: Sequence[_Reading], settings: PostTrainingQuantization) -> None:
@@ -237,13 +228,9 @@ def _smooth(layer: DecoderLayer, readings: Sequence[_Reading], settings: PostTra
         input_SI = torch.cat([input_BTI[reading.mask_BT] for input_BTI, reading in inputs])
         weight_S = torch.cat([reading.weights[layer.index][position][reading.mask_BT] for reading in some])
         step = -(-len(input_SI) // settings.smoothing_tokens)
+        formats = [format_of(r.format) if isinstance(r, FakeQuantizedLinear) else None for r in pair.readers]
         strengths = _strengths(pair, settings)
-        fold(pair, best_factors(pair, input_SI[::step], _formats(pair), strengths=strengths, weight_S=weight_S[::step]))
-
-
-def _formats(pair: Pair) -> list[Format | None]:
-    """The formats of a pair's readers; None for those that stay as they are."""
-    return [format_of(r.format) if isinstance(r, FakeQuantizedLinear) else None for r in pair.readers]
+        fold(pair, best_factors(pair, input_SI[::step], formats, strengths=strengths, weight_S=weight_S[::step]))
 
 
 def _strengths(pair: Pair, settings: PostTrainingQuantization) -> tuple[float, ...]:

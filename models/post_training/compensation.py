@@ -29,11 +29,8 @@ _DAMPING = 0.01  # share of the mean diagonal; inputs that are always zero need 
 def compensating(weight_OI: Tensor, gram_II: Tensor, product_IO: Tensor, ridge: float = RIDGE) -> Tensor:
     """The weight (O, I) to be rounded in the place of another.
 
-    Args:
-        weight_OI: The weight that the ridge pulls towards.
-        gram_II: X^T X of the inputs that it will have.
-        product_IO: X^T Y of these inputs and the outputs aimed at, without the bias.
-        ridge: How much of an input's share in X^T X pulls back.
+    The ridge pulls towards `weight_OI`, by its share of an input in X^T X.  `gram_II` is X^T X of the inputs that the
+    weight will have, and `product_IO` X^T Y with the outputs aimed at, without the bias.
 
     Raises:
         ValueError: The damped Gram matrix is not positive definite.
@@ -65,15 +62,9 @@ class DenseHalf:
     def run(
         cls, module: nn.Module, writer: Any, norm: nn.Module, finish: nn.Module | None, stream_BTD: Tensor, **named: Any
     ) -> "DenseHalf":
-        """Run half a layer.
+        """Run the attention or the MLP on the unquantized model's stream before it.
 
-        Args:
-            module: The attention or the MLP.
-            writer: Its last projection.
-            norm: What it reads the stream through.
-            finish: The norm behind the writer, if there is one.
-            stream_BTD: The residual stream of the unquantized model before it.
-            named: Other arguments of the module.
+        `finish` is the norm behind the writer, if there is one.
         """
         input_BTD = norm(stream_BTD)
         output_BTD = writer(input_of(writer, module, input_BTD, **named))
@@ -87,9 +78,7 @@ class DenseHalf:
     def aim_of_writer(self, linear: Any, stream_BTD: Tensor) -> Tensor:
         """What the writer (O = D) must return for the stream to become the unquantized model's.
 
-        Args:
-            linear: The writer, for its bias.
-            stream_BTD: The residual stream of the quantized model before this half.
+        `stream_BTD` is the quantized model's before this half; of the writer only the bias is used.
         """
         aim_BTD = self.stream_BTD - stream_BTD if self.writes_directly else self.output_BTD
         return aim_BTD if linear.bias is None else aim_BTD - linear.bias

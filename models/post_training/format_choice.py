@@ -37,11 +37,8 @@ _UNQUANTIZED_BITS = 16.0
 def formats_by_pattern(model: PreTrainedModel, format: str, exceptions: Mapping[str, str]) -> dict[str, str]:
     """The format of every projection of every decoder layer, and of the output head where it is named.
 
-    Args:
-        model: The model.
-        format: What all projections have that no exception names.
-        exceptions: Formats by patterns of qualified names, such as `*.down_proj` or `model.layers.0.*`; `none` leaves a layer as it is.
-            The last pattern that fits decides.  The output head (`lm_head`) is meant by its very name only.
+    Exceptions are formats by patterns of qualified names, such as `*.down_proj` or `model.layers.0.*`; `none` leaves a
+    layer as it is, and the last pattern that fits decides.  The output head (`lm_head`) is meant by its very name only.
 
     Raises:
         ValueError: No such format, a pattern that fits no projection, or a head whose inputs would be rounded.
@@ -78,11 +75,8 @@ def formats_by_sensitivity(
     Every layer starts with the fewest bits; whatever saves most for its bits is raised next.  As in `models/pruning/budget/allocation.py`,
     only formats on the lower convex hull of a layer's costs take part.
 
-    Args:
-        model: Without quantizers; it is not changed.
-        batches: A few calibration batches with `labels`.
-        candidates: Weight-only formats; `none` counts 16 bits.
-        average_bits: Over all weights of the projections, scales and zero points included.
+    Batches are a few, with `labels`.  Candidates are weight-only formats; `none` counts 16 bits.  The average is over
+    all weights of the projections, scales and zero points included.  The model has no quantizers, and is not changed.
 
     Raises:
         ValueError: A format that rounds inputs, or a budget below the smallest candidate.
@@ -149,9 +143,9 @@ def _error(weight_OI: Tensor, gram_II: Tensor, format: str) -> float:
 
 
 def _weighted_grams(
-    model: PreTrainedModel, batches: Sequence[Batch], groups: Sequence[Sequence[nn.Module]]
+    model: PreTrainedModel, batches: Sequence[Batch], groups: Sequence[Sequence[Any]]
 ) -> tuple[list[Tensor], int]:
-    grams = [_square(group[0]).to(model.device) for group in groups]
+    grams = [torch.zeros(2 * group[0].weight.shape[1:]).to(model.device) for group in groups]
     answer_tokens = 0
     for number, batch in enumerate(on_device(batches, model.device)):
         weights = [weight_BT for layer in token_weights(model, batch, seed=number) for weight_BT in layer]
@@ -167,10 +161,6 @@ def _weighted_grams(
             gram_II += moment(weighted_SI, weighted_SI)
         answer_tokens += sum(answer_lengths(batch))
     return grams, answer_tokens
-
-
-def _square(linear: Any) -> Tensor:
-    return torch.zeros(2 * linear.weight.shape[1:])
 
 
 def bits_of(format: str) -> float:

@@ -28,11 +28,7 @@ def quantize_head(
     certain of what follows notices none.  By that a token counts where `settings.sensitive`.  SmolLM2-135M's head in `int4_g64` alone leaves
     0.037 nats, 0.038 with all tokens alike, and 0.128 rounded to nearest.
 
-    Args:
-        model: Its decoder layers are quantized.
-        batches: Calibration batches, with `labels`.
-        streams: What the last layer returned for each of them, (B, T, D).
-        settings: How to round.
+    `streams` are what the last layer returned for each of the batches (with `labels`), (B, T, D).
     """
     head: Any = model.get_output_embeddings()
     norm: Any = model.base_model.norm

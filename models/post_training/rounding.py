@@ -20,21 +20,14 @@ from torch import Tensor
 from models.calibration.least_squares import damped
 from models.quantization.fake_quantize import fake_quantize
 from models.quantization.formats import Grid
-from models.quantization.scales import Search, weight_scales
+from models.quantization.scales import SMALLEST_SCALE, Search, weight_scales
 
 _BLOCK = 128  # inputs handled together where no group says how many
-_SMALLEST_SCALE = 2.0**-14
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight on its grid.
-
-    Attributes:
-        weight_OI: The values, float32.
-        scale: As `weight_scales` gives it.
-        zero_point: Likewise; None for grids without.
-    """
+    """A weight on its grid, float32, with scales and zero points as `weight_scales` gives them."""
 
     weight_OI: Tensor
     scale: Tensor
@@ -42,13 +35,7 @@ class Rounded:
 
 
 def nearest(weight_OI: Tensor, grid: Grid, *, search: Search = "mse") -> Rounded:
-    """Every value goes to the nearest one on the grid.
-
-    Args:
-        weight_OI: The weight; its inputs are a multiple of the grid's group size.
-        grid: The grid.
-        search: How scales are chosen, see `weight_scales`.
-    """
+    """Every value goes to the nearest one on the grid; scales are chosen as in `weight_scales`."""
     weight_OI = weight_OI.detach().float()
     scale, zero_point = weight_scales(weight_OI, grid, search)
     return Rounded(fake_quantize(weight_OI, scale, zero_point, grid.numbers, 0, grid.group_size), scale, zero_point)
@@ -70,14 +57,9 @@ def gptq(
     rounded to nearest.  D_k is also how much a squared rounding error of input k counts when scales of groups are searched (for
     scales of rows and tensors, which are finer, it makes no difference).
 
-    Args:
-        weight_OI: The weight; its inputs are a multiple of the grid's group size.
-        gram_II: X^T X.
-        grid: The grid.
-        search: How scales are chosen: those of a group when its turn comes, from the values that would then be best; all others
-            from the weight.
-        damping: Share of H's mean diagonal that is added to it.
-        ordered: Inputs of large magnitude come first; all scales are then chosen from the weight.
+    The inputs are a multiple of the grid's group size.  Scales of a group are chosen when its turn comes, from the
+    values that would then be best; all others from the weight, as are all where the inputs are `ordered`, those of
+    large magnitude first.  `damping` is the share of H's mean diagonal that is added to it.
 
     Raises:
         ValueError: The damped Gram matrix is not positive definite.
@@ -115,14 +97,9 @@ def quantease(
 ) -> Rounded:
     """Cyclic coordinate descent over values and scales; no step raises the error.
 
-    Args:
-        weight_OI: The weight.
-        gram_II: X^T X.
-        grid: The grid.
-        start: Where to start: what another method gave.
-        damping: Share of H's mean diagonal that is added to it.
-        sweeps: Passes over all inputs, at most; it ends where nothing changes any more.
-        rescale: Scales change too; otherwise they stay those of `start`.
+    It starts from what another method gave, and ends after so many `sweeps` over all inputs or where nothing changes
+    any more.  Unless `rescale`, scales stay those of `start`.  `damping` is the share of H's mean diagonal that is
+    added to it.
     """
     hessian_II = damped(gram_II, damping).float()
     weight_OI, values_OI = weight_OI.detach().float(), start.weight_OI.clone()
@@ -190,7 +167,7 @@ class _Columns:
             slope_O, bend_O = slope_O.sum(), bend_O.sum()
         scale = self.scale if block is None else self.scale[:, block]
         best = scale * (1 - slope_O / bend_O.clamp(min=torch.finfo(torch.float32).tiny))
-        best = best.clamp(min=_SMALLEST_SCALE).half().float()
+        best = best.clamp(min=SMALLEST_SCALE).half().float()
         factor = best / scale
         values_OK *= factor if factor.dim() == 0 else factor[:, None]
         scale.copy_(best)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.architecture import DecoderLayer, Part
+from models.architecture import DecoderLayer, Part, gain_offset
 from models.post_training.kernels import kernel_block, rounded_in_blocks
 from models.post_training.rounding import nearest
 from models.quantization.fake_quantize import fake_quantize
@@ -36,12 +36,9 @@ _MOST = 1e4  # factor; the least is one over it
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor that can be divided where it is made and multiplied where it is read.
+    """A tensor that its source (a norm, or outputs of a linear layer) can divide and its readers multiply.
 
-    Attributes:
-        source: The norm, or the outputs of a linear layer, that make it.
-        readers: The linear layers that read it.
-        channel_I: Which channel each input of a reader is.
+    `channel_I` says which channel each input of a reader is.
     """
 
     source: Any
@@ -84,7 +81,8 @@ def fold(pair: Pair, factor_C: Tensor) -> None:
             if parameter is not None:
                 parameter[rows] /= factor_C if parameter.dim() == 1 else factor_C[:, None]
     else:
-        _divide_gain(pair.source, factor_C)
+        offset, weight_C = gain_offset(pair.source), pair.source.weight
+        weight_C.copy_((weight_C.float() + offset) / factor_C - offset)
     for reader in pair.readers:
         reader.weight *= factor_C[pair.channel_I]
 
@@ -92,13 +90,9 @@ def fold(pair: Pair, factor_C: Tensor) -> None:
 def smoothing_factors(inputs_C: Tensor, weights_C: Tensor, strength: float) -> Tensor:
     """SmoothQuant's factors: inputs^strength / weights^(1 - strength), with a geometric mean of 1.
 
-    Args:
-        inputs_C: Magnitude of each channel of the inputs.
-        weights_C: Magnitude of the weights that it meets; ones: AWQ's factors.
-        strength: 0 evens out the weights, 1 the inputs.
-
-    Returns:
-        Factors from 1e-4 to 1e4; 1 for channels that are always zero, or meet only zeros.
+    Of the magnitudes of each channel of the inputs and of the weights that it meets (ones: AWQ's factors); a strength
+    of 0 evens out the weights, 1 the inputs.  Factors are from 1e-4 to 1e4; 1 for channels that are always zero, or
+    meet only zeros.
     """
     live_C = (inputs_C > 0) & (weights_C > 0)
     logarithm_C = strength * inputs_C.log() - (1 - strength) * weights_C.log()
@@ -117,12 +111,8 @@ def best_factors(
 ) -> Tensor:
     """Factors, of SmoothQuant's and AWQ's for some strengths and none at all, with the least error of the readers' outputs.
 
-    Args:
-        pair: The pair.
-        input_SI: A sample of the readers' inputs.
-        formats: How each reader will be quantized, None for not at all; the search rounds weights to nearest.
-        strengths: The strengths to try.
-        weight_S: How much each token counts; all alike if not given.
+    Formats are those of the readers, None for one that stays as it is; the search rounds weights to nearest.  Tokens of
+    the sample count by `weight_S`, or all alike.
     """
     input_SI = input_SI.float()
     weight_S = input_SI.new_ones(len(input_SI)) if weight_S is None else weight_S
@@ -140,11 +130,7 @@ def best_factors(
 
 
 def _output_error(
-    weights: Sequence[Tensor],
-    input_SI: Tensor,
-    weight_S: Tensor,
-    factor_I: Tensor,
-    formats: Sequence[Format | None],
+    weights: Sequence[Tensor], input_SI: Tensor, weight_S: Tensor, factor_I: Tensor, formats: Sequence[Format | None]
 ) -> Tensor:
     """The squared change of all outputs by rounding inputs and weights."""
     squares_S = torch.zeros_like(weight_S)
@@ -163,11 +149,3 @@ def _rounded_inputs(input_SI: Tensor, format: Format) -> Tensor:
         return rounded_in_blocks(input_SI, kernel_block(format.weight))
     scale = row_scales(input_SI, grid) if grid.scales == "row" else scale_from_amax(input_SI.abs().amax(), grid.high)
     return fake_quantize(input_SI, scale, None, grid.numbers)
-
-
-def _divide_gain(norm: Any, factor_C: Tensor) -> None:
-    """Divide what an RMSNorm multiplies with: its weight, or (Gemma) one more than its weight."""
-    weight_C = norm.weight.float()
-    gain_C = norm(torch.full_like(weight_C, 1e4))  # of equal channels each is 1 after the division, up to epsilon
-    offset = (gain_C - weight_C).mean().round()
-    norm.weight.copy_((weight_C + offset) / factor_C - offset)

@@ -32,18 +32,13 @@ def moment_of(
 
 @torch.no_grad()
 def round_weight(
-    linear: FakeQuantizedLinear,
-    gram_II: Tensor | None,
-    product_IO: Tensor | None,
-    settings: PostTrainingQuantization,
+    linear: FakeQuantizedLinear, gram_II: Tensor | None, product_IO: Tensor | None, settings: PostTrainingQuantization
 ) -> None:
     """Round the weight of a layer, in place, and freeze its quantizer.
 
-    Args:
-        linear: The layer; its input quantizer is frozen, if it has one.
-        gram_II: X^T X of its inputs; None where the method does not look at them.
-        product_IO: X^T Y with the outputs to aim at, see `models/post_training/compensation.py`; None: those of the weight.
-        settings: How to round.
+    An input quantizer is frozen before.  `gram_II` is X^T X of the inputs, None where the method does not look at them;
+    `product_IO` is X^T Y with the outputs to aim at, see `models/post_training/compensation.py`, None for those of the
+    weight.
     """
     if product_IO is not None:
         assert gram_II is not None

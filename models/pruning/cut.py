@@ -137,13 +137,7 @@ def plan_cut(
 
     The hidden size goes by the score, and by taylor in the place of osscar, since no single projection reads the residual stream.
 
-    Args:
-        model: The model to cut.
-        batches: Calibration batches with answers; with several processes, those of this one.
-        targets: What is kept.
-        settings: How units are chosen.
-        ranking: From `rank_units`, of this model on these batches; by default it is made where it is needed.
-        total: Sums a tensor over all processes.
+    The ranking is one of `rank_units`, of this model on these batches; by default it is made where it is needed.
 
     Raises:
         ValueError: There was no batch, the target of query heads is no multiple of the groups, an average or the limit cannot be
@@ -152,7 +146,11 @@ def plan_cut(
     layers = decoder_layers(model)
     gone: list[int] = []
     if targets.layers is not None and targets.layers < len(layers):
-        gone = _layers_to_drop(model, batches, len(layers) - targets.layers, settings.depth, total)
+        count = len(layers) - targets.layers
+        if settings.depth == "search":
+            gone = search_block(len(layers), count, lambda block: removal_loss(model, batches, block, total=total))
+        else:
+            gone = layers_to_drop(block_influence(model, batches, total=total), count)
     edits: list[Edit] = []
     hidden: dict[Key, int] = {} if targets.hidden is None else {("hidden", 0): targets.hidden}
     shape, per_layer = shape_of(model).keeping(hidden), settings.allocation == "per_layer"
@@ -174,16 +172,6 @@ def plan_cut(
         by_channel = score(model, batches, total=total, seed=settings.seed).hidden
         edits.append({"op": "narrow_hidden", "keep": top_indices(by_channel, targets.hidden)})
     return edits
-
-
-def _layers_to_drop(
-    model: PreTrainedModel, batches: Sequence[Batch], count: int, depth: Depth, total: Total
-) -> list[int]:
-    if depth == "search":
-        return search_block(
-            len(decoder_layers(model)), count, lambda block: removal_loss(model, batches, block, total=total)
-        )
-    return layers_to_drop(block_influence(model, batches, total=total), count)
 
 
 def repair_cut(

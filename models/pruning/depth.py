@@ -25,13 +25,7 @@ from models.structure.slicing import checked_indices
 def block_influence(model: PreTrainedModel, batches: Iterable[Batch], *, total: Total = identity) -> Tensor:
     """Block influence of each layer (ShortGPT, arXiv 2403.03853): 1 - mean over tokens of the cosine of its input and output.
 
-    Args:
-        model: The model to judge; left as it was.
-        batches: Calibration batches; with several processes, those of this one.
-        total: Sums a tensor over all processes.
-
-    Returns:
-        Scores (L,), float32, from 0 (the layer only scales its input) to 2.
+    Scores (L,) are float32, from 0 (the layer only scales its input) to 2.  The model is left as it was.
 
     Raises:
         ValueError: There was no batch, or the model's family is unknown.
@@ -65,13 +59,8 @@ def layers_to_drop(scores_L: Tensor, count: int) -> list[int]:
 def search_block(num_layers: int, count: int, metric: Callable[[list[int]], float]) -> list[int]:
     """The block of consecutive layers whose removal leaves the best model (Minitron, arXiv 2408.11796, section 2.2).
 
-    Args:
-        num_layers: Layers of the model.
-        count: Layers of the block.
-        metric: Judges the model without these layers, ascending; lower is better (KL, perplexity).  `without_layers` helps.
-
-    Returns:
-        The layers of the best block, ascending; the first of equal ones.
+    The metric judges the model without the layers it is given, ascending; lower is better (KL, perplexity), and
+    `without_layers` helps.  Returned are the layers of the best block, ascending; the first of equal ones.
 
     Raises:
         ValueError: There are not that many layers, none would be left, or the metric of a block is not a number.
@@ -94,12 +83,6 @@ def removal_loss(
 ) -> float:
     """Cross-entropy of the answers without these layers, nats per answer token: a metric for `search_block`.
 
-    Args:
-        model: The model to judge; left as it was.
-        batches: Calibration batches with answers; with several processes, those of this one.
-        layers: Layers to skip, ascending.
-        total: Sums a tensor over all processes.
-
     Raises:
         ValueError: There was no batch, or there is no such layer.
     """
@@ -119,10 +102,6 @@ def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[No
     """Let a model skip these decoder layers for a while, at no cost: it computes what it would after `drop_layers`.
 
     Weights and modules stay; only calls pass the layers by.  For forward passes without a cache.
-
-    Args:
-        model: The model.
-        layers: Layers to skip, ascending.
 
     Raises:
         ValueError: There is no such layer.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import get_args
 
 from models.architecture import DecoderLayer
 from models.pruning.budget.allocation import Curve, allocate
@@ -10,12 +11,11 @@ from models.pruning.budget.target import Limit
 from models.pruning.scores.osscar import Removal
 from models.pruning.scores.removal_order import Ranking
 from models.structure.edits import Edit
-from models.structure.shape import Key, Shape, WidthAxis
+from models.structure.shape import Key, Shape, WidthAxis, narrow_edit
 
 Rounds = dict[Key, list[Removal]]
 
 _STEP = 64  # neurons removed between two scorings where all layers keep as many
-_OPERATIONS: dict[WidthAxis, str] = {"neurons": "narrow_mlp", "kv_groups": "narrow_kv_groups"}
 
 
 def narrow_layers(
@@ -31,15 +31,10 @@ def narrow_layers(
 ) -> list[Edit]:
     """Edits that bring layers to their targets.
 
-    Args:
-        shape: The model's, with the hidden size that it will have.
-        layers: Those that stay.
-        ranking: Of their units.
-        neurons: Kept in every layer, or on average over the layers; None leaves them all.
-        kv_groups: The same.
-        query_heads: The same, all groups together.
-        limit: What the model may cost when all is done; its axes have no other target.
-        multiple: Sizes may differ by layer, those of the MLP in multiples of this; None: all layers get the same.
+    Targets are kept in every layer, or on average over the layers; query heads count over all groups; None leaves an
+    axis alone.  The shape has the hidden size that the model will have, and the layers are those that stay.  The limit
+    is on the model when all is done; its axes have no other target.  With a `multiple` sizes may differ by layer, those
+    of the MLP in multiples of it; None: all layers get the same.
 
     Raises:
         ValueError: Groups are no whole number, query heads no multiple of the groups, an average or the limit cannot be reached, or
@@ -123,19 +118,19 @@ def _edits(
 ) -> list[Edit]:
     edits: list[Edit] = []
     kept: dict[Key, list[int]] = {}
-    for axis, operation in _OPERATIONS.items():
+    for axis in get_args(WidthAxis):
         for layer in layers:
-            key = (axis, layer.index)
+            key: Key = (axis, layer.index)
             total, gone = shape.units(key), set[int]()
             for removal in rounds.get(key, []):
                 if total - len(gone) > left[key]:
                     gone.update(removal.units)
             kept[key] = [unit for unit in range(total) if unit not in gone]
             if gone:
-                edits.append({"op": operation, "layer": layer.index, "keep": kept[key]})
+                edits.append(narrow_edit(axis, layer.index, kept[key]))
     for layer in layers:
         heads = left.get(("query_heads", layer.index), layer.num_query_heads)
         if heads < layer.num_query_heads:
             keep = ranking.query_heads(layer, kept["kv_groups", layer.index], heads // layer.num_kv_groups)
-            edits.append({"op": "narrow_query_heads", "layer": layer.index, "keep": keep})
+            edits.append(narrow_edit("query_heads", layer.index, keep))
     return edits

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.least_squares import damped, moment, refit
-from models.calibration.observe import evaluating, hooked, input_of, on_device
+from models.calibration.observe import evaluating, input_of, layer_arguments, on_device
 from models.pruning.scores.importance import Total, identity
 from models.structure.edits import Edit
 from program.progress import Bar
@@ -68,14 +68,8 @@ def repair(
 ) -> None:
     """Fit `o_proj` and `down_proj` of every layer of a cut model, in place.
 
-    Args:
-        model: The model after the cut.
-        dense: The model before it.
-        edits: The cut.
-        batches: Calibration batches (`input_ids`, `attention_mask`); with several processes, those of this one.
-        prefix: See the top of this module.
-        ridge: Share of the mean diagonal of X^T X that pulls towards the present weights.
-        total: Sums a tensor over all processes.
+    `prefix`: see the top of this module.  `ridge` is the share of the mean diagonal of X^T X that pulls towards the
+    present weights.
 
     Raises:
         ValueError: There was no batch, or too few tokens for this ridge.
@@ -99,29 +93,15 @@ def repair(
 
 def _read(dense: PreTrainedModel, model: PreTrainedModel, batch: Batch, channels: Tensor | slice) -> _Reading:
     """The streams at the first layer, and the arguments of all layers, from one forward pass of the dense model."""
-    hidden: list[Tensor] = []
-    arguments: list[dict[str, Any]] = []
-
-    def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        hidden.append(positional[0])
-        arguments.append(named)
-
-    blocks = [layer.block for layer in decoder_layers(dense)]
-    with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks):
-        dense.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    stream_BTD, arguments = layer_arguments(dense, [layer.block for layer in decoder_layers(dense)], batch)
     embedded = model.get_input_embeddings()(batch["input_ids"])
-    scale = float(embedded.norm() / hidden[0][..., channels].norm())
-    return _Reading(batch["attention_mask"].bool(), arguments, hidden[0], embedded, scale)
+    scale = float(embedded.norm() / stream_BTD[..., channels].norm())
+    return _Reading(batch["attention_mask"].bool(), arguments, stream_BTD, embedded, scale)
 
 
 @dataclass
 class _Half:
-    """Attention or MLP of a layer, seen from the projection with which it writes to the stream.
-
-    Attributes:
-        linear: `o_proj` or `down_proj`.
-        norm: What stands between it and the stream.
-    """
+    """Attention or MLP of a layer, seen from the projection that writes to the stream, and the norm between the two."""
 
     linear: Any
     norm: Callable[[Tensor], Tensor] | None
@@ -146,33 +126,25 @@ def _repair_layer(
     total: Total,
 ) -> None:
     """Fit one layer of the cut model to the dense layer in its place and the dropped ones after it; move both streams on."""
-    number = replaced[0].index
-    attention, mlp = _halves(layer)
-    dense_attention, dense_mlp = _halves(replaced[0])
-    fit, inputs = _Fit(attention, ridge), []
-    for reading in readings:
-        arguments = reading.arguments[number]
-        dense_input = input_of(dense_attention.linear, replaced[0].block, reading.dense_BTD, **arguments)
-        inputs.append(input_of(attention.linear, layer.block, reading.cut_BTD, **arguments))
-        output_BTD = dense_attention.linear(dense_input)
-        reading.dense_BTD = reading.dense_BTD + dense_attention.written(dense_input)
-        fit.add(inputs[-1], output_BTD[..., channels], reading, channels)
-    fit.solve(total)
-    for reading, input_BTP in zip(readings, inputs, strict=True):
-        reading.cut_BTD = reading.cut_BTD + attention.written(input_BTP)
-
-    fit, inputs = _Fit(mlp, ridge), []
-    for reading in readings:
-        dense_input = input_of(dense_mlp.linear, replaced[0].mlp, replaced[0].stream_norms[1](reading.dense_BTD))
-        inputs.append(input_of(mlp.linear, layer.mlp, layer.stream_norms[1](reading.cut_BTD)))
-        output_BTD = dense_mlp.linear(dense_input)
-        reading.dense_BTD = reading.dense_BTD + dense_mlp.written(dense_input)
-        for dropped in replaced[1:]:
-            reading.dense_BTD = dropped.block(reading.dense_BTD, **reading.arguments[dropped.index])
-        fit.add(inputs[-1], output_BTD[..., channels], reading, channels)
-    fit.solve(total)
-    for reading, input_BTP in zip(readings, inputs, strict=True):
-        reading.cut_BTD = reading.cut_BTD + mlp.written(input_BTP)
+    dense = replaced[0]
+    for half, (ours, theirs) in enumerate(zip(_halves(layer), _halves(dense), strict=True)):
+        fit, inputs = _Fit(ours, ridge), []
+        for reading in readings:
+            if half == 0:
+                arguments = reading.arguments[dense.index]
+                dense_input = input_of(theirs.linear, dense.block, reading.dense_BTD, **arguments)
+                inputs.append(input_of(ours.linear, layer.block, reading.cut_BTD, **arguments))
+            else:
+                dense_input = input_of(theirs.linear, dense.mlp, dense.stream_norms[1](reading.dense_BTD))
+                inputs.append(input_of(ours.linear, layer.mlp, layer.stream_norms[1](reading.cut_BTD)))
+            output_BTD = theirs.linear(dense_input)
+            reading.dense_BTD = reading.dense_BTD + theirs.written(dense_input)
+            for dropped in replaced[1:] if half else ():
+                reading.dense_BTD = dropped.block(reading.dense_BTD, **reading.arguments[dropped.index])
+            fit.add(inputs[-1], output_BTD[..., channels], reading, channels)
+        fit.solve(total)
+        for reading, input_BTP in zip(readings, inputs, strict=True):
+            reading.cut_BTD = reading.cut_BTD + ours.written(input_BTP)
 
 
 class _Fit:

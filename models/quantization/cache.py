@@ -10,10 +10,12 @@ magnitude that counts for keys.
 Legend: B samples, G key/value groups, T new tokens, K head width.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from models.architecture import CACHE, decoder_layers
@@ -77,7 +79,7 @@ class _RoundingCache:
         return seen
 
 
-def insert_cache_quantizers(model: PreTrainedModel, format: str) -> None:
+def insert_cache_quantizers(model: PreTrainedModel, optimizers: Sequence[Optimizer] = (), *, format: str) -> None:
     """Let every attention of a decoder round its new keys and values, in place; the quantizers observe at first.
 
     Raises:
@@ -94,12 +96,8 @@ def insert_cache_quantizers(model: PreTrainedModel, format: str) -> None:
     share = (model.config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     for layer in decoder_layers(model):
         attention: Any = layer.attention
-        quantizer = (
-            CacheQuantizer(format, int(share * layer.head_dim))
-            .to(layer.keys.linear.weight.device)
-            .train(attention.training)
-        )
-        setattr(attention, _NAME, quantizer)
+        quantizer = CacheQuantizer(format, int(share * layer.head_dim)).train(attention.training)
+        setattr(attention, _NAME, quantizer.to(layer.keys.linear.weight.device))
         attention.register_forward_pre_hook(_round_what_is_cached, with_kwargs=True)
 
 

@@ -26,11 +26,8 @@ SCALE_RATE = 10.0
 def learn_scales(model: nn.Module, optimizers: Sequence[Optimizer] = (), *, weights_follow: bool) -> None:
     """Make the scales of all quantized layers' weights and calibrated inputs trainable, in place, and show them to the optimizers.
 
-    Args:
-        model: Model with quantized layers.
-        optimizers: They get a group for the scales.
-        weights_follow: Weights are multiplied when their scales move, so that their codes stay: for weights that a solver has left on
-            the grid, see `lsq.py`.
+    With `weights_follow`, weights are multiplied when their scales move, so that their codes stay: for weights that a
+    solver has left on the grid, see `lsq.py`.  Optimizers get a group for the scales.
 
     Raises:
         ValueError: There is no such scale, they are learned already, or a weight that follows is not in float32.

@@ -100,12 +100,7 @@ Reduce = Callable[[Tensor, str], Tensor]  # of a tensor over all processes, by "
 
 
 def merge_observations(model: nn.Module, reduce: Reduce = lambda x, operation: x) -> None:
-    """Add what this process observed since the last call, and what its counterparts did, to the buffers of all.
-
-    Args:
-        model: Model with fake-quantized layers, the same ones in every process.
-        reduce: Elementwise maximum or sum of a tensor over all processes.
-    """
+    """Add what this process observed since the last call, and what its counterparts did, to the buffers of all."""
     observers = [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.frozen]
     if not observers:
         return

@@ -57,32 +57,15 @@ def fake_quantize_learned(
 ) -> Tensor:
     """`fake_quantize` with the gradients of the module's table, that of the scale multiplied by `factor`.
 
-    Args:
-        x: See `fake_quantize`.
-        scale: See `fake_quantize`; `scale_of(log_scale)`.
-        log_scale: Float32 of the shape of `scale`; receives the gradient of the scale.
-        factor: LSQ's gradient scale, (values that share a scale * largest code) ** -0.5.
-        zero_point: See `fake_quantize`; it receives no gradient.
-        numbers: See `fake_quantize`.
-        axis: See `fake_quantize`.
-        block_size: See `fake_quantize`.
-        follows: Whether x is multiplied when the scale moves, so that its codes stay.
+    Arguments that both have mean the same.  `scale` is `scale_of(log_scale)`, and `log_scale`, float32 of its shape, receives its
+    gradient.  `factor` is LSQ's gradient scale, (values that share a scale * largest code) ** -0.5.  Where x `follows`, it is
+    multiplied when the scale moves, so that its codes stay.
     """
     return fake_quantize(x, scale, zero_point, numbers, axis, block_size)
 
 
 @fake_quantize_learned.register_fake
-def _(
-    x: Tensor,
-    scale: Tensor,
-    log_scale: Tensor,
-    factor: float,
-    zero_point: Tensor | None = None,
-    numbers: str = "fp8_e4m3",
-    axis: int = 0,
-    block_size: int = 0,
-    follows: bool = False,
-) -> Tensor:
+def _(x: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -13,8 +13,6 @@ from transformers import PreTrainedModel
 
 from models.quantization.formats import format_of
 
-_TOKENS_AT_ONCE = 256  # whose logits are held
-
 
 def check_head_format(format: str) -> None:
     """Raise `ValueError` for a format that rounds inputs: losses multiply with the head's weight, piece by piece."""

@@ -112,12 +112,7 @@ class FakeQuantizer(nn.Module):
 
 
 class WeightQuantizer(FakeQuantizer):
-    """Quantizer of a weight.
-
-    Args:
-        grid: Its grid.
-        weight_OI: The weight; only its shape counts.
-    """
+    """Quantizer of a weight, of which only the shape counts."""
 
     def __init__(self, grid: Grid, weight_OI: Tensor) -> None:
         outputs, inputs = weight_OI.shape

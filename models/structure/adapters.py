@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from models.architecture import decoder_layers
@@ -41,16 +42,19 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def insert_adapters(
-    model: PreTrainedModel, modules: Sequence[str], *, rank: int, alpha: float, dropout: float = 0.0
+    model: PreTrainedModel,
+    optimizers: Sequence[Optimizer] = (),
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules: Sequence[str],
 ) -> None:
     """Put an adapter beside linear layers of every decoder layer, in place, and freeze everything else.
 
-    Args:
-        model: The student, in float32 or bfloat16; adapters are float32.
-        modules: Which projections, by their names in the layer.
-        rank: Rows of A and columns of B.
-        alpha: Numerator of the scale `alpha / rank`.
-        dropout: Probability with which an input of A is dropped in training.
+    The adapters of these `modules` (names in the layer) are float32: A has `rank` rows, their scale is `alpha / rank`,
+    and `dropout` is the probability with which an input of A is dropped in training.  Optimizers are not looked at:
+    what is frozen stays in its group.
 
     Raises:
         ModuleNotFoundError: PEFT is not installed.

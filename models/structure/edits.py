@@ -89,8 +89,9 @@ def _fake_quantize(
     linears = dict(model.named_modules())
     for name in modules:
         if not isinstance(linears.get(name), nn.Linear):
+            kind = f"a {type(linears[name]).__name__}" if name in linears else "no module"
             raise ValueError(
-                f"expected linear layers to quantize, found {name!r}, which is {_kind(linears.get(name))} in this model; "
+                f"expected linear layers to quantize, found {name!r}, which is {kind} in this model; "
                 "list each linear layer once, by its name in the model"
             )
     if head_name(model) in modules:
@@ -102,26 +103,6 @@ def _fake_quantize(
         setattr(linears[parent], child, linear.to(linear.weight.device))
 
 
-def _quantize_cache(model: PreTrainedModel, optimizers: Sequence[Optimizer], *, format: str) -> None:
-    insert_cache_quantizers(model, format)
-
-
-def _lora(
-    model: PreTrainedModel,
-    optimizers: Sequence[Optimizer],
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    modules: Sequence[str],
-) -> None:
-    insert_adapters(model, modules, rank=rank, alpha=alpha, dropout=dropout)
-
-
-def _kind(module: nn.Module | None) -> str:
-    return "no module" if module is None else f"a {type(module).__name__}"
-
-
 _OPERATIONS: dict[str, Callable[..., None]] = {
     "narrow_mlp": narrow_mlp,
     "narrow_kv_groups": narrow_kv_groups,
@@ -129,7 +110,7 @@ _OPERATIONS: dict[str, Callable[..., None]] = {
     "narrow_hidden": narrow_hidden,
     "drop_layers": drop_layers,
     "fake_quantize": _fake_quantize,
-    "quantize_cache": _quantize_cache,
+    "quantize_cache": insert_cache_quantizers,
     "learn_scales": learn_scales,
-    "lora": _lora,
+    "lora": insert_adapters,
 }

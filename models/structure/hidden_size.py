@@ -18,12 +18,11 @@ and Gemma's output norms keep the old one, which makes a relative difference of 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from models.architecture import decoder_layers
+from models.architecture import decoder_layers, gain_offset
 from models.structure.sizes import sync_config
 from models.structure.slicing import checked_indices, narrow_linear, narrow_parameter
 
@@ -54,26 +53,14 @@ def narrow_hidden(model: PreTrainedModel, optimizers: Sequence[Optimizer] = (), 
     for norm in (*stream_norms, *output_norms):
         narrow_parameter(norm.weight, channels, 0, optimizers)
     for norm in stream_norms:
-        _multiply_gain(norm, share**-0.5)
+        offset = gain_offset(norm)
+        norm.weight.data.copy_((norm.weight.data.float() + offset) * share**-0.5 - offset)
     if hasattr(embedding, "embed_scale"):
         embedding.scalar_embed_scale = len(channels) ** 0.5
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
     else:
-        _multiply_epsilon(model, 1 / share)
+        model.config.rms_norm_eps *= 1 / share
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = model.config.rms_norm_eps
     sync_config(model)
-
-
-@torch.no_grad()
-def _multiply_gain(norm: Any, factor: float) -> None:
-    """Multiply what an RMSNorm multiplies with: its weight, or (Gemma) one more than its weight."""
-    weight = norm.weight.float()
-    gain = norm(torch.full_like(weight, 1e4))  # of equal channels each is 1 after the division, up to epsilon
-    offset = (gain - weight).mean().round()
-    norm.weight.copy_((weight + offset) * factor - offset)
-
-
-def _multiply_epsilon(model: PreTrainedModel, factor: float) -> None:
-    model.config.rms_norm_eps *= factor
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = model.config.rms_norm_eps

@@ -5,7 +5,7 @@ index of a layer (0 for the hidden size, which all layers share).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,13 +21,7 @@ Key = tuple[Axis, int]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one decoder layer.
-
-    Attributes:
-        neurons: Neurons of the gated MLP.
-        query_heads: Query heads, as many in every group.
-        kv_groups: Key/value heads.
-    """
+    """Sizes of a decoder layer: neurons of the gated MLP, query heads (as many in every group), key/value heads."""
 
     neurons: int
     query_heads: int
@@ -38,14 +32,7 @@ class LayerShape:
 class Wiring:
     """What pruning leaves as it is, but a count of parameters must know.
 
-    Attributes:
-        tied: Embedding and head are one matrix.
-        qkv_bias: Queries, keys and values have biases.
-        o_bias: `o_proj` has one.
-        gate_up_bias: Gate and up projections have biases.
-        down_bias: `down_proj` has one.
-        norms: Norms over the hidden size in a layer.
-        head_norms: Norms over the width of a head in a layer.
+    Norms are counted in a layer: those over the hidden size, and those over the width of a head.
     """
 
     tied: bool = True
@@ -59,15 +46,7 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a student.
-
-    Attributes:
-        hidden: Channels of the residual stream.
-        head_dim: Width of a head.
-        vocabulary: Rows of the embedding, and of the head.
-        layers: Sizes of each decoder layer.
-        wiring: Biases, norms, tied or not.
-    """
+    """Sizes of a student: channels of the residual stream, width of a head, rows of the embedding, and its layers."""
 
     hidden: int
     head_dim: int
@@ -98,11 +77,8 @@ class Shape:
 
     def evenly(self, sizes: Mapping[WidthAxis, int]) -> "Shape":
         """The shape whose layers keep at most so many units each along these axes."""
-        kept: dict[Key, int] = {}
-        for axis, units in sizes.items():
-            for index in range(len(self.layers)):
-                kept[axis, index] = min(units, self.units((axis, index)))
-        return self.keeping(kept)
+        keys: list[Key] = [(axis, index) for axis in sizes for index in range(len(self.layers))]
+        return self.keeping({key: min(sizes[key[0]], self.units(key)) for key in keys})  # type: ignore[index]
 
     def widest(self, axis: WidthAxis) -> int:
         """Units of the layer that has most of them along an axis."""
@@ -145,23 +121,29 @@ def sliced(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
         ValueError: Something of the shape is larger than the model.
     """
     student = copy.deepcopy(model)
-    replay(student, _edits(shape_of(model), shape))
+    replay(student, edits_between(shape_of(model), shape))
     return student
 
 
-def _edits(whole: Shape, part: Shape) -> list[Edit]:
+def narrow_edit(axis: Axis, layer: int, keep: Sequence[int]) -> Edit:
+    """The edit that keeps these units of a layer along one of its axes."""
+    return {"op": f"narrow_{'mlp' if axis == 'neurons' else axis}", "layer": layer, "keep": list(keep)}
+
+
+def edits_between(whole: Shape, part: Shape) -> list[Edit]:
+    """The edits from one shape to a smaller one that keep the first layers, and of them the first units."""
     edits: list[Edit] = []
     if len(part.layers) != len(whole.layers):
         edits.append({"op": "drop_layers", "layers": list(range(len(part.layers), len(whole.layers)))})
     for index, (old, new) in enumerate(zip(whole.layers, part.layers, strict=False)):
         if new.neurons != old.neurons:
-            edits.append({"op": "narrow_mlp", "layer": index, "keep": list(range(new.neurons))})
+            edits.append(narrow_edit("neurons", index, range(new.neurons)))
         if new.kv_groups != old.kv_groups:
-            edits.append({"op": "narrow_kv_groups", "layer": index, "keep": list(range(new.kv_groups))})
+            edits.append(narrow_edit("kv_groups", index, range(new.kv_groups)))
         width, kept = old.query_heads // old.kv_groups, new.query_heads // new.kv_groups
         if kept != width:
             heads = [group * width + head for group in range(new.kv_groups) for head in range(kept)]
-            edits.append({"op": "narrow_query_heads", "layer": index, "keep": heads})
+            edits.append(narrow_edit("query_heads", index, heads))
     if part.hidden != whole.hidden:
         edits.append({"op": "narrow_hidden", "keep": list(range(part.hidden))})
     return edits

@@ -15,10 +15,6 @@ class LayerConfig:
     """A model's config as one attention sees it: its own number of query heads, all else as in the model's.
 
     It refers to the model's config instead of copying it, so what is set there (the attention implementation) is seen here.
-
-    Args:
-        config: The model's config.
-        num_attention_heads: Query heads of the layer.
     """
 
     def __init__(self, config: Any, num_attention_heads: int) -> None:

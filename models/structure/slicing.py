@@ -19,12 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def narrow_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizers: Sequence[Optimizer] = ()) -> None:
     """Keep the given indices of one dimension of a parameter and of its optimizer state; the gradient is dropped.
 
-    Args:
-        parameter: Parameter to shrink in place.
-        keep: Indices to keep, ascending, int64, shape (kept,).
-        dim: Dimension to shrink.
-        optimizers: Optimizers that may hold state for the parameter; every state tensor of the parameter's own shape
-            (Adam's moments, momentum) is sliced by the same indices, scalars (step counters) are left alone.
+    `keep` (kept,) is ascending int64.  Of an optimizer's state every tensor of the parameter's own shape (Adam's
+    moments, momentum) is sliced alike; scalars (step counters) are left alone.
     """
     old_shape = parameter.shape
     keep = keep.to(parameter.device)
@@ -79,12 +75,9 @@ def drop_parameters(parameters: Iterable[nn.Parameter], optimizers: Sequence[Opt
 
 
 def checked_indices(indices: Sequence[int], size: int, what: str) -> Tensor:
-    """Indices as a tensor, int64.
+    """Indices as a tensor, int64: at least one, ascending, each from 0 to `size` - 1.
 
-    Args:
-        indices: Ascending, at least one, each from 0 to `size` - 1.
-        size: How many there are to choose from.
-        what: Who chooses what of which, for the error: "narrow_mlp to keep neurons of layer 3".
+    `what` says for the error who chooses what of which: "narrow_mlp to keep neurons of layer 3".
 
     Raises:
         ValueError: They are not such indices.

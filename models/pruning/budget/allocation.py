@@ -61,12 +61,9 @@ def allocate(
     The price of each step comes from what it alone would save; when to stop comes from the whole shape, so that the target is
     reached also where savings do not add up (query heads in groups that are gone).
 
-    Args:
-        shape: The model before.
-        curves: What may be removed, and its cost; all else stays.
-        measure: What the budget is about: `parameters`, `flops` or an estimate of seconds, of a shape.
-        target: The largest measure that is allowed.
-        uniform: Remove the same number everywhere along neurons, query heads and key/value groups.
+    Curves say what may be removed and its cost; all else stays.  The target is the largest `measure` of a shape that is
+    allowed: parameters, FLOPs or an estimate of seconds.  Where `uniform`, the same number goes everywhere along
+    neurons, query heads and key/value groups.
 
     Raises:
         ValueError: The target cannot be reached, or curves do not fit the shape or each other.

@@ -23,11 +23,7 @@ def flops(shape: Shape, *, batch: int, new: int, past: int = 0) -> int:
     Matrix products only.  Attention counts every pair of a new token and a token up to the last one, as kernels with a mask compute
     it; norms, activations and softmax are left out.
 
-    Args:
-        shape: The student.
-        batch: Rows.
-        new: New tokens a row.
-        past: Tokens a row that are already in the cache.
+    `batch` rows have `new` tokens each, and `past` ones that are already in the cache.
     """
     tokens = batch * new
     weights = shape.vocabulary * shape.hidden + sum(_weights(shape, layer) for layer in shape.layers)

@@ -25,14 +25,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Latency:
-    """A student's time beside the dense model's.
-
-    Attributes:
-        dense_s: Median seconds of the dense model.
-        student_s: Median seconds of the student.
-        ratio: Median over pairs of student over dense.
-        spread: The quarter and the three-quarter point of these ratios.
-    """
+    """Median seconds of both models, and the ratio of the student's to the dense one's over pairs: median and quartiles."""
 
     dense_s: float
     student_s: float
@@ -42,13 +35,9 @@ class Latency:
 
 @dataclass(frozen=True)
 class Met:
-    """A shape that meets a budget of time.
+    """A shape that meets a budget of time, and the sparsity asked of `shrink` to get it.
 
-    Attributes:
-        shape: The student.
-        sparsity: What was asked of `shrink` to get it.
-        latency: Measured once more after the search.
-        searched: What the search measured: ratios by sparsity, in order.
+    `latency` was measured once more after the search, which found the ratios in `searched`, by sparsity, in order.
     """
 
     shape: Shape
@@ -58,13 +47,7 @@ class Met:
 
 
 def compare(dense: Run, student: Run, *, repetitions: int) -> Latency:
-    """Time two runs in turns, after one round that does not count.
-
-    Args:
-        dense: One forward pass of the dense model.
-        student: The same of the student.
-        repetitions: Counted rounds, two or more.
-    """
+    """Time two forward passes in turns: `repetitions` rounds, two or more, after one that does not count."""
     seconds = interleave({"dense": dense, "student": student}, repetitions=repetitions)
     ratios = [ours / theirs for ours, theirs in zip(seconds["student"], seconds["dense"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -139,12 +122,9 @@ def meet_latency(
 
 
 def torch_run(model: PreTrainedModel, *, batch: int, length: int) -> Run:
-    """The prefill of a model as transformers runs it, in the model's own type and on its device, with logits at all positions.
+    """The prefill of `batch` prompts of `length` tokens as transformers runs it, with logits at all positions.
 
-    Args:
-        model: Causal language model.
-        batch: Prompts at a time.
-        length: Tokens of each.
+    In the model's own type and on its device.
     """
     ids_BT = torch.ones(batch, length, dtype=torch.long, device=model.device)
 

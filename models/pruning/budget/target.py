@@ -72,13 +72,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Limit:
-    """What the student may cost after a cut, with layers of unlike sizes.
-
-    Attributes:
-        axes: What is removed for it, wherever it costs least.
-        measure: What is limited.
-        most: The limit.
-    """
+    """The most that the student may cost after a cut, and the axes along which units go wherever that costs least."""
 
     axes: Sequence[WidthAxis]
     measure: Measure

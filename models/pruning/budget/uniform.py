@@ -26,12 +26,8 @@ def evenly_sparse(
 ) -> Shape:
     """A shape with layers of the same sizes whose cost falls evenly with the sparsity.
 
-    Args:
-        shape: The shape before.
-        sparsity: Share removed of all the cost that may be, from 0 to 1.
-        axes: What may be removed.
-        measure: The cost.
-        multiple: Neurons kept are a multiple of this, or all.
+    The sparsity is the share removed of all the cost that may be removed along the axes, from 0 to 1.  Neurons kept are
+    a multiple of `multiple`, or all.
     """
     least = smallest(shape, axes, multiple=multiple)
     whole = measure(shape)
@@ -53,13 +49,7 @@ def largest_within(
     Key/value groups come in few whole steps, so neurons fill what each number of groups leaves of the limit.  Of all numbers of groups
     with which they come within one step of it, the one is taken at which both axes keep the most alike shares.
 
-    Args:
-        shape: The shape before.
-        axes: What may be removed; all else stays.
-        measure: What the limit is about.
-        most: The limit.
-        multiple: Neurons kept are a multiple of this, or all.
-        least: What is kept at least, see `smallest`.
+    Neurons kept are a multiple of `multiple`, or all; `least` is kept at least, see `smallest`.
 
     Raises:
         ValueError: The least is above the limit.

@@ -26,11 +26,8 @@ def identity(x: Tensor) -> Tensor:
 class ImportanceScores:
     """Scores of all units of a model, float32, never negative; those of query heads count within their group.
 
-    Attributes:
-        neurons: One tensor (M,) per layer.
-        query_heads: One tensor (H,) per layer.
-        kv_groups: One tensor (G,) per layer.
-        hidden: Of the channels of the residual stream, (D,).
+    `neurons` are one tensor (M,) per layer, `query_heads` (H,), `kv_groups` (G,); `hidden` (D,) is of the channels of
+    the residual stream.
     """
 
     neurons: list[Tensor]

@@ -120,16 +120,10 @@ class Elimination:
 def eliminate(problem: Elimination, keep: int, *, step: int = 1, classes: int = 1) -> list[Removal]:
     """Remove the cheapest units, round after round, until `keep` are left.
 
-    Args:
-        problem: Is used up.
-        keep: Units that stay.
-        step: Units removed between two scorings, in every class; the first round may be smaller, so that what is left after
-            any round is `keep` and a multiple of it.
-        classes: Units fall into so many classes of equal, consecutive units that must lose equally many: query heads of the
-            key/value groups.  `keep` is a multiple of it.
-
-    Returns:
-        The rounds in order.
+    `step` units are removed between two scorings in every class; the first round may be smaller, so that what is left
+    after any round is `keep` and a multiple of it.  Units fall into so many `classes` of equal, consecutive units that
+    must lose equally many (query heads of the key/value groups), and `keep` is a multiple of it.  Returned are the
+    rounds in order.
     """
     rounds: list[Removal] = []
     excess = (int(problem.left.sum()) - keep) // classes
@@ -142,6 +136,37 @@ def eliminate(problem: Elimination, keep: int, *, step: int = 1, classes: int = 
         rounds.append(Removal(units, problem.cost))
         excess -= count
     return rounds
+
+
+def local_search(problem: Elimination, swaps: int, *, classes: int = 1) -> int:
+    """After `eliminate`: units that are gone change places with units that are kept, for as long as the error falls.
+
+    A swap puts back the unit whose return takes most from the error, and then removes the one that is cheapest now.  Where that is
+    the same one, no swap of it helps, and the search is over.  (One of a unit that is worth less could still help: to know, all
+    pairs would have to be tried.)
+
+    At most so many swaps are done, and how many were is returned.  With `classes`, as in `eliminate`, a unit changes
+    places with one of its own class, and the search goes on until it is over in all.
+    """
+    done = 0
+    open_C = torch.ones(classes, dtype=torch.bool)
+    while done < swaps:
+        gains_CN = problem.gains().unflatten(0, (classes, -1)).masked_fill(~open_C[:, None], -math.inf)
+        gain, back = gains_CN.max(), int(gains_CN.argmax())
+        if gain <= 0:
+            break
+        of_class = back // gains_CN.shape[1]
+        problem.restore([back])
+        costs_N = problem.costs().unflatten(0, (classes, -1))[of_class]
+        gone = of_class * len(costs_N) + int(costs_N.argmin())
+        if gone != back and costs_N.min() < gain:
+            problem.remove([gone])
+            done += 1
+            open_C[:] = True
+        else:
+            problem.remove([back])
+            open_C[of_class] = False
+    return done
 
 
 def _root(metric_DD: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from models.architecture import DecoderLayer
 from models.pruning.scores.curvature import Curvature, LayerCurvature
 from models.pruning.scores.first_order import top_indices
 from models.pruning.scores.importance import ImportanceScores
-from models.pruning.scores.local_search import local_search
-from models.pruning.scores.osscar import Elimination, Removal, eliminate
+from models.pruning.scores.osscar import Elimination, Removal, eliminate, local_search
 
 # Share of a Fisher matrix's mean diagonal that is added to its diagonal (as K-FAC does): a direction without gradient is not free.
 METRIC_DAMPING = 1.0
@@ -44,9 +43,7 @@ class OsscarRanking:
     """
 
     def __init__(self, curvature: Sequence[LayerCurvature], ridge: float, *, swaps: int = 0) -> None:
-        self._curvature = curvature
-        self._ridge = ridge
-        self._swaps = swaps
+        self._curvature, self._ridge, self._swaps = curvature, ridge, swaps
 
     def neurons(self, layer: DecoderLayer, keep: int, step: int) -> list[Removal]:
         """See `Ranking`."""
@@ -76,20 +73,14 @@ class OsscarRanking:
         return [Removal((~problem.left).nonzero().squeeze(1).tolist(), problem.cost)]
 
     def _problem(self, curvature: Curvature, weight_DP: Tensor, units: int) -> Elimination:
-        metric_DD = curvature.fisher_DD
-        if metric_DD is not None:
-            metric_DD = metric_DD.clone()
-            metric_DD.diagonal().add_(METRIC_DAMPING * metric_DD.diagonal().mean())
+        metric_DD = curvature.fisher_DD.clone()
+        metric_DD.diagonal().add_(METRIC_DAMPING * metric_DD.diagonal().mean())
         weight_PD = weight_DP.detach().T.cpu()
         return Elimination(curvature.gram_PP, weight_PD, units, ridge=self._ridge, metric_DD=metric_DD)
 
 
 class ScoreRanking:
-    """Lowest scores first; a removal costs its share of the layer's scores.
-
-    Args:
-        scores: Of every layer.
-    """
+    """Lowest scores first; a removal costs its share of the layer's scores."""
 
     def __init__(self, scores: ImportanceScores) -> None:
         self._scores = scores
@@ -113,8 +104,7 @@ class ScoreRanking:
 
 def _ascending(scores_U: Tensor, keep: int, step: int) -> list[Removal]:
     """Rounds of the lowest scores; ties go as in `top_indices`, which keeps the lower index."""
-    order = torch.argsort(scores_U.flip(0), stable=True)
-    order = len(scores_U) - 1 - order
+    order = len(scores_U) - 1 - torch.argsort(scores_U.flip(0), stable=True)
     shares_U = scores_U.double()[order].cumsum(0) / scores_U.double().sum().clamp(min=torch.finfo(torch.float64).tiny)
     excess = len(order) - keep
     ends = range(excess % step or step, excess + 1, step)  # as `eliminate`, a smaller round comes first

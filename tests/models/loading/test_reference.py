@@ -198,7 +198,7 @@ def test_a_conversion_that_is_cut_short_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full_disk)
-    with pytest.raises(FileNotFoundError, match="No space left") as error:
+    with pytest.raises(FileNotFoundError, match="found it full") as error:
         load_model(file)
     assert_one_sentence(error)
     assert list((cache / "gguf").iterdir()) == []

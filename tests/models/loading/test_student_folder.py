@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, configuration_ut
 from export.folders.student import save_student
 from models.architecture import FAMILIES
 from models.loading.reference import load_model, load_tokenizer
-from models.loading.student_folder import STRUCTURE_FILE, layer_sizes, why_not_plain
+from models.loading.student_folder import STRUCTURE_FILE, why_not_plain
 from models.structure.edits import apply_edit, replay
+from models.structure.shape import LayerShape, shape_of
 from tests.helpers.chat_doubles import byte_tokenizer
 from tests.helpers.tiny import tiny_batch, tiny_model
 
@@ -49,10 +50,7 @@ def test_the_same_bits_in_every_family(family: str, tied: bool, tmp_path: Path) 
     save_student(student, byte_tokenizer(), tmp_path / "student")
     loaded = load_model(str(tmp_path / "student"))
     assert torch.equal(logits(loaded), logits(student))
-    assert layer_sizes(loaded) == [
-        {"neurons": 3, "query_heads": 6, "kv_groups": 2},
-        {"neurons": 48, "query_heads": 4, "kv_groups": 1},
-    ]
+    assert shape_of(loaded).layers == (LayerShape(3, 6, 2), LayerShape(48, 4, 1))
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
     assert (loaded.config.model_type, type(loaded)) == (student.config.model_type, type(student))
     assert (loaded.config.to_dict() | {"architectures": None, "dtype": None}) == (

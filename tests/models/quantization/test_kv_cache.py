@@ -133,7 +133,7 @@ def test_channels_without_angles_count_as_they_are():
 def test_processes_share_what_they_see():
     one, other = tiny_model("llama"), tiny_model("llama")
     for model, ids_BT in ((one, IDS_BT), (other, IDS_BT.flip(1) + 1)):
-        insert_cache_quantizers(model, "int8")
+        insert_cache_quantizers(model, format="int8")
         with torch.no_grad():
             model.train()(input_ids=ids_BT, use_cache=False)
     seen = [[q.pending for m in cache_quantizers(model).values() for q in (m.key, m.value)] for model in (one, other)]
@@ -185,7 +185,7 @@ def test_copies_for_generation_round_as_well():
 def test_a_second_format_and_an_unknown_one_are_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=r"among fp8_e4m3, int8, found 'int3'; choose one"):
-        insert_cache_quantizers(model, "int3")
-    insert_cache_quantizers(model, "int8")
+        insert_cache_quantizers(model, format="int3")
+    insert_cache_quantizers(model, format="int8")
     with pytest.raises(ValueError, match=r"found one in int8; give it one format"):
-        insert_cache_quantizers(model, "fp8_e4m3")
+        insert_cache_quantizers(model, format="fp8_e4m3")

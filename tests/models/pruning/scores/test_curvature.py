@@ -88,15 +88,9 @@ def test_by_their_definition(family: str) -> None:
 
 
 def test_labels_depend_on_the_seed_and_the_grams_do_not(model: PreTrainedModel, batch: Batch) -> None:
-    one, two, plain = (
-        collect_curvature(model, [batch], seed=0),
-        collect_curvature(model, [batch], seed=1),
-        collect_curvature(model, [batch], fisher=False),
-    )
+    one, two = (collect_curvature(model, [batch], seed=seed) for seed in (0, 1))
     assert torch.equal(one[1].o_proj.gram_PP, two[1].o_proj.gram_PP)
-    assert torch.equal(one[1].o_proj.gram_PP, plain[1].o_proj.gram_PP)
     assert not torch.allclose(one[1].o_proj.fisher_DD, two[1].o_proj.fisher_DD, rtol=0.1)
-    assert all(part.fisher_DD is None for layer in plain for part in (layer.o_proj, layer.down_proj))
 
 
 def test_padding_does_not_count(model: PreTrainedModel, batch: Batch) -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.pruning.scores.local_search import local_search
-from models.pruning.scores.osscar import Elimination, eliminate
+from models.pruning.scores.osscar import Elimination, eliminate, local_search
 from tests.helpers.naive_least_squares import METRICS, P, draw, explicit, inputs_of, metric, problem
 
 Cost = Callable[[set[int]], float]

@@ -16,9 +16,9 @@ from tests.helpers.tiny import tiny_batch
 RIDGE = 0.01
 
 
-def with_metric(curvature: list[LayerCurvature], metric_DD: Tensor | None) -> list[LayerCurvature]:
+def with_plain_metric(curvature: list[LayerCurvature]) -> list[LayerCurvature]:
     def replaced(part: Curvature) -> Curvature:
-        return Curvature(part.gram_PP, metric_DD)
+        return Curvature(part.gram_PP, torch.eye(32, dtype=torch.float64))
 
     return [LayerCurvature(replaced(layer.o_proj), replaced(layer.down_proj)) for layer in curvature]
 
@@ -42,15 +42,13 @@ def measured() -> tuple[PreTrainedModel, list[LayerCurvature]]:
     return model, collect_curvature(model, [tiny_batch()])
 
 
-@pytest.mark.parametrize("metric", ["none", "identity"])
 def test_first_to_go_is_what_least_squares_misses_least(
-    measured: tuple[PreTrainedModel, list[LayerCurvature]], metric: str
+    measured: tuple[PreTrainedModel, list[LayerCurvature]],
 ) -> None:
     """A damped identity metric is a constant factor."""
     model, curvature = measured
-    factor = 1.0 if metric == "none" else 1 + METRIC_DAMPING
-    plain = with_metric(curvature, None if metric == "none" else torch.eye(32, dtype=torch.float64))
-    ranking = OsscarRanking(plain, RIDGE)
+    factor = 1 + METRIC_DAMPING
+    ranking = OsscarRanking(with_plain_metric(curvature), RIDGE)
     for layer, statistics in zip(decoder_layers(model), curvature, strict=True):
         neurons = explicit_costs(statistics.down_proj.gram_PP, layer.down_proj.weight, 48)
         first = ranking.neurons(layer, 47, 1)[0]
@@ -83,7 +81,7 @@ def test_the_cheaper_head_of_a_single_group_goes(measured: tuple[PreTrainedModel
     model, curvature = measured
     layer, columns = decoder_layers(model)[1], slice(32, 48)
     costs = explicit_costs(curvature[1].o_proj.gram_PP[columns, columns], layer.o_proj.weight[:, columns], 2)
-    kept = OsscarRanking(with_metric(curvature, None), RIDGE).query_heads(layer, [2], 1)
+    kept = OsscarRanking(with_plain_metric(curvature), RIDGE).query_heads(layer, [2], 1)
     assert kept == [costs.index(max(costs))]
 
 
@@ -102,7 +100,7 @@ def test_the_fisher_information_decides(measured: tuple[PreTrainedModel, list[La
         layer.down_proj.weight[0, 9:] = 1
     gram_PP = torch.eye(48, dtype=torch.float64)
     seen = LayerCurvature(curvature[0].o_proj, Curvature(gram_PP, fisher_DD))
-    blind = LayerCurvature(curvature[0].o_proj, Curvature(gram_PP, None))
+    blind = LayerCurvature(curvature[0].o_proj, Curvature(gram_PP, torch.eye(32, dtype=torch.float64)))
     assert OsscarRanking([seen], RIDGE).neurons(layer, 47, 1)[0].units == [8]
     assert OsscarRanking([blind], RIDGE).neurons(layer, 47, 1)[0].units != [8]
 
