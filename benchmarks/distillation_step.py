@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import parser, report, spread
-from benchmarks.students import keep_layers
+from benchmarks.study import keep_layers
 from benchmarks.workers import WARM_UP, Gate, Worker, take_turns
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of

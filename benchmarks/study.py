@@ -11,17 +11,16 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from benchmarks.harness import report
-from benchmarks.page import write_page
-from benchmarks.students import keep_layers
+from benchmarks.page import Row, write_page
 from models.loading.reference import load_model, load_tokenizer
 from program.files import write_file
-
-Row = dict[str, Any]
 
 
 class Rows:
@@ -115,6 +114,16 @@ def check_teacher(teacher: str) -> None:
             f"expected a fine-tuned teacher at {teacher!r}, found none; make it with "
             "`python train.py fit --config benchmarks/distillation/teacher.yaml --run_dir runs/study/teacher`"
         )
+
+
+def keep_layers(model: PreTrainedModel, count: int) -> None:
+    """Keep so many decoder layers, evenly spread from the first on, in place; the configuration follows."""
+    config, body = model.config, cast(Any, model.base_model)
+    kept = [index * len(body.layers) // count for index in range(count)]
+    body.layers = nn.ModuleList([body.layers[index] for index in kept])
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
 
 
 def write_half(teacher: str, folder: Path) -> None:

@@ -27,8 +27,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.students import keep_layers
-from benchmarks.study import Row, Rows, fingerprint, finish
+from benchmarks.study import Row, Rows, fingerprint, finish, keep_layers
 from benchmarks.trained import quiet
 from callbacks import QuantizationAwareTraining
 from datamodules.movielens_ranking import MovieLens
