@@ -10,7 +10,6 @@ or what torch allocated at most on a GPU.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,10 +22,10 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from benchmarks.harness import interleave, parser, report, spread
+from benchmarks.workers import ROOT, peak_bytes, reset_peak
 from models.loading.reference import load_model, load_tokenizer
 from program.screen import as_command
 
-ROOT = Path(__file__).parent.parent
 RECIPE = "configs/distill.yaml"
 OVERLAYS = ("checkpointing", "adam8bit", "bf16_weights", "lora", "teacher_int8")
 TURNS = "POTSTILL_TURNS"  # file descriptors of the worker: to read turns from, to answer to
@@ -44,13 +43,15 @@ class TakeTurns(Callback):
         """Wait, then forget earlier peaks."""
         if not self._turns.readline():
             os._exit(0)  # the benchmark has ended: nothing is to be saved
-        _reset_peak(pl_module.device)
+        reset_peak()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Answer when the step is done on the device, too."""
-        answer = {"peak_bytes": _peak_bytes(pl_module.device), "tokens": int(batch["attention_mask"].sum())}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        answer = {"peak_bytes": peak_bytes(), "tokens": int(batch["attention_mask"].sum())}
         print(json.dumps(answer), file=self._answers, flush=True)
 
 
@@ -162,9 +163,7 @@ def measure(
 
 def _settings(folder: Path, model: str, batch_size: int, length: int) -> dict[str, Any]:
     """An overlay: the model, synthetic data that fills every sample to `length`, nothing but training, and turns."""
-    source = str(
-        folder / "model"
-    )  # converted once: workers start in seconds where a reference needs a download or a conversion
+    source = str(folder / "model")  # converted once, so that workers start in seconds
     load_model(model).save_pretrained(source)
     load_tokenizer(model).save_pretrained(source)
     data = folder / "data.jsonl"
@@ -178,24 +177,6 @@ def _settings(folder: Path, model: str, batch_size: int, length: int) -> dict[st
         "model": {"init_args": {"student": source, "teacher": source}},
         "data": {"init_args": {"train": str(data), "batch_size": batch_size, "max_length": length}},
     }
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Largest since the last reset; on systems without /proc, since the start of the process."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":
