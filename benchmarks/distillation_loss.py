@@ -12,9 +12,7 @@ this project over naive.
 import argparse
 import ctypes
 import gc
-import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import interleave, parser, report, spread
+from benchmarks.workers import Gate, Worker
 from models import losses
 from models.losses import FullTargets, Head, Objective, linear_objective
 from program.screen import as_command
@@ -64,11 +63,7 @@ def main() -> None:
     options.add_argument(
         "--chunk-tokens", type=int, default=0, help="tokens of a chunk (default: the loss's own choice)"
     )
-    options.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = options.parse_args()
-    if arguments.worker:
-        work(arguments)
-        return
     sides = ["potstill", "naive"]
     if torch.cuda.is_available() and find_spec("liger_kernel") and arguments.objective in LIGER_BETAS:
         sides.append("liger")
@@ -85,21 +80,26 @@ def main() -> None:
 
 def measure(size: str, sides: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """One row a side, in turns."""
-    workers = {side: Worker(side, size, arguments) for side in sides}
+    settings = {key: getattr(arguments, key) for key in ("objective", "precision", "chunk_tokens")}
+    workers = {
+        side: Worker("benchmarks.distillation_loss:work", {"side": side, "size": size, **settings}) for side in sides
+    }
+    answers: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    calls = {side: lambda side=side: answers[side].append(workers[side].step()) for side in sides}  # type: ignore[misc]
     try:
-        seconds = interleave({side: worker.call for side, worker in workers.items()}, repetitions=arguments.repetitions)
+        seconds = interleave(calls, repetitions=arguments.repetitions)
     finally:
         for worker in workers.values():
-            worker.stop()
-    losses_found = [worker.answers[0]["loss"] for worker in workers.values()]
+            worker.close()
+    losses_found = [answers[side][0]["loss"] for side in sides]
     if max(losses_found[:2]) - min(losses_found[:2]) > 1e-2 * losses_found[0]:
         raise RuntimeError(
             f"expected equal losses of both sides, found {losses_found}; the measurement compares unlike things"
         )
     rows = {}
-    for side, worker in workers.items():
-        counted = [answer["seconds"] for answer in worker.answers[-len(seconds[side]) :]]
-        peak = max(answer["peak_extra_mib"] for answer in worker.answers)
+    for side in sides:
+        counted = [answer["seconds"] for answer in answers[side][-len(seconds[side]) :]]
+        peak = max(answer["peak_extra_mib"] for answer in answers[side])
         rows[side] = {
             "name": side,
             "size": size,
@@ -110,41 +110,16 @@ def measure(size: str, sides: list[str], arguments: argparse.Namespace) -> dict[
     return rows
 
 
-class Worker:
-    """A process that makes one measured call whenever it is told to."""
-
-    def __init__(self, side: str, size: str, arguments: argparse.Namespace) -> None:
-        command = [sys.executable, "-m", "benchmarks.distillation_loss", "--worker", side, "--sizes", size]
-        command += ["--objective", arguments.objective, "--precision", arguments.precision]
-        command += ["--chunk-tokens", str(arguments.chunk_tokens)]
-        root = Path(__file__).parents[1]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
-        self.answers: list[dict[str, float]] = []
-
-    def call(self) -> None:
-        """Let it make one call, and wait for what it measured."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print("call", file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("expected a measurement, found that the process had ended; see its message above")
-        self.answers.append(json.loads(line))
-
-    def stop(self) -> None:
-        """End it."""
-        self.process.communicate()
-
-
-def work(arguments: argparse.Namespace) -> None:
-    """The worker's side: answer every line of standard input with one measured call."""
+def work(gate: Gate, side: str, size: str, **settings: Any) -> None:
+    """The worker's side: one measured call whenever the gate opens."""
+    arguments = argparse.Namespace(**settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokens, vocabulary, hidden = map(int, arguments.sizes[0].split("x"))
+    tokens, vocabulary, hidden = map(int, size.split("x"))
     generator = torch.Generator().manual_seed(0)
     student_ND, teacher_ND = (torch.randn(tokens, hidden, generator=generator).to(device) for _ in "st")
     weights = [torch.randn(vocabulary, hidden, generator=generator).div_(hidden**0.5).to(device) for _ in "st"]
     inputs = [student_ND.requires_grad_(), weights[0].requires_grad_()]
-    step = STEPS[arguments.worker](student_ND, weights[0], teacher_ND, weights[1], arguments)
+    step = STEPS[side](student_ND, weights[0], teacher_ND, weights[1], arguments)
 
     def call() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bfloat16"):
@@ -154,16 +129,15 @@ def work(arguments: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         return loss.item()
 
-    for _ in sys.stdin:
+    gate.arrive()
+    while True:
         for tensor in inputs:
             tensor.grad = None
         base = reset_peak(device)
         started = time.perf_counter()
         loss = call()
         seconds = time.perf_counter() - started
-        print(
-            json.dumps({"seconds": seconds, "peak_extra_mib": (peak(device) - base) / 2**20, "loss": loss}), flush=True
-        )
+        gate.arrive(seconds=seconds, peak_extra_mib=(peak(device) - base) / 2**20, loss=loss)
 
 
 def potstill(
