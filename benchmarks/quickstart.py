@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import write_text
 from export.benchmark.report import machine
 from export.plots import plot_artefacts
 from export.report import ratios
@@ -61,8 +62,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     about = {"commit": _commit(root), "machine": machine(), "minutes": minutes}
     figures = figures_of(report, about)
     readme = with_table((root / README).read_text(encoding="utf-8"), figures)
-    _write(root / FIGURES, json.dumps(figures, indent=2) + "\n")
-    _write(root / README, readme)
+    write_text(root / FIGURES, json.dumps(figures, indent=2) + "\n")
+    write_text(root / README, readme)
     with staging_folder((root / FIGURES).parent) as staging:
         (picture,) = plot_artefacts(figures, staging)
         move_into_place(picture, root / PICTURE)
@@ -212,12 +213,6 @@ def _commit(root: Path) -> str:
             "copy its figures then"
         )
     return git("rev-parse", "HEAD")
-
-
-def _write(path: Path, text: str) -> None:
-    with staging_folder(path.parent) as folder:
-        (folder / path.name).write_text(text, encoding="utf-8")
-        move_into_place(folder / path.name, path)
 
 
 def _parser() -> argparse.ArgumentParser:
