@@ -6,7 +6,7 @@ The student has every second layer of the teacher; data, optimizer and precision
 student, see the same batches in the same order for a seed, and are judged on the same held-out questions; a seed decides the
 order of the training questions and what the student samples.
 
-Equal time: how many steps each arm gets follows from the first seed's seconds per step, so that an arm trains about as long as
+Equal time, of arms beside `two_stage`: how many steps each arm gets follows from the first seed's seconds per step, so that an arm trains about as long as
 two_stage does at equal steps and its learning rate still ends at 0 with the run.
 An interrupted command goes on where it stopped.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.study import Row, finish, write_half
-from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
+from benchmarks.trained import PACKAGES, TrainingStudy, parse, quiet, recipe_options, training_parser
 from models import SFT, Distillation, StudentModule
 from models.generation.on_policy import OnPolicy
 from models.loading.reference import load_model
@@ -115,28 +115,11 @@ def study(options: argparse.Namespace, student: Path) -> list[Row]:
     return rows
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_options(parser)
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=ARMS,
-        default=list(ARMS),
-        metavar="ARM",
-        help=f"{', '.join(ARMS)} (default: all); the comparison at equal time needs {TIME_REFERENCE}",
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/results/distillation"), help="folder of rows and plots")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
-    options = parser.parse_args(arguments)
-    check_training_options(parser, options)
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
-    options = parse(arguments)
+    parser = training_parser(__doc__, "docs/results/distillation", ARMS, steps=40, test_size=255)
+    recipe_options(parser)
+    options = parse(parser, arguments)
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         rows = study(options, Path(folder) / "student")

@@ -12,12 +12,12 @@ The quick command takes about 10 minutes on two cores, the study some hours.  Th
 shows those of `python -m benchmarks.pruning.recovery`, too.
 """
 
-import argparse
 import copy
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.chats import answered, calibration_prompts, held_out_prompts
-from benchmarks.harness import report
+from benchmarks.harness import parser, report
 from benchmarks.pruning.arms import ARMS, BASELINE, CUTS, QUICK_ARMS, QUICK_CUTS, Arm, Peer
 from benchmarks.pruning.speed import speeds
-from benchmarks.study import Row, Rows, finish, flat, machine
+from benchmarks.study import Row, Rows, finish, flat
 from models.architecture import count_parameters
 from models.evaluation.answers import evaluate
 from models.loading.reference import load_model, load_tokenizer
@@ -43,7 +43,6 @@ from program.screen import as_command
 MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES = 128
 PACKAGES = ("torch", "transformers", "onnxruntime")
-_CUTS_HELP = ", ".join(CUTS).replace("%", "%%")
 
 
 class Bench:
@@ -136,23 +135,20 @@ def quick_ratios(rows: Sequence[Row]) -> dict[str, float]:
 
 def study(cuts: Sequence[str], out: Path) -> list[Row]:
     """All rows of these cuts, written as they finish."""
-    store, rows, bench = Rows(out.with_suffix(".jsonl")), [], None
+    store, rows, bench = Rows(out.with_suffix(".jsonl")), list[Row](), cache(Bench)
+
+    def make(cut: str, arm: Arm | Peer) -> Row:
+        row = bench().row(cut, arm)
+        tqdm.write(_line(row))
+        return row
+
     wanted = [(cut, arm) for cut in cuts for arm in ARMS[cut]]
     for cut, arm in (bar := tqdm(wanted, desc="Study", unit="student")):
         bar.set_postfix_str(f"{cut}: {arm.name}")
-        name, made = _file_name(cut, arm), {"cut": asdict(CUTS[cut]), "model": MODEL, **asdict(arm)}
-        row = store.find(name, made)
-        if row is None:
-            bench = bench or Bench()
-            row = {**bench.row(cut, arm), "settings": made, "machine": machine(PACKAGES)}
-            store.write(name, row)
-            tqdm.write(_line(row))
-        rows.append(row)
+        name = f"{cut}, {arm.name}".replace(" ", "_").replace(",", "").replace("%", "percent")
+        settings = {"cut": asdict(CUTS[cut]), "model": MODEL, **asdict(arm)}
+        rows.append(store.find_or_make(name, settings, PACKAGES, partial(make, cut, arm)))
     return rows
-
-
-def _file_name(cut: str, arm: Arm | Peer) -> str:
-    return f"{cut}, {arm.name}".replace(" ", "_").replace(",", "").replace("%", "percent")
 
 
 def _line(row: Row) -> str:
@@ -161,21 +157,20 @@ def _line(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark or the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="OSSCAR and the activation score at two sparsities only")
-    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=_CUTS_HELP)
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/pruning"), help="where rows and pictures are kept"
+    options_of = parser(__doc__, repetitions=None, out="docs/results/pruning")
+    options_of.add_argument(
+        "--quick", action="store_true", help="OSSCAR and the activation score at two sparsities only"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
-    options = parser.parse_args(arguments)
+    text = ", ".join(CUTS).replace("%", "%%")
+    options_of.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=text)
+    options = options_of.parse_args(arguments)
     disable_progress_bar()
     if options.quick:
         rows = quick()
         report(flat(rows), quick_ratios(rows), PACKAGES, options.json)
         return
     rows = study(options.cuts, options.out)
-    rows += speeds(MODEL, rows, Rows(options.out.with_suffix(".jsonl")))
+    rows += speeds(MODEL, rows, options.out)
     finish(rows, PACKAGES, options.out, options.json)
 
 

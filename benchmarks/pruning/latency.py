@@ -24,8 +24,7 @@ BACKENDS = {"torch": torch_run, "onnxruntime": onnx_run}
 
 def main() -> None:
     """Search, then build both models again and time them once more."""
-    options = parser(__doc__)
-    options.set_defaults(repetitions=15)
+    options = parser(__doc__, repetitions=15)
     options.add_argument("--model", default="package:smollm2-135m-instruct", help="model reference")
     options.add_argument(
         "--ratio", type=float, default=0.8, help="time of the student over the dense model's (default: 0.8)"

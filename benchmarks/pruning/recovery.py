@@ -12,19 +12,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.study import Row, check_teacher, finish
-from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
+from benchmarks.trained import PACKAGES, TrainingStudy, parse, quiet, recipe_options, training_parser
 from callbacks import GradualPruning
 from models import Distillation
 from models.generation.on_policy import OnPolicy
 from program.screen import as_command
-
-OUT = Path("docs/results/pruning/recovery")
 
 
 @dataclass(frozen=True)
@@ -98,14 +95,9 @@ def study(options: argparse.Namespace) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_options(parser)
-    parser.set_defaults(steps=32, test_size=120)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which arms to run (default: all)")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the rows (default: {OUT})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
-    options = parser.parse_args(arguments)
-    check_training_options(parser, options)
+    parser = training_parser(__doc__, "docs/results/pruning/recovery", ARMS, steps=32, test_size=120)
+    recipe_options(parser)
+    options = parse(parser, arguments)
     check_teacher(options.teacher)
     quiet()
     rows = study(options)

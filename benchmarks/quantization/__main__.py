@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.chats import answered, calibration_prompts, held_out_prompts
-from benchmarks.harness import report
+from benchmarks.harness import parser, report
 from benchmarks.quantization.arms import ARMS, COMPARISONS, INT4, Arm, HeadArm, best
 from benchmarks.quantization.graphs import graph_rows
 from benchmarks.quantization.peers import Peer
@@ -205,8 +205,8 @@ def whole(study: Study, options: argparse.Namespace) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark or the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    options_of = parser(__doc__, repetitions=15)
+    add = options_of.add_argument
     add("--quick", action="store_true", help="our best against the others' presets only")
     add("--qat", action="store_true", help="distillation with quantizers, of our best FP8 and INT4 only")
     text = "conversations that everybody calibrates on (default: %(default)s)"
@@ -216,14 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--train", nargs="*", choices=list(FORMATS), default=list(TRAINED), metavar="FORMAT", help=text)
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how they are trained (default: all ways)")
     add("--steps", type=int, default=STEPS, help="of training, of eight conversations each (default: %(default)s)")
-    text = "of the timing of graphs; 0 leaves graphs out (default: %(default)s)"
-    add("--repetitions", type=int, default=15, help=text)
     text = f"where rows and pictures are kept (default: {OUT}; with --quick and --qat, nothing is)"
     add("--out", type=Path, help=text)
-    add("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
-    options = parser.parse_args(arguments)
+    options = options_of.parse_args(arguments)
     if options.quick and options.qat:
-        parser.error("expected --quick or --qat, found both; run one after the other")
+        options_of.error("expected --quick or --qat, found both; run one after the other")
     quiet()
     if not (options.quick or options.qat):
         options.out = options.out or OUT

@@ -186,8 +186,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: A number is out of range.
     """
-    options = parser(__doc__)
-    options.set_defaults(repetitions=3)
+    options = parser(__doc__, repetitions=3)
     add = options.add_argument
     add(
         "--model", default="package:smollm2-135m-instruct", metavar="REF", help="model reference (default: %(default)s)"
