@@ -92,13 +92,8 @@ def measure(folder: Path, batch: int, sides: Sequence[str], arguments: Namespace
     (folder / "conversations.json").write_text(json.dumps(rows))
     settings = {"folder": str(folder), "batch": batch, "new_tokens": arguments.new_tokens, "steps": steps}
     workers = {name: Worker(SIDES[name], settings) for name in sides}
-    try:
-        steps_of = take_turns(workers, repetitions=arguments.repetitions)
-    finally:
-        for worker in workers.values():
-            worker.close()
     results = []
-    for name, measured in steps_of.items():
+    for name, measured in take_turns(workers, repetitions=arguments.repetitions).items():
         tokens = {row["tokens"] for row in measured}
         if tokens != {batch * arguments.new_tokens}:
             raise ValueError(

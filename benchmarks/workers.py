@@ -11,6 +11,7 @@ The lines on the pipes are JSON: the parent sends `{}` for each step, the worker
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,25 +99,33 @@ class Gate:
         self._started = _clocks()
 
 
-def take_turns(workers: Mapping[str, Worker], *, repetitions: int) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every worker's counted steps; `WARM_UP` steps before them are not counted."""
+def take_turns(
+    workers: Mapping[str, Worker], *, repetitions: int, warm_up: int = WARM_UP
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every worker's counted steps, behind some that are not counted; the workers are closed at the end."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for repetition in tqdm(range(WARM_UP + repetitions), desc=" / ".join(workers), unit="round", leave=False):
-        for name, worker in workers.items():
-            row = worker.step()
-            if repetition >= WARM_UP:
-                rows[name].append(row)
-    return rows
+    try:
+        for _ in tqdm(range(warm_up + repetitions), desc=" / ".join(workers), unit="round", leave=False):
+            for name, worker in workers.items():
+                rows[name].append(worker.step())
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {name: found[warm_up:] for name, found in rows.items()}
 
 
 def peak_bytes() -> int:
     """Peak memory since `reset_peak`: what torch allocated on a GPU, else the resident set of the whole process (Linux)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected VmHWM in /proc/self/status, found none; measure memory on Linux or on a CUDA device")
+    return resident_bytes("VmHWM")
+
+
+def resident_bytes(field: str) -> int:
+    """The resident set of this process now (`VmRSS`) or at its peak (`VmHWM`), on Linux."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def reset_peak() -> None:
