@@ -44,22 +44,13 @@ LIGER_BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 def main() -> None:
     """Measure every size and print the ratios."""
     options = parser(__doc__)
-    options.add_argument(
-        "--objective", choices=NAIVE, default="forward_kl", help="loss to compare (default: forward_kl)"
-    )
-    options.add_argument(
-        "--precision", choices=["float32", "bfloat16"], default="float32", help="of the matrix products, by autocast"
-    )
-    options.add_argument(
-        "--sizes",
-        nargs="+",
-        default=SIZES,
-        metavar="NxVxD",
-        help=f"tokens, vocabulary, hidden (default: {' '.join(SIZES)})",
-    )
-    options.add_argument(
-        "--chunk-tokens", type=int, default=0, help="tokens of a chunk (default: the loss's own choice)"
-    )
+    add = options.add_argument
+    add("--objective", choices=NAIVE, default="forward_kl", help="loss to compare (default: %(default)s)")
+    text = "of the matrix products, by autocast"
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help=text)
+    text = f"tokens, vocabulary, hidden (default: {' '.join(SIZES)})"
+    add("--sizes", nargs="+", default=SIZES, metavar="NxVxD", help=text)
+    add("--chunk-tokens", type=int, default=0, help="tokens of a chunk (default: the loss's own choice)")
     arguments = options.parse_args()
     sides = ["potstill", "naive"]
     if torch.cuda.is_available() and find_spec("liger_kernel") and arguments.objective in LIGER_BETAS:
@@ -77,10 +68,8 @@ def main() -> None:
 
 def measure(size: str, sides: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """One row a side, in turns."""
-    settings = {key: getattr(arguments, key) for key in ("objective", "precision", "chunk_tokens")}
-    workers = {
-        side: Worker("benchmarks.distillation_loss:work", {"side": side, "size": size, **settings}) for side in sides
-    }
+    settings = {"size": size} | {key: getattr(arguments, key) for key in ("objective", "precision", "chunk_tokens")}
+    workers = {side: Worker("benchmarks.distillation_loss:work", {"side": side, **settings}) for side in sides}
     rows, losses_found = {}, []
     for side, calls in take_turns(workers, repetitions=arguments.repetitions, warm_up=1).items():
         losses_found.append(calls[0]["loss"])

@@ -18,7 +18,9 @@ from models.hardware.interleave import interleave
 from program.files import write_file
 from program.options import Parser, up_to
 
-__all__ = ["interleave", "parser", "report", "spread"]
+MISSING = "expected the package `{}` to compare with, found none; run `pip install -e .[bench]`"
+
+__all__ = ["MISSING", "interleave", "parser", "report", "spread"]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

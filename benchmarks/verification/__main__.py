@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.harness import parser, report
+from benchmarks.verification import graphs as right
 from benchmarks.verification.faults import PLANTED, Fault
-from benchmarks.verification.graphs import (
-    FAMILIES,
-    MODEL,
-    Right,
-    Texts,
-    drawn,
-    further_graphs,
-    random_texts,
-    real_texts,
-    right_graphs,
-    tiny,
-    whole_graphs,
-)
+from benchmarks.verification.graphs import Right, Texts, drawn
 from export.onnx_graph.layer_kinds import slice_layers
 from export.onnx_graph.prefill import write_beside
 from export.onnx_graph.to_onnx import Precision
@@ -81,17 +70,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.quick:
-            batches, prompts = random_texts()
-            graphs = right_graphs(tiny("llama"), batches, folder, ("fp16", "int8"), "tiny Llama")
+            batches, prompts = right.random_texts()
+            graphs = right.right_graphs(right.tiny("llama"), batches, folder, ("fp16", "int8"), "tiny Llama")
         else:
-            model = load_model(MODEL)
-            batches, prompts = real_texts()
-            graphs = right_graphs(slice_layers(model, LAYERS), batches, folder, FORMATS, "four layers of SmolLM2")
+            model = load_model(right.MODEL)
+            batches, prompts = right.real_texts()
+            graphs = right.right_graphs(slice_layers(model, LAYERS), batches, folder, FORMATS, "four layers of SmolLM2")
         alarms = false_alarms(graphs, prompts, count, free=not arguments.quick)
-        planted = [*graphs, *further_graphs(graphs, folder, () if arguments.quick else FAMILIES)]
-        faults = planted_faults(planted, drawn(prompts, random.Random(0), 3, padded=True), PLANTED)
+        planted = [*graphs, *right.further_graphs(graphs, folder, () if arguments.quick else right.FAMILIES)]
+        faults = planted_faults(planted, drawn(prompts, random.Random(0), 3, padded=True))
         if whole:
-            entire = whole_graphs(model, batches, folder / "whole", arguments.student)
+            entire = right.whole_graphs(model, batches, folder / "whole", arguments.student)
             alarms += false_alarms(entire, prompts, whole, free=True)
     ratios = {
         "false_alarms": sum(row["false_alarms"] for row in alarms) / sum(row["verifications"] for row in alarms),
@@ -167,19 +156,15 @@ def _row(graph: Right, found: Sequence[tuple[list[Check], float]]) -> dict[str, 
     }
 
 
-def planted_faults(
-    graphs: Sequence[Right], texts: Texts, planted: Mapping[str, tuple[Fault, tuple[str, ...]]]
-) -> list[dict[str, Any]]:
+def planted_faults(graphs: Iterable[Right], texts: Texts) -> list[dict[str, Any]]:
     """Plant every fault in every graph in which it is one; a row for each."""
     rows = []
     for graph in tqdm(graphs, desc="Faults", leave=False):
         examined = Examined(graph, texts)
-        right = examined.first_failure(graph.path)
-        if right.status == "failed":
-            raise RuntimeError(f"expected a right graph to plant faults in, found {right.name}: {right.reason}")
-        for name, (fault, where) in planted.items():
-            if graph.name in where:
-                rows.append(examined.row(name, fault))
+        check = examined.first_failure(graph.path)
+        if check.status == "failed":
+            raise RuntimeError(f"expected a right graph to plant faults in, found {check.name}: {check.reason}")
+        rows += [examined.row(name, fault) for name, (fault, where) in PLANTED.items() if graph.name in where]
     return rows
 
 

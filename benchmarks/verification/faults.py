@@ -23,6 +23,7 @@ LAYER = 1  # that a fault is planted in
 _LAYER = rf"model\.layers\.{LAYER}\."
 _CODES = r"\.weight(?!.*scale|.*zero_point).*"  # what follows a linear layer's name in its weight's
 _QUERY, _DOWN = _LAYER + r"self_attn\.q_proj", _LAYER + r"mlp\.down_proj"
+_FIRST_NORM, _QUERY_NORM = r"model\.layers\.0\.input_layernorm\.weight", _LAYER + r"self_attn\.q_norm\.weight"
 _WEIGHT_SCALES = _DOWN + r"\.weight.*scale.*"
 _FLOAT16, _BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 
@@ -96,14 +97,6 @@ def _rows_scale(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size == 1 and tensor.numpy() == 127.0:
             _changed(re.escape(name), lambda x: x / 1.05, model)
-
-
-def _other_epsilon(model: ir.Model) -> None:
-    _multiply(_norm(model, r"model\.layers\.0\.input_layernorm\.weight"), "epsilon", 0.1)
-
-
-def _attention_scale(model: ir.Model) -> None:
-    _multiply(_attention(model), "scale", 1.05)
 
 
 def _multiply(node: ir.Node, name: str, factor: float) -> None:
@@ -203,14 +196,6 @@ def _gate_and_up_exchanged(model: ir.Model) -> None:
         for use in places:
             use.node.replace_input_with(use.idx, other)
     model.graph.sort()
-
-
-def _norm_left_out(model: ir.Model) -> None:
-    _leave_out(model, _norm(model, _LAYER + r"self_attn\.q_norm\.weight"))
-
-
-def _soft_cap_left_out(which: int, model: ir.Model) -> None:
-    _leave_out(model, _nodes(model, "Tanh")[which])
 
 
 def _input_quantizer_left_out(model: ir.Model) -> None:
@@ -332,17 +317,23 @@ PLANTED: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "two KV heads exchanged": (partial(_heads_of_cache, "key value", lambda n: [1, 0, *range(2, n)]), ("int8",)),
     "gate and up exchanged": (_gate_and_up_exchanged, ("fp16", "int4_g64")),
     "a bias left out": (partial(_changed, _LAYER + r"self_attn\.q_proj\.bias", np.zeros_like), ("qwen2",)),
-    "a norm of queries left out": (_norm_left_out, ("qwen3",)),
-    "a soft cap of attention left out": (partial(_soft_cap_left_out, LAYER), ("gemma2",)),
-    "the soft cap of logits left out": (partial(_soft_cap_left_out, -1), ("gemma2",)),
+    "a norm of queries left out": (lambda model: _leave_out(model, _norm(model, _QUERY_NORM)), ("qwen3",)),
+    "a soft cap of attention left out": (lambda model: _leave_out(model, _nodes(model, "Tanh")[LAYER]), ("gemma2",)),
+    "the soft cap of logits left out": (lambda model: _leave_out(model, _nodes(model, "Tanh")[-1]), ("gemma2",)),
     "stream in float16": (partial(_other_type, "stream", _FLOAT16), FLOAT32),
     "gate in float16": (partial(_other_type, "mlp.gate_proj", _FLOAT16), ("fp8", "int8", "int4_g64")),
     "stream in bfloat16": (partial(_other_type, "stream", _BFLOAT16), HALF),
     "gate in bfloat16": (partial(_other_type, "mlp.gate_proj", _BFLOAT16), HALF),
     "a residual left out": (_residual_dropped, ("fp16", "fp8 half", "int8")),
-    "another epsilon": (_other_epsilon, ("fp8", "int8", "int4_g64")),
+    "another epsilon": (
+        lambda model: _multiply(_norm(model, _FIRST_NORM), "epsilon", 0.1),
+        ("fp8", "int8", "int4_g64"),
+    ),
     "another activation": (_other_activation, ("fp16", "fp8", "int8 cpu")),
-    "attention's scale off by 5 %": (_attention_scale, ("fp16", "fp8", "int8 cpu", "int4_g64")),
+    "attention's scale off by 5 %": (
+        lambda model: _multiply(_attention(model), "scale", 1.05),
+        ("fp16", "fp8", "int8 cpu", "int4_g64"),
+    ),
     "the last norm's weight left out": (
         partial(_changed, r"model\.norm\.weight", np.ones_like),
         ("fp16", "int8", "int8 cpu"),

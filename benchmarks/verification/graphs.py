@@ -49,21 +49,13 @@ Texts = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Right:
-    """A right graph, and what it was made from.
+    """A right graph, and what it was made from."""
 
-    Attributes:
-        name: Of the format, or of the family.
-        model: The torch model that the graph computes, its weights rounded.
-        path: The graph.
-        of: Which model this is.
-        judged: The torch model that a free run is judged against; None: `model`.
-    """
-
-    name: str
-    model: PreTrainedModel
+    name: str  # of the format, or of the family
+    model: PreTrainedModel  # the torch model that the graph computes, its weights rounded
     path: Path
-    of: str
-    judged: PreTrainedModel | None = None
+    of: str  # which model this is
+    judged: PreTrainedModel | None = None  # the torch model that a free run is judged against; None: `model`
 
     @property
     def for_cpu(self) -> bool:

@@ -29,7 +29,7 @@ def graphs(tmp_path_factory, texts):
 
 
 def test_the_command_writes_what_scripts_read(graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "right_graphs", lambda *_: graphs)
+    monkeypatch.setattr(verification.right, "right_graphs", lambda *_: graphs)
     monkeypatch.setattr(verification, "PLANTED", {name: PLANTED[name] for name in KEPT})
     target = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["verification", "--quick", "--repetitions", "4", "--json", str(target)])
