@@ -33,12 +33,7 @@ PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
 
 
 class TrainingStudy:
-    """Everything that the runs share.
-
-    Args:
-        options: The command line, see `training_parser` and `recipe_options`.
-        student: Where the student is.
-    """
+    """Everything that the runs share."""
 
     def __init__(self, options: argparse.Namespace, student: str) -> None:
         self.options, self.student = options, student
@@ -49,7 +44,7 @@ class TrainingStudy:
         self.warmup_share = model["warmup_steps"] / trainer["max_steps"]
         self.tokens = model["on_policy"]["tokens"]
         data = recipe["data"]["init_args"] | {"test_size": options.test_size}
-        self.settings = {
+        settings = {
             "teacher": fingerprint(Path(options.teacher)),
             "data": data,
             "optimizer": self.optimizer,
@@ -58,7 +53,7 @@ class TrainingStudy:
             "gradient_clip_val": self.clip,
             "tokens": self.tokens,
         }
-        self.rows = Rows(options.out.with_suffix(".jsonl"))
+        self.rows = Rows(options.out, PACKAGES, settings)
         self.data = ReasoningTasks(self.student, **data)
         self.data.setup("fit")  # now, with the recipe's seed: all runs get the same questions, only their order differs
         self.data.setup("test")
@@ -66,11 +61,12 @@ class TrainingStudy:
 
     def reference(self, name: str, model: Callable[[], PreTrainedModel]) -> Row:
         """The figures of a model that is not trained here: the teacher, the student as it starts."""
-        return self.row(name, {}, lambda: {"name": name, **self._judged(model())})
 
-    def row(self, name: str, settings: dict[str, Any], make: Callable[[], Row]) -> Row:
-        """The row of a run, from disk if it has finished before with these settings and the study's."""
-        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
+        def make() -> Row:
+            student = model()
+            return {"name": name, **self.judge.on_validation(student), **self.judge.on_test(student)}
+
+        return self.rows.find_or_make(name, {}, make)
 
     def of_student(self, steps: int) -> dict[str, Any]:
         """Arguments of the student's module that all runs share."""
@@ -88,10 +84,8 @@ class TrainingStudy:
         clock, module = TrainingClock(self.judge.on_validation, points=4), make()
         settings = {"precision": self.precision, "gradient_clip_val": self.clip}
         train(module, self.data, steps, [*callbacks, clock], **settings)
-        return {**clock.figures(), **self.judge.on_test(module.student), "curve": clock.curve}
-
-    def _judged(self, model: PreTrainedModel) -> dict[str, float]:
-        return self.judge.on_validation(model) | self.judge.on_test(model)
+        took = {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
+        return {**took, **self.judge.on_test(module.student), "curve": clock.curve}
 
 
 def quiet() -> None:

@@ -29,12 +29,7 @@ WARM_UP = 3  # steps; both sides' memory grows over the first few, and fresh pag
 
 
 class Worker:
-    """A child process that runs `side(gate, **settings)`, until `close`.
-
-    Args:
-        side: The function, as `module:name`.
-        settings: Its keyword arguments; plain data.
-    """
+    """A child process that runs `side(gate, **settings)`, until `close`; the side is `module:name`, the settings plain data."""
 
     def __init__(self, side: str, settings: Mapping[str, Any]) -> None:
         self.side = side
@@ -87,16 +82,14 @@ class Gate:
     def arrive(self, **figures: Any) -> None:
         """Report the step that has just ended, if there was one, with its figures; return when the next may start."""
         if self._started is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            wall, cpu = (now - then for now, then in zip(_clocks(), self._started, strict=True))
+            wall, cpu = (now - then for now, then in zip(clocks(), self._started, strict=True))
             row = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak_bytes(), **figures}
             print(json.dumps(row), file=self._answers, flush=True)
         if not sys.stdin.readline():
             sys.exit()
         if self._started is not None:  # the first step warms up, so loading counts in no other step's peak
             reset_peak()
-        self._started = _clocks()
+        self._started = clocks()
 
 
 def take_turns(
@@ -136,8 +129,10 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _clocks() -> tuple[float, float]:
-    """Seconds of the wall clock and of this process's threads on the CPU, which a busy machine changes less."""
+def clocks() -> tuple[float, float]:
+    """Seconds of the wall clock and of this process's threads on the CPU, which a busy machine changes less, all work done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 

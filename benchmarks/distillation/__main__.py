@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -33,17 +34,11 @@ TIME_REFERENCE = "two_stage"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One way to train."""
 
-    Args:
-        title: For people.
-        stage_1: Share of the steps on the data's answers before the student answers for itself; None for no teacher at all.
-        stage_2: Divergence on the student's own answers.
-    """
-
-    title: str
-    stage_1: float | None
-    stage_2: Objective = Objective()  # noqa: RUF009  (frozen)
+    title: str  # for people
+    stage_1: float | None  # share of the steps on the data's answers, before the student's own; None: no teacher at all
+    stage_2: Objective = Objective()  # noqa: RUF009  (frozen)  # on the student's own answers
 
 
 ARMS = {
@@ -62,23 +57,19 @@ class Study(TrainingStudy):
     def run(self, budget: str, arm: str, seed: int, steps: int) -> Row:
         """The row of one run."""
         about = {"name": arm, "budget": budget, "seed": seed, "steps": steps}
-        return self.row(
-            f"{budget}-{arm}-{seed}",
-            {"steps": steps},
-            lambda: about | self.fit(lambda: self._module(ARMS[arm], seed, steps), seed, steps),
-        )
+
+        def make() -> Row:
+            return about | self.fit(lambda: self._module(ARMS[arm], seed, steps), seed, steps)
+
+        return self.rows.find_or_make(f"{budget}-{arm}-{seed}", {"steps": steps}, make)
 
     def _module(self, arm: Arm, seed: int, steps: int) -> StudentModule:
         if arm.stage_1 is None:
             return SFT(**self.of_student(steps))
         start = round(arm.stage_1 * steps)
         on_policy = OnPolicy(start=start if start < steps else -1, share=1.0, tokens=self.tokens, seed=seed)
-        return Distillation(
-            teacher=self.options.teacher,
-            on_policy=on_policy,
-            on_policy_objective=arm.stage_2,
-            **self.of_student(steps),
-        )
+        answers: dict[str, Any] = {"on_policy": on_policy, "on_policy_objective": arm.stage_2}
+        return Distillation(teacher=self.options.teacher, **answers, **self.of_student(steps))
 
     def steps_at_equal_time(self, rows: Sequence[Row]) -> dict[str, int]:
         """Steps of each arm but the two-stage ones that take about as long as two_stage, from the first seed's rows."""
@@ -92,26 +83,13 @@ def study(options: argparse.Namespace, student: Path) -> list[Row]:
     write_half(options.teacher, student)
     shared = Study(options, str(student))
     timed = [arm for arm in options.arms if not arm.startswith(TIME_REFERENCE) and TIME_REFERENCE in options.arms]
-    bar = tqdm(total=2 + len(options.seeds) * (len(options.arms) + len(timed)), desc="Study", unit="run")
-
-    def done(row: Row) -> Row:
-        bar.update()
-        return row
-
-    with bar:
-        rows = [done(shared.reference("teacher", lambda: shared.judge.teacher.model))]
-        rows.append(done(shared.reference("untrained", lambda: load_model(shared.student))))
-        plan: dict[str, int] = {}
-        for seed in options.seeds:
-            of_seed = []
-            for arm in options.arms:
-                bar.set_postfix_str(f"{arm}, seed {seed}, {options.steps} steps")
-                of_seed.append(done(shared.run("steps", arm, seed, options.steps)))
-            plan = plan or (shared.steps_at_equal_time(of_seed) if timed else {})
-            for arm in timed:
-                bar.set_postfix_str(f"{arm}, seed {seed}, {plan[arm]} steps")
-                of_seed.append(done(shared.run("time", arm, seed, plan[arm])))
-            rows += of_seed
+    rows = [shared.reference("teacher", lambda: shared.judge.teacher.model)]
+    rows.append(shared.reference("untrained", lambda: load_model(shared.student)))
+    plan: dict[str, int] = {}
+    for seed in tqdm(options.seeds, desc="Study", unit="seed"):
+        of_seed = [shared.run("steps", arm, seed, options.steps) for arm in options.arms]
+        plan = plan or (shared.steps_at_equal_time(of_seed) if timed else {})
+        rows += of_seed + [shared.run("time", arm, seed, plan[arm]) for arm in timed]
     return rows
 
 

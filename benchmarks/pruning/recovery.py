@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tqdm import tqdm
@@ -26,17 +27,11 @@ from program.screen import as_command
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to prune and recover.
+    """One way to prune and recover."""
 
-    Args:
-        title: For people.
-        events: Number of cuts.
-        on_policy: Train on the student's own answers, from the first step on.
-    """
-
-    title: str
-    events: int
-    on_policy: bool
+    title: str  # for people
+    events: int  # number of cuts
+    on_policy: bool  # train on the student's own answers, from the first step on
 
 
 ARMS = {
@@ -73,7 +68,7 @@ class Study(TrainingStudy):
             after_cut = last.get("kl_after_repair", last["kl_after_cut"])
             return {**about, **figures, "kl_after_last_cut": after_cut, "history": pruning.history}
 
-        return self.row(f"{name}-{seed}", {"steps": steps, **PRUNING, **schedule}, train)
+        return self.rows.find_or_make(f"{name}-{seed}", {"steps": steps, **PRUNING, **schedule}, train)
 
     def _module(self, arm: Arm, seed: int) -> Distillation:
         on_policy = OnPolicy(start=0 if arm.on_policy else -1, share=1.0, tokens=self.tokens, seed=seed)
@@ -84,13 +79,8 @@ def study(options: argparse.Namespace) -> list[Row]:
     """All rows, the teacher's first, then seed by seed; written as they finish."""
     shared = Study(options, options.teacher)
     rows = [shared.reference("teacher", lambda: shared.judge.teacher.model)]
-    with tqdm(total=len(options.seeds) * len(options.arms), desc="Study", unit="run") as bar:
-        for seed in options.seeds:
-            for arm in options.arms:
-                bar.set_postfix_str(f"{arm}, seed {seed}")
-                rows.append(shared.run(arm, seed))
-                bar.update()
-    return rows
+    runs = tqdm(list(product(options.seeds, options.arms)), desc="Study", unit="run")
+    return rows + [shared.run(arm, seed) for seed, arm in runs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ The prefill of one prompt of 128 tokens with logits at all positions, in float32
 take turns, see `models/pruning/budget/latency.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,28 +12,22 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from benchmarks.pruning.latency import BACKENDS
 from benchmarks.study import Row, Rows
-from export.sessions.timed_prefill import onnx_run
 from models.loading.reference import load_model
 from models.pruning.budget.costs import flops, parameters
-from models.pruning.budget.latency import Run, compare, torch_run
+from models.pruning.budget.latency import Run, compare
 from models.structure.shape import LayerShape, shape_of, sliced
 
 BATCH, LENGTH = 1, 128
 REPETITIONS = 30
-BACKENDS: Mapping[str, Callable[..., Run]] = {"torch": torch_run, "onnxruntime": onnx_run}
 
 
 def speeds(reference: str, rows: Sequence[Row], out: Path) -> list[Row]:
-    """A row for every shape among the rows, with `torch`, `onnxruntime` (time over the dense model's) and quartiles of both.
-
-    Args:
-        reference: The dense model.
-        rows: Of students; `hidden` and `layers` give the shape.
-        out: Where finished rows are, without the suffix.
-    """
+    """A row for every shape (`hidden`, `layers`) of the students: `torch`, `onnxruntime` (time over the dense model's), quartiles."""
     shapes = {(row["hidden"], tuple(map(tuple, row["layers"]))): row for row in reversed(rows)}
-    store, found = Rows(out.with_suffix(".jsonl")), []
+    settings = {"model": reference, "batch": BATCH, "length": LENGTH, "repetitions": REPETITIONS}
+    store, found = Rows(out, ("torch", "transformers", "onnxruntime"), settings), []
 
     @cache
     def dense() -> tuple[PreTrainedModel, dict[str, Run]]:
@@ -57,10 +51,8 @@ def speeds(reference: str, rows: Sequence[Row], out: Path) -> list[Row]:
     for row in (bar := tqdm(list(reversed(shapes.values())), desc="Speed", unit="shape")):
         bar.set_postfix_str(f"{row['cut']}: {row['arm']}")
         sizes = {"hidden": row["hidden"], "layers": row["layers"]}
-        settings = {"model": reference, "batch": BATCH, "length": LENGTH, "repetitions": REPETITIONS, **sizes}
         unequal = len({tuple(layer) for layer in row["layers"]}) > 1
-        name = f"speed {row['cut']}{' per layer' if unequal else ''}".replace(" ", "_").replace("%", "percent")
+        name = f"speed {row['cut']}{' per layer' if unequal else ''}"
         about = {"speed_of": row["cut"], "unequal_layers": unequal, **sizes}
-        packages = ("torch", "transformers", "onnxruntime")
-        found.append(store.find_or_make(name, settings, packages, partial(make, row, about)))
+        found.append(store.find_or_make(name, sizes, partial(make, row, about)))
     return found

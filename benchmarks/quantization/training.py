@@ -55,15 +55,7 @@ def learning_rate(format: str) -> float:
 
 
 def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Row:
-    """A student after training.
-
-    Args:
-        bench: A `benchmarks.quantization.__main__.Bench`.
-        arm: How it is calibrated.
-        way: One of `WAYS`.
-        steps: Optimizer steps of eight conversations.
-        seed: Of the order of the conversations, and of sampling.
-    """
+    """A student after training for so many steps of eight conversations; the seed is that of their order, and of sampling."""
     lightning.seed_everything(seed, verbose=False)
     module = Distillation(
         teacher=bench.reference,

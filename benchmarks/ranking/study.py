@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,10 @@ _QUANTIZED_SHARE = 0.25  # of the steps, at their end
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train a student.
+    """One way to train a student."""
 
-    Attributes:
-        objective: What it learns from.
-        fp8: Whether it ends with FP8 quantizers.
-    """
-
-    objective: LabelObjective
-    fp8: bool = False
+    objective: LabelObjective  # what it learns from
+    fp8: bool = False  # whether it ends with FP8 quantizers
 
 
 DISTILLED = LabelObjective(cross_entropy=0.2, label_kl=1.0, full_kl=0.1)
@@ -73,12 +69,7 @@ ARMS = {"labels": Arm(LabelObjective()), "distilled": Arm(DISTILLED), "distilled
 
 
 class _Student(RankingDistillation):
-    """Asks the teacher once about a sample in all runs.
-
-    Args:
-        remembered: What the teacher said so far, by stage.
-        kwargs: See `RankingDistillation`.
-    """
+    """Asks the teacher once about a sample in all runs: `remembered` is what it said so far, by stage."""
 
     def __init__(self, remembered: dict[str, dict[int, Tensor]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -91,14 +82,10 @@ class _Student(RankingDistillation):
 
 
 class Study:
-    """Data, teacher and students that the runs share.
-
-    Args:
-        options: The command line.
-    """
+    """Data, teacher and students that the runs share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.rows = options, Rows(options.out.with_suffix(".jsonl"))
+        self.options = options
         self._remembered: dict[str, dict[int, Tensor]] = {"fit": {}, "test": {}}
         recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         self.trainer = {key: recipe["trainer"][key] for key in ("precision", "gradient_clip_val")}
@@ -111,12 +98,14 @@ class Study:
         self.data.setup("fit")  # now, with the recipe's seed: all runs get the same pairs, only their order differs
         self.data.setup("test")
         self.teacher = str(self._teacher(WORK / "teacher"))
-        self.settings = {
+        data = {key: value for key, value in self.data_settings.items() if key != "folder"}
+        settings = {
             "teacher": fingerprint(Path(self.teacher)),
-            "data": {key: value for key, value in self.data_settings.items() if key != "folder"},
+            "data": data,
             "optimizer": self.optimizer,
             **self.trainer,
         }
+        self.rows = Rows(options.out, PACKAGES, settings)
 
     def _teacher(self, folder: Path) -> Path:
         if not (folder / "config.json").is_file():
@@ -157,7 +146,7 @@ class Study:
             module = self._module(reference, self.teacher, LabelObjective(), 1)
             return {"student": name, "arm": "before", **sizes, **self._test(quiet_trainer(1, **self.trainer), module)}
 
-        return self._row(f"{name}-before", {"length": LENGTH}, make)
+        return self.rows.find_or_make(f"{name}-before", {"length": LENGTH}, make)
 
     def after(self, name: str, arm_name: str, seed: int) -> Row:
         """A student after training."""
@@ -171,7 +160,9 @@ class Study:
             trainer = self._fit(module, self.data, steps, seed, callbacks)
             return {"student": name, "arm": arm_name, "seed": seed, "steps": steps, **self._test(trainer, module)}
 
-        return self._row(f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm), **(FP8 if arm.fp8 else {})}, make)
+        return self.rows.find_or_make(
+            f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm), **(FP8 if arm.fp8 else {})}, make
+        )
 
     def _module(self, student: str, teacher: str | None, objective: LabelObjective, steps: int) -> RankingDistillation:
         return _Student(
@@ -195,19 +186,13 @@ class Study:
         [figures] = trainer.test(module, datamodule=self.data, verbose=False)
         return {name.removeprefix("test/"): value for name, value in figures.items()}
 
-    def _row(self, name: str, settings: dict[str, Any], make: Any) -> Row:
-        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
-
 
 def study(options: argparse.Namespace) -> list[Row]:
     """All rows: the teacher, every student as it is cut, then seed by seed; written as they finish."""
     shared = Study(options)
     rows = [shared.before(name) for name in ("teacher", *options.students)]
-    runs = [(name, arm, seed) for seed in options.seeds for name in options.students for arm in options.arms]
-    for name, arm, seed in (bar := tqdm(runs, desc="Study", unit="run")):
-        bar.set_postfix_str(f"{name}, {arm}, seed {seed}")
-        rows.append(shared.after(name, arm, seed))
-    return rows
+    runs = tqdm(list(product(options.seeds, options.students, options.arms)), desc="Study", unit="run")
+    return rows + [shared.after(name, arm, seed) for seed, name, arm in runs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
