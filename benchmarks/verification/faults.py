@@ -43,6 +43,10 @@ def _changed(pattern: str, change: Change, model: ir.Model) -> None:
     value.const_value = ir.Tensor(new.astype(array.dtype), dtype=old.dtype, name=value.name)
 
 
+def _with(pattern: str, change: Change) -> Fault:
+    return partial(_changed, pattern, change)
+
+
 def _first(change: Callable[[Any], Any]) -> Change:
     """A change of the first number alone."""
 
@@ -276,47 +280,35 @@ def _one_scale_for_all_tokens(model: ir.Model) -> None:
 
 _LATE, _NEWEST_FIRST = (0, 1), (-1, 2**31 - 1)
 
-FLOAT32 = ("fp8", "int8", "int4_g64", "int4_g64_zp")
-HALF = ("fp16", "fp8 half")
+FP8, INT8, INT4 = ("fp8", "fp8 half"), ("int8", "int8 cpu"), ("int4_g64", "int4_g64_zp")
+FLOAT32, HALF = ("fp8", "int8", *INT4), ("fp16", "fp8 half")
 MAIN = (*HALF, *FLOAT32)
 PLANTED: dict[str, tuple[Fault, tuple[str, ...]]] = {
-    "a weight's scale off by 5 %": (
-        partial(_changed, _WEIGHT_SCALES, _larger),
-        ("fp8", "fp8 half", "int8", "int8 cpu", "int4_g64", "int4_g64_zp"),
-    ),
+    "a weight's scale off by 5 %": (_with(_WEIGHT_SCALES, _larger), (*FP8, *INT8, *INT4)),
     "scales of a weight's channels moved by one": (
-        partial(_changed, _WEIGHT_SCALES, lambda x: np.roll(x, 1, axis=-1)),
-        ("int8", "int8 cpu", "int4_g64"),
+        _with(_WEIGHT_SCALES, lambda x: np.roll(x, 1, axis=-1)),
+        (*INT8, "int4_g64"),
     ),
-    "an input's scale off by 5 %": (
-        partial(_changed, _DOWN + r"\.input_quantizer\.scale", _larger),
-        ("fp8", "fp8 half"),
-    ),
-    "a code with another sign": (
-        partial(_changed_code, _other_sign),
-        ("fp8", "fp8 half", "int8", "int8 cpu", "int4_g64"),
-    ),
-    "a code off by one": (partial(_changed_code, _first(_nearer_to_zero)), ("int8", "int8 cpu", "int4_g64_zp")),
-    "a zero point off by one": (
-        partial(_changed, _QUERY + r"\.weight\.zero_point.*", _first(_nearer_to_zero)),
-        ("int4_g64_zp",),
-    ),
-    "a weight that is not a number": (partial(_changed, _DOWN + _CODES, _first(lambda x: np.nan)), ("fp16", "fp8")),
+    "an input's scale off by 5 %": (_with(_DOWN + r"\.input_quantizer\.scale", _larger), FP8),
+    "a code with another sign": (partial(_changed_code, _other_sign), (*FP8, *INT8, "int4_g64")),
+    "a code off by one": (partial(_changed_code, _first(_nearer_to_zero)), (*INT8, "int4_g64_zp")),
+    "a zero point off by one": (_with(_QUERY + r"\.weight\.zero_point.*", _first(_nearer_to_zero)), ("int4_g64_zp",)),
+    "a weight that is not a number": (_with(_DOWN + _CODES, _first(lambda x: np.nan)), ("fp16", "fp8")),
     "two layers swapped": (_layers_swapped, MAIN),
     "queries turned by one position more": (partial(_turned_by_one_position, "queries"), ("fp16", "fp8", "int4_g64")),
     "keys turned by one position more": (partial(_turned_by_one_position, "keys"), ("fp16", "fp8 half", "int8")),
     "angles for interleaved halves": (_interleaved, ("fp8", "int8")),
     "angles in float16": (_angles_in_float16, ("fp16", "fp8", "int8")),
     "a token of the future seen": (partial(_bound_of_mask, "LessOrEqual"), ("fp16", "fp8", "int4_g64", "gemma2")),
-    "padding seen": (_padding_seen, ("fp16", "int8", "int8 cpu", "gemma3_text")),
+    "padding seen": (_padding_seen, ("fp16", *INT8, "gemma3_text")),
     "a window shorter by one": (partial(_bound_of_mask, "Greater"), ("gemma2", "gemma3_text")),
     "cache one position late": (partial(_cache_moved, "key", _LATE), ("fp16", "fp8", "int8 cpu", "int4_g64")),
-    "cache with the newest first": (partial(_cache_moved, "value", _NEWEST_FIRST), ("fp8 half", "int8", "int8 cpu")),
+    "cache with the newest first": (partial(_cache_moved, "value", _NEWEST_FIRST), ("fp8 half", *INT8)),
     "keys and values of the cache exchanged": (_keys_and_values_exchanged, ("fp16", "int8")),
     "a KV head repeated": (partial(_heads_of_cache, "key", lambda n: [0, 0, *range(2, n)]), ("fp16", "fp8")),
     "two KV heads exchanged": (partial(_heads_of_cache, "key value", lambda n: [1, 0, *range(2, n)]), ("int8",)),
     "gate and up exchanged": (_gate_and_up_exchanged, ("fp16", "int4_g64")),
-    "a bias left out": (partial(_changed, _LAYER + r"self_attn\.q_proj\.bias", np.zeros_like), ("qwen2",)),
+    "a bias left out": (_with(_LAYER + r"self_attn\.q_proj\.bias", np.zeros_like), ("qwen2",)),
     "a norm of queries left out": (lambda model: _leave_out(model, _norm(model, _QUERY_NORM)), ("qwen3",)),
     "a soft cap of attention left out": (lambda model: _leave_out(model, _nodes(model, "Tanh")[LAYER]), ("gemma2",)),
     "the soft cap of logits left out": (lambda model: _leave_out(model, _nodes(model, "Tanh")[-1]), ("gemma2",)),
@@ -334,25 +326,19 @@ PLANTED: dict[str, tuple[Fault, tuple[str, ...]]] = {
         lambda model: _multiply(_attention(model), "scale", 1.05),
         ("fp16", "fp8", "int8 cpu", "int4_g64"),
     ),
-    "the last norm's weight left out": (
-        partial(_changed, r"model\.norm\.weight", np.ones_like),
-        ("fp16", "int8", "int8 cpu"),
-    ),
+    "the last norm's weight left out": (_with(r"model\.norm\.weight", np.ones_like), ("fp16", *INT8)),
     "two rows of the head exchanged": (_rows_of_head_exchanged, ("fp16", "fp8", "int8")),
     "positions ignored": (_positions_ignored, ("fp16", "fp8 half", "int4_g64")),
-    "an input's quantizer left out": (_input_quantizer_left_out, ("fp8", "fp8 half")),
-    "one scale for all tokens": (_one_scale_for_all_tokens, ("int8", "int8 cpu")),
-    "another largest code": (_rows_scale, ("int8", "int8 cpu")),
+    "an input's quantizer left out": (_input_quantizer_left_out, FP8),
+    "one scale for all tokens": (_one_scale_for_all_tokens, INT8),
+    "another largest code": (_rows_scale, INT8),
     "a cache's scale off by 5 %": (
-        partial(_changed, _LAYER + r".*cache_quantizer\.key\.scale", _larger),
+        _with(_LAYER + r".*cache_quantizer\.key\.scale", _larger),
         ("llama, cache in int8",),
     ),
-    "cosines of the next position": (
-        partial(_changed, r"cosines\.\d+", lambda x: np.roll(x, -1, axis=0)),
-        ("int8 cpu",),
-    ),
-    "the last position but one": (partial(_changed, "last_position", _first(lambda x: x - 1)), ("int8, prefill",)),
-    "another label's token": (partial(_changed, "label_tokens", _first(lambda x: x + 1)), ("fp16, labels",)),
+    "cosines of the next position": (_with(r"cosines\.\d+", lambda x: np.roll(x, -1, axis=0)), ("int8 cpu",)),
+    "the last position but one": (_with("last_position", _first(lambda x: x - 1)), ("int8, prefill",)),
+    "another label's token": (_with("label_tokens", _first(lambda x: x + 1)), ("fp16, labels",)),
 }
 """By name: the fault, and the graphs of `benchmarks/verification/graphs.py` in which it is one."""
 
