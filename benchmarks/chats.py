@@ -81,23 +81,14 @@ def answered(
     max_new_tokens: int = 256,
     batch_size: int = 8,
 ) -> list[Batch]:
-    """Batches of prompts with the model's own answers, samples of similar length together; sampled once, then read from the cache.
-
-    Args:
-        model: Answers.
-        tokenizer: Its own.
-        reference: Names the model in the cache.
-        prompts: What is asked.
-        max_new_tokens: Length of an answer, at most.
-        batch_size: Samples in a batch.
-    """
+    """Batches of prompts with the model's own answers, of similar length together; sampled once, then cached under `reference`."""
     key = hashlib.sha256(json.dumps([reference, list(prompts), max_new_tokens, repr(SAMPLING)]).encode()).hexdigest()
     path = cache_folder() / "chats" / f"{key[:16]}.json"
     if not path.is_file():
         write_text(path, json.dumps(_sample(model, tokenizer, prompts, max_new_tokens)))
     examples = [
         Example(torch.tensor(tokens), ((start, len(tokens)),), prompt, "", index)
-        for index, (prompt, (start, tokens)) in enumerate(zip(prompts, _read(path), strict=True))
+        for index, (prompt, (start, tokens)) in enumerate(zip(prompts, json.loads(path.read_text()), strict=True))
     ]
     examples.sort(key=len)
     pad_id = pad_id_of(tokenizer)
@@ -129,10 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 answers[index] = str(tokenizer.decode(ids_T[labels_T != IGNORE_INDEX], skip_special_tokens=True))
         lines = [{"prompt": text, "response": answers[index]} for index, text in enumerate(texts)]
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _read(path: Path) -> list[tuple[int, list[int]]]:
-    return [(start, tokens) for start, tokens in json.loads(path.read_text())]
 
 
 def _sample(

@@ -12,22 +12,18 @@ this project over naive.
 import argparse
 import ctypes
 import gc
-import json
-import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import interleave, parser, report, spread
+from benchmarks.harness import parser, report, spread
+from benchmarks.workers import Gate, Worker, peak_bytes, reset_peak, resident_bytes, take_turns
 from models import losses
 from models.losses import FullTargets, Head, Objective, linear_objective
 from program.screen import as_command
@@ -48,27 +44,14 @@ LIGER_BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 def main() -> None:
     """Measure every size and print the ratios."""
     options = parser(__doc__)
-    options.add_argument(
-        "--objective", choices=NAIVE, default="forward_kl", help="loss to compare (default: forward_kl)"
-    )
-    options.add_argument(
-        "--precision", choices=["float32", "bfloat16"], default="float32", help="of the matrix products, by autocast"
-    )
-    options.add_argument(
-        "--sizes",
-        nargs="+",
-        default=SIZES,
-        metavar="NxVxD",
-        help=f"tokens, vocabulary, hidden (default: {' '.join(SIZES)})",
-    )
-    options.add_argument(
-        "--chunk-tokens", type=int, default=0, help="tokens of a chunk (default: the loss's own choice)"
-    )
-    options.add_argument("--worker", help=argparse.SUPPRESS)
+    add = options.add_argument
+    add("--objective", choices=NAIVE, default="forward_kl", help="loss to compare (default: %(default)s)")
+    text = "of the matrix products, by autocast"
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help=text)
+    text = f"tokens, vocabulary, hidden (default: {' '.join(SIZES)})"
+    add("--sizes", nargs="+", default=SIZES, metavar="NxVxD", help=text)
+    add("--chunk-tokens", type=int, default=0, help="tokens of a chunk (default: the loss's own choice)")
     arguments = options.parse_args()
-    if arguments.worker:
-        work(arguments)
-        return
     sides = ["potstill", "naive"]
     if torch.cuda.is_available() and find_spec("liger_kernel") and arguments.objective in LIGER_BETAS:
         sides.append("liger")
@@ -85,148 +68,98 @@ def main() -> None:
 
 def measure(size: str, sides: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """One row a side, in turns."""
-    workers = {side: Worker(side, size, arguments) for side in sides}
-    try:
-        seconds = interleave({side: worker.call for side, worker in workers.items()}, repetitions=arguments.repetitions)
-    finally:
-        for worker in workers.values():
-            worker.stop()
-    losses_found = [worker.answers[0]["loss"] for worker in workers.values()]
+    settings = {"size": size} | {key: getattr(arguments, key) for key in ("objective", "precision", "chunk_tokens")}
+    workers = {side: Worker("benchmarks.distillation_loss:work", {"side": side, **settings}) for side in sides}
+    rows, losses_found = {}, []
+    for side, calls in take_turns(workers, repetitions=arguments.repetitions, warm_up=1).items():
+        losses_found.append(calls[0]["loss"])
+        about = {"name": side, "size": size, "objective": arguments.objective}
+        peak = max(call["peak_extra_mib"] for call in calls)
+        rows[side] = about | spread([call["seconds"] for call in calls]) | {"peak_extra_mib": peak}
     if max(losses_found[:2]) - min(losses_found[:2]) > 1e-2 * losses_found[0]:
         raise RuntimeError(
             f"expected equal losses of both sides, found {losses_found}; the measurement compares unlike things"
         )
-    rows = {}
-    for side, worker in workers.items():
-        counted = [answer["seconds"] for answer in worker.answers[-len(seconds[side]) :]]
-        peak = max(answer["peak_extra_mib"] for answer in worker.answers)
-        rows[side] = {
-            "name": side,
-            "size": size,
-            "objective": arguments.objective,
-            **spread(counted),
-            "peak_extra_mib": peak,
-        }
     return rows
 
 
-class Worker:
-    """A process that makes one measured call whenever it is told to."""
+@dataclass
+class Case:
+    """What a loss is computed of."""
 
-    def __init__(self, side: str, size: str, arguments: argparse.Namespace) -> None:
-        command = [sys.executable, "-m", "benchmarks.distillation_loss", "--worker", side, "--sizes", size]
-        command += ["--objective", arguments.objective, "--precision", arguments.precision]
-        command += ["--chunk-tokens", str(arguments.chunk_tokens)]
-        root = Path(__file__).parents[1]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
-        self.answers: list[dict[str, float]] = []
-
-    def call(self) -> None:
-        """Let it make one call, and wait for what it measured."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print("call", file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("expected a measurement, found that the process had ended; see its message above")
-        self.answers.append(json.loads(line))
-
-    def stop(self) -> None:
-        """End it."""
-        self.process.communicate()
+    student_ND: Tensor
+    student_VD: Tensor
+    teacher_ND: Tensor
+    teacher_VD: Tensor
+    labels_N: Tensor
+    objective: str
+    chunk_tokens: int
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """The worker's side: answer every line of standard input with one measured call."""
+def work(gate: Gate, side: str, size: str, objective: str, precision: str, chunk_tokens: int) -> None:
+    """The worker's side: one measured call whenever the gate opens."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokens, vocabulary, hidden = map(int, arguments.sizes[0].split("x"))
+    tokens, vocabulary, hidden = map(int, size.split("x"))
     generator = torch.Generator().manual_seed(0)
     student_ND, teacher_ND = (torch.randn(tokens, hidden, generator=generator).to(device) for _ in "st")
     weights = [torch.randn(vocabulary, hidden, generator=generator).div_(hidden**0.5).to(device) for _ in "st"]
     inputs = [student_ND.requires_grad_(), weights[0].requires_grad_()]
-    step = STEPS[arguments.worker](student_ND, weights[0], teacher_ND, weights[1], arguments)
+    labels_N = torch.zeros(tokens, dtype=torch.long, device=device)
+    case = Case(student_ND, weights[0], teacher_ND, weights[1], labels_N, objective, chunk_tokens)
 
-    def call() -> float:
-        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bfloat16"):
-            loss = step()
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return loss.item()
-
-    for _ in sys.stdin:
+    gate.arrive()
+    while True:
         for tensor in inputs:
             tensor.grad = None
-        base = reset_peak(device)
+        base = bytes_in_use()
+        reset_peak()
         started = time.perf_counter()
-        loss = call()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = SIDES[side](case)
+        loss.backward()
+        value = loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        print(
-            json.dumps({"seconds": seconds, "peak_extra_mib": (peak(device) - base) / 2**20, "loss": loss}), flush=True
-        )
+        del loss
+        gate.arrive(seconds=seconds, peak_extra_mib=(peak_bytes() - base) / 2**20, loss=value)
 
 
-def potstill(
-    student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, arguments: argparse.Namespace
-) -> Callable[[], Tensor]:
+def potstill(case: Case) -> Tensor:
     """This project's loss."""
-    labels_N = torch.zeros(len(student_ND), dtype=torch.long, device=student_ND.device)
-    targets = FullTargets(teacher_ND, Head(teacher_VD))
-    objective = Objective({arguments.objective: 1.0})
-    return lambda: linear_objective(
-        student_ND, Head(student_VD), targets, labels_N, objective, chunk_tokens=arguments.chunk_tokens
-    )[0]
+    head, targets = Head(case.student_VD), FullTargets(case.teacher_ND, Head(case.teacher_VD))
+    objective, tokens = Objective({case.objective: 1.0}), case.chunk_tokens
+    return linear_objective(case.student_ND, head, targets, case.labels_N, objective, chunk_tokens=tokens)[0]
 
 
-def naive(
-    student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, arguments: argparse.Namespace
-) -> Callable[[], Tensor]:
+def naive(case: Case) -> Tensor:
     """All logits at once."""
-
-    def step() -> Tensor:
-        with torch.no_grad():
-            teacher_logits_NV = F.linear(teacher_ND, teacher_VD)
-        return NAIVE[arguments.objective](F.linear(student_ND, student_VD), teacher_logits_NV).sum()
-
-    return step
+    with torch.no_grad():
+        teacher_logits_NV = F.linear(case.teacher_ND, case.teacher_VD)
+    return NAIVE[case.objective](F.linear(case.student_ND, case.student_VD), teacher_logits_NV).sum()
 
 
-def liger(
-    student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, arguments: argparse.Namespace
-) -> Callable[[], Tensor]:
+def liger(case: Case) -> Tensor:
     """Liger's chunked loss, the divergence alone."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    labels_N = torch.zeros(len(student_ND), dtype=torch.long, device=student_ND.device)
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=LIGER_BETAS[arguments.objective])
-    return partial(loss, student_ND, student_VD, teacher_ND, teacher_VD, labels_N, None, None)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=LIGER_BETAS[case.objective])
+    hidden = case.student_ND, case.student_VD, case.teacher_ND, case.teacher_VD
+    found: Tensor = loss(*hidden, case.labels_N, None, None)
+    return found
 
 
-STEPS = {"potstill": potstill, "naive": naive, "liger": liger}
+SIDES = {"potstill": potstill, "naive": naive, "liger": liger}
 
 
-def reset_peak(device: torch.device) -> int:
-    """Give freed memory back, forget the peak so far, and return the bytes in use."""
+def bytes_in_use() -> int:
+    """Memory in use when what was freed has been given back."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def peak(device: torch.device) -> int:
-    """Highest bytes in use since `reset_peak`."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    """A size of this process in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    return resident_bytes("VmRSS")
 
 
 if __name__ == "__main__":

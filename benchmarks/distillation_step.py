@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import parser, report, spread
-from benchmarks.students import keep_layers
+from benchmarks.harness import MISSING, parser, report, spread
+from benchmarks.study import keep_layers
 from benchmarks.workers import WARM_UP, Gate, Worker, take_turns
 from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
@@ -52,9 +52,7 @@ def main() -> None:
     options.add_argument("--student-layers", type=int, help="layers of the student (default: half of the teacher's)")
     arguments = options.parse_args()
     if find_spec("trl") is None:
-        raise ModuleNotFoundError(
-            "expected the package `trl` to compare with, found none; run `pip install -e .[bench]`"
-        )
+        raise ModuleNotFoundError(MISSING.format("trl"))
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), arguments.teacher, arguments.student_layers)
         results, ratios = [], {}
@@ -78,11 +76,7 @@ def prepare(folder: Path, teacher: str, student_layers: int | None) -> None:
 
 
 def measure(folder: Path, batch: int, sides: Sequence[str], arguments: Namespace) -> list[dict[str, Any]]:
-    """One row for each side: steps in turns at one batch size.
-
-    Raises:
-        ValueError: A side took a step on more or fewer than `new_tokens` tokens a sample.
-    """
+    """One row for each side: steps in turns at one batch size."""
     from datamodules.reasoning import ReasoningTasks
 
     steps = WARM_UP + arguments.repetitions + 1  # the last waits at the gate when all is over
@@ -92,13 +86,8 @@ def measure(folder: Path, batch: int, sides: Sequence[str], arguments: Namespace
     (folder / "conversations.json").write_text(json.dumps(rows))
     settings = {"folder": str(folder), "batch": batch, "new_tokens": arguments.new_tokens, "steps": steps}
     workers = {name: Worker(SIDES[name], settings) for name in sides}
-    try:
-        steps_of = take_turns(workers, repetitions=arguments.repetitions)
-    finally:
-        for worker in workers.values():
-            worker.close()
     results = []
-    for name, measured in steps_of.items():
+    for name, measured in take_turns(workers, repetitions=arguments.repetitions).items():
         tokens = {row["tokens"] for row in measured}
         if tokens != {batch * arguments.new_tokens}:
             raise ValueError(

@@ -3,7 +3,6 @@
 Legend: N answer tokens, V vocabulary.
 """
 
-import time
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from benchmarks.workers import clocks
 from datamodules import ReasoningTasks
 from models.copies import inference_copy
 from models.evaluation.answers import evaluate
@@ -29,14 +29,7 @@ OWN_STRIDE = 2
 
 
 class Judge:
-    """Figures of students on held-out questions; the teacher reads each gold answer only once.
-
-    Args:
-        teacher: Model reference.
-        data: Set up for fit and test.
-        tokens: Length of generated answers in tokens.
-        precision: The trainer's: half precision judges in bfloat16.
-    """
+    """Figures of students on held-out questions; the teacher reads each gold answer once.  Half precision judges in bfloat16."""
 
     def __init__(self, teacher: str, data: ReasoningTasks, *, tokens: int, precision: str) -> None:
         self.data, self.tokens = data, tokens
@@ -97,12 +90,7 @@ class Judge:
 
 
 class TrainingClock(Callback):
-    """Seconds of training alone, and figures at some points of it; the clock stands still while these are taken.
-
-    Args:
-        judge: Gives figures of a student.
-        points: How often, evenly over the run; the last one is at its end.
-    """
+    """Seconds of training alone, and the figures of `judge` at some points of it, for which the clock stands still."""
 
     def __init__(self, judge: Any, points: int) -> None:
         self.judge, self.points = judge, points
@@ -110,13 +98,9 @@ class TrainingClock(Callback):
         self.seconds = self.cpu_seconds = 0.0
         self._started = (0.0, 0.0)
 
-    def figures(self) -> dict[str, float]:
-        """`seconds` of wall-clock and `cpu_seconds` of all threads, which a busy machine changes less."""
-        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock: models and data are loaded."""
-        self._started = _clocks()
+        self._started = clocks()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -125,17 +109,9 @@ class TrainingClock(Callback):
         step, last = trainer.global_step, trainer.max_steps
         if step * self.points // last == (step - 1) * self.points // last:
             return
-        wall, cpu = _clocks()
-        self.seconds, self.cpu_seconds = (
-            self.seconds + wall - self._started[0],
-            self.cpu_seconds + cpu - self._started[1],
-        )
+        wall, cpu = clocks()
+        self.seconds += wall - self._started[0]
+        self.cpu_seconds += cpu - self._started[1]
         assert isinstance(pl_module, StudentModule)
         self.curve.append({"step": step, "seconds": self.seconds, **self.judge(pl_module.student)})
-        self._started = _clocks()
-
-
-def _clocks() -> tuple[float, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
+        self._started = clocks()

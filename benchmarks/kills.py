@@ -58,33 +58,28 @@ _QUANTIZE = {
     "init_args": {"start_step": 6, "observe_steps": 1, "learn_scales": True},
 }
 _AVERAGE = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+_LATER_ANSWERS = {"start": 3, "share": 0.5, "tokens": 4}
 _OWN_ANSWERS = {"start": 2, "share": 0.7, "adaptive": 0.4, "tolerance": -1e9, "tokens": 4, "replay_size": 8}
 RECIPES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "averaged": ("SFT", {}, [_AVERAGE, _JUDGE]),
     "adapters": ("SFT", {}, [{"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.1}}, _JUDGE]),
     "own answers": ("Distillation", {"on_policy": _OWN_ANSWERS}, [_JUDGE]),
-    "pruned and quantized": (
-        "Distillation",
-        {"on_policy": {"start": 3, "share": 0.5, "tokens": 4}},
-        [_PRUNE, _JUDGE, _QUANTIZE],
-    ),
+    "pruned and quantized": ("Distillation", {"on_policy": _LATER_ANSWERS}, [_PRUNE, _JUDGE, _QUANTIZE]),
 }
 
 
 def main() -> None:
     """Run the command; exits with 1 if anything was lost or differs."""
-    options = parser(__doc__)
+    options = parser(__doc__, repetitions=None)
     options.add_argument("--kills", type=int, default=300, help="over all recipes (default: %(default)s)")
-    options.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    options.add_argument("--only", nargs="+", choices=RECIPES, metavar="RECIPE", help=f"some of: {', '.join(RECIPES)}")
     arguments = options.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder, Bar(total=arguments.kills, desc="Kills", unit="kills") as bar:
         os.chdir(folder)
         _in_a_process(_make_places, Path("places.log"))
-        for number, name in enumerate(arguments.only or RECIPES):
-            share = (arguments.kills + number) // len(arguments.only or RECIPES)
-            results.append(_recipe(name, share, random.Random(f"{arguments.seed} {name}"), bar.update))
+        for number, name in enumerate(RECIPES):
+            share = (arguments.kills + number) // len(RECIPES)
+            results.append(_recipe(name, share, random.Random(f"0 {name}"), bar.update))
     kills, chains = (sum(row[key] for row in results) for key in ("kills", "chains"))
     ratios = {
         "lost": sum(row["lost"] for row in results) / max(kills, 1),
@@ -97,13 +92,8 @@ def main() -> None:
 
 def _make_places() -> int:
     tokenizer = load_tokenizer(TOKENIZER)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True}
     for seed, place in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
@@ -116,27 +106,18 @@ def _make_places() -> int:
 
 def _settings(name: str) -> dict[str, Any]:
     module, settings, callbacks = RECIPES[name]
+    student = {"student": "student", "generate_tokens": 0, "warmup_steps": 2}
+    data = {"train": "data.jsonl", "batch_size": 2, "val_fraction": 0.2, "seed": 3}
     teacher = {"teacher": "teacher"} if module == "Distillation" else {}
     return {
         "seed_everything": 1,
         "trainer": {
-            **{
-                "accelerator": "cpu",
-                "precision": "32-true",
-                "max_steps": STEPS,
-                "accumulate_grad_batches": MICRO_BATCHES,
-            },
-            **{"val_check_interval": 3 * MICRO_BATCHES, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0},
-            **{"log_every_n_steps": 1, "callbacks": callbacks},
+            **{"accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1, "num_sanity_val_steps": 0},
+            **{"max_steps": STEPS, "accumulate_grad_batches": MICRO_BATCHES, "callbacks": callbacks},
+            **{"val_check_interval": 3 * MICRO_BATCHES, "check_val_every_n_epoch": None},
         },
-        "model": {
-            "class_path": module,
-            "init_args": {"student": "student", "generate_tokens": 0, "warmup_steps": 2, **teacher, **settings},
-        },
-        "data": {
-            "class_path": "Conversations",
-            "init_args": {"train": "data.jsonl", "batch_size": 2, "val_fraction": 0.2, "seed": 3},
-        },
+        "model": {"class_path": module, "init_args": {**student, **teacher, **settings}},
+        "data": {"class_path": "Conversations", "init_args": data},
         "checkpoint": {"every_n_steps": 1},
     }
 
@@ -152,9 +133,7 @@ def _recipe(name: str, kills: int, moments: random.Random, on_kill: Callable[[],
     shutil.rmtree("whole")
     row: dict[str, Any] = {"name": name, "kills": 0, "chains": 0, "lost": 0, "different": 0, "seconds": seconds}
     while row["kills"] < kills:
-        runs: list[Path] = []
-        step, newest = 0, None
-        ended = False
+        runs, step, newest, ended = list[Path](), 0, None, False
         while not ended:
             runs.append(Path(f"run-{len(runs)}"))
             moment = moments.uniform(0, 1.1 * seconds) if row["kills"] < kills else None
@@ -201,9 +180,8 @@ def _in_a_process(run: Callable[[], int], log: Path, seconds: float | None = Non
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             if status:
-                sys.exit(
-                    f"error: expected a run that ends well, found exit {os.waitstatus_to_exitcode(status)}:\n{log.read_text()}"
-                )
+                code = os.waitstatus_to_exitcode(status)
+                sys.exit(f"error: expected a run that ends well, found exit {code}:\n{log.read_text()}")
             return True
         if deadline is not None and time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)

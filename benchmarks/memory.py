@@ -9,105 +9,43 @@ or what torch allocated at most on a GPU.
 """
 
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from benchmarks.harness import interleave, parser, report, spread
+from benchmarks.harness import parser, report, spread
+from benchmarks.workers import ROOT, Gate, Worker, take_turns
 from models.loading.reference import load_model, load_tokenizer
 from program.screen import as_command
 
-ROOT = Path(__file__).parent.parent
-RECIPE = "configs/distill.yaml"
 OVERLAYS = ("checkpointing", "adam8bit", "bf16_weights", "lora", "teacher_int8")
-TURNS = "POTSTILL_TURNS"  # file descriptors of the worker: to read turns from, to answer to
 
 
 class TakeTurns(Callback):
-    """Wait for a line before every step, and answer with a JSON line after it: `peak_bytes`."""
+    """Stands at the worker's gate before every step."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open both pipes."""
-        turns, answers = map(int, os.environ[TURNS].split(","))
-        self._turns, self._answers = os.fdopen(turns), os.fdopen(answers, "w")
+    gate: Gate
+    tokens = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Wait, then forget earlier peaks."""
-        if not self._turns.readline():
-            os._exit(0)  # the benchmark has ended: nothing is to be saved
-        _reset_peak(pl_module.device)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Answer when the step is done on the device, too."""
-        answer = {"peak_bytes": _peak_bytes(pl_module.device), "tokens": int(batch["attention_mask"].sum())}
-        print(json.dumps(answer), file=self._answers, flush=True)
+        """Report the step before, and wait."""
+        self.gate.arrive(tokens=self.tokens)
+        self.tokens = int(batch["attention_mask"].sum())
 
 
-class Worker:
-    """A run of its own that does one step at a time.
+def run(gate: Gate, folder: str, files: list[str]) -> None:
+    """The worker's side: a run of a recipe and what changes it."""
+    import train
 
-    Args:
-        overlays: Files that change the recipe.
-        settings: More such settings, for all sides.
-        folder: Where it may write.
-    """
-
-    def __init__(self, overlays: Sequence[Path], settings: Mapping[str, Any], folder: Path) -> None:
-        folder.mkdir()
-        shared = folder / "benchmark.yaml"
-        shared.write_text(yaml.safe_dump(dict(settings)))
-        files = [ROOT / RECIPE, shared, *overlays]  # overlays may add callbacks to ours
-        command = [sys.executable, str(ROOT / "train.py"), "fit", "--run_dir", str(folder / "run")]
-        command += [word for file in files for word in ("--config", str(file.absolute()))]
-        worker_turns, turns = os.pipe()
-        answers, worker_answers = os.pipe()
-        self._log = folder / "log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": str(ROOT), TURNS: f"{worker_turns},{worker_answers}"},
-                pass_fds=(worker_turns, worker_answers),
-            )
-        os.close(worker_turns)
-        os.close(worker_answers)
-        self._turns, self._answers = os.fdopen(turns, "w"), os.fdopen(answers)
-        self.answers: list[dict[str, int]] = []
-
-    def step(self) -> None:
-        """Do one step; waits until the worker is ready.
-
-        Raises:
-            RuntimeError: The worker ended; the message holds its last lines.
-        """
-        try:
-            print("go", file=self._turns, flush=True)
-            line = self._answers.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._process.wait()
-            lines = "\n".join(self._log.read_text().splitlines()[-20:])
-            raise RuntimeError(f"expected a step of the worker, found that it had ended; its last lines:\n{lines}")
-        self.answers.append(json.loads(line))
-
-    def close(self) -> None:
-        """End the run without saving."""
-        self._turns.close()
-        self._answers.close()
-        self._process.wait()
+    TakeTurns.gate = gate
+    words = [word for file in files for word in ("--config", file)]
+    sys.exit(train.entry_point(["fit", "--run_dir", folder, *words]))
 
 
 def sides(overlays: Sequence[Path], whole_logits: Path) -> dict[str, list[Path]]:
@@ -126,76 +64,57 @@ def main() -> None:
     add("--length", type=int, default=256, help="tokens a sample (default: 256)")
     arguments = options.parse_args()
     overlays = arguments.overlays or [ROOT / f"configs/{name}.yaml" for name in OVERLAYS]
+    for path in overlays:
+        if not path.is_file():
+            raise FileNotFoundError(f"expected an overlay at {str(path)!r}, found none; name a YAML file of settings")
     results: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        settings = _settings(folder, arguments.model, arguments.batch_size, arguments.length)
+        recipe = [ROOT / "configs/distill.yaml", _settings(folder, arguments)]  # overlays may add callbacks to ours
         whole_logits = folder / "whole_logits.yaml"
         whole_logits.write_text(yaml.safe_dump({"model": {"init_args": {"chunk_tokens": 1_000_000}}}))
         for name, files in sides(overlays, whole_logits).items():
-            none, row = measure({"none": [], name: files}, settings, folder / name, arguments.repetitions)
+            pair = {"none": recipe, name: [*recipe, *files]}
+            none, row = measure(pair, folder / name, arguments.repetitions)
             results += [none | {"beside": name}, row]
             ratios[f"time_{name}"] = row["median_s"] / none["median_s"]
             ratios[f"memory_{name}"] = row["peak_bytes"] / none["peak_bytes"]
     report(results, ratios, ["torch", "transformers", "torchao", "peft"], arguments.json)
 
 
-def measure(
-    files: Mapping[str, Sequence[Path]], settings: Mapping[str, Any], folder: Path, repetitions: int
-) -> list[dict[str, Any]]:
+def measure(files: Mapping[str, Sequence[Path]], folder: Path, repetitions: int) -> list[dict[str, Any]]:
     """One row a side, in turns."""
-    folder.mkdir()
-    workers = {name: Worker(overlays, settings, folder / f"{name}-run") for name, overlays in files.items()}
-    try:
-        seconds = interleave({name: worker.step for name, worker in workers.items()}, repetitions=repetitions)
-    finally:
-        for worker in workers.values():
-            worker.close()
+    workers = {}
+    for name, some in files.items():
+        settings = {"folder": str(folder / f"{name}-run"), "files": [str(file.absolute()) for file in some]}
+        workers[name] = Worker("benchmarks.memory:run", settings)
     rows = []
-    for name, worker in workers.items():
-        peak = max(answer["peak_bytes"] for answer in worker.answers[1:])  # the first step builds the optimizer's state
-        figures = {"peak_gib": peak / 2**30, **worker.answers[-1], "peak_bytes": peak}
-        rows.append({"name": name, **spread(seconds[name]), **figures})
+    for name, steps in take_turns(workers, repetitions=repetitions).items():
+        peak = max(step["peak_bytes"] for step in steps)
+        figures = {"peak_gib": peak / 2**30, "tokens": steps[-1]["tokens"], "peak_bytes": peak}
+        rows.append({"name": name, **spread([step["seconds"] for step in steps]), **figures})
     return rows
 
 
-def _settings(folder: Path, model: str, batch_size: int, length: int) -> dict[str, Any]:
-    """An overlay: the model, synthetic data that fills every sample to `length`, nothing but training, and turns."""
-    source = str(
-        folder / "model"
-    )  # converted once: workers start in seconds where a reference needs a download or a conversion
-    load_model(model).save_pretrained(source)
-    load_tokenizer(model).save_pretrained(source)
-    data = folder / "data.jsonl"
+def _settings(folder: Path, arguments: Namespace) -> Path:
+    """An overlay: the model, synthetic data that fills every sample, nothing but training, and turns."""
+    source, data, length = str(folder / "model"), folder / "data.jsonl", arguments.length
+    load_model(arguments.model).save_pretrained(source)  # converted once, so that workers start in seconds
+    load_tokenizer(arguments.model).save_pretrained(source)
     # Texts in which every word is new, so that no tokenizer makes less of them than a token a word.
     rows = [{"prompt": f"Count from {n}.", "response": " ".join(map(str, range(n, n + length)))} for n in range(1, 100)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
-    return {
+    settings = {
         "trainer": {**quiet, "callbacks": [{"class_path": "benchmarks.memory.TakeTurns"}]},
         "checkpoint": {"every_n_steps": 1_000_000},
         "model": {"init_args": {"student": source, "teacher": source}},
-        "data": {"init_args": {"train": str(data), "batch_size": batch_size, "max_length": length}},
+        "data": {"init_args": {"train": str(data), "batch_size": arguments.batch_size, "max_length": length}},
     }
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Largest since the last reset; on systems without /proc, since the start of the process."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = folder / "benchmark.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
 
 
 if __name__ == "__main__":

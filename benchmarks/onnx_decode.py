@@ -15,9 +15,8 @@ in nats per token of held-out answers, against the float32 model in torch.
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ PAST = 128
 PIECE = 256  # tokens that ours runs at once
 NEW = 16  # tokens of one repetition
 PROMPT = 512
+CONVERSATIONS = 40  # held-out answers
 HEAD_DIM = 64  # of the model; genai's graphs do not say
 PRECISIONS: tuple[Graph, ...] = ("fp32", "int8", "int4")
 PEERS = (*PRECISIONS, "fp32_last")
@@ -50,10 +50,11 @@ def main() -> None:
     """Build the graphs, measure decoding, the time to the first token, and fidelity."""
     options = parser(__doc__)
     options.add_argument("--threads", type=int, default=2, help="threads of both sides (default: %(default)s)")
-    options.add_argument("--conversations", type=int, default=40, help="held-out answers (default: %(default)s)")
     options.add_argument("--folder", type=Path, help="keep the graphs here, and take those that are here already")
     arguments = options.parse_args()
-    with _folder(arguments.folder) as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         theirs = {name: genai_graph(name, folder, threads=arguments.threads) for name in PEERS}
         ours = {name: our_graph(name, folder / f"ours_{name}") for name in GRAPHS}
         results, ratios = [], {}
@@ -65,21 +66,10 @@ def main() -> None:
         rows = _in_a_new_process(first_token, ours["prefill"], theirs, arguments.threads, arguments.repetitions)
         results += rows
         ratios["ttft_512"] = rows[0]["median_s"] / min(row["median_s"] for row in rows[1:])
-        every = {f"ours {name}": path for name, path in ours.items()} | {
-            f"genai {name}": theirs[name] / "model.onnx" for name in PRECISIONS
-        }
-        results += fidelity(every, arguments.conversations, arguments.threads)
+        every = {f"ours {name}": path for name, path in ours.items()}
+        every |= {f"genai {name}": theirs[name] / "model.onnx" for name in PRECISIONS}
+        results += fidelity(every, arguments.threads)
     report(results, ratios, PACKAGES, arguments.json)
-
-
-@contextmanager
-def _folder(path: Path | None) -> Iterator[Path]:
-    if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
 
 
 def _in_a_new_process(rows: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
@@ -108,14 +98,13 @@ def first_token(ours: Path, theirs: dict[str, Path], threads: int, repetitions: 
     peers = {}  # first, see `_in_a_new_process`
     for name, folder in theirs.items():
         peers[f"genai {name}"] = _prefilling_in_genai(folder)
-        peers[f"genai {name}, graph in onnxruntime"] = prefilling(
-            folder / "model.onnx", threads, piece=PROMPT, large_pages=False
-        )
+        plain = prefilling(folder / "model.onnx", threads, piece=PROMPT, large_pages=False)
+        peers[f"genai {name}, graph in onnxruntime"] = plain
     seconds = interleave({"ours": prefilling(ours, threads, piece=PIECE), **peers}, repetitions=repetitions)
     return [{"name": name, "what": "first token", **spread(times)} for name, times in seconds.items()]
 
 
-def fidelity(graphs: dict[str, Path], conversations: int, threads: int) -> list[dict[str, Any]]:
+def fidelity(graphs: dict[str, Path], threads: int) -> list[dict[str, Any]]:
     """Rows of the KL of each graph to the float32 model, a mean over the tokens of held-out answers."""
     model = load_model(MODEL)
     batches = answered(model, load_tokenizer(MODEL), MODEL, held_out_prompts())
@@ -124,7 +113,7 @@ def fidelity(graphs: dict[str, Path], conversations: int, threads: int) -> list[
         for batch in batches
         for ids_S, mask_S, labels_S in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
     ]
-    answers = answers[:: max(1, len(answers) // conversations)][:conversations]
+    answers = answers[:: max(1, len(answers) // CONVERSATIONS)][:CONVERSATIONS]
     longest = max(ids_1S.shape[1] for ids_1S, _ in answers)
     sessions = {
         name: SharedCacheSession(path, length=longest, threads=threads, piece=longest, head_dim=HEAD_DIM)
@@ -178,9 +167,8 @@ def _decoding_in_genai(folder: Path) -> Run:
 
 def prefilling(path: Path, threads: int, *, piece: int, large_pages: bool = True) -> Run:
     """Computes a prompt of `PROMPT` tokens, `piece` at a time, and chooses a token in one call."""
-    session = SharedCacheSession(
-        path, length=PROMPT, threads=threads, piece=piece, head_dim=HEAD_DIM, large_pages=large_pages
-    )
+    sizes = {"length": PROMPT, "piece": piece, "head_dim": HEAD_DIM}
+    session = SharedCacheSession(path, threads=threads, large_pages=large_pages, **sizes)
     prompt_1P = torch.tensor(_prompt(PROMPT))[None]
 
     def run() -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.chats import answered, calibration_prompts
+from benchmarks.harness import MISSING
 from datamodules.collate import Batch
 from export.cpu_graph.to_cpu import write_cpu_graph
 from export.layout import CPU
-from export.onnx_graph.to_onnx import Precision, export_onnx
+from export.onnx_graph.to_onnx import OnnxExport, Precision, export_onnx
 from models.loading.reference import load_model, load_tokenizer
 from models.post_training.calibrate import quantize_after_training
 from models.post_training.format_choice import UNQUANTIZED, formats_by_pattern
@@ -47,28 +48,24 @@ def our_graph(name: Graph, folder: Path) -> Path:
         settings = PostTrainingQuantization(method=_METHOD[name])
         formats = formats_by_pattern(model, UNQUANTIZED, _FORMATS) if precision == "mixed" else precision
         quantize_after_training(model, _calibration(model), formats, settings)
-    plain = export_onnx(model, folder / "model.onnx", precision=precision)
-    write_cpu_graph(plain.path)
+    return cpu_graph_alone(export_onnx(model, folder / "model.onnx", precision=precision))
+
+
+def cpu_graph_alone(plain: OnnxExport) -> Path:
+    """Write the graph for CPUs in the place of the one it is made from."""
+    path = write_cpu_graph(plain.path)
     plain.path.unlink()
     plain.data_path.unlink()
     return path
 
 
 def genai_graph(name: str, folder: Path, *, threads: int) -> Path:
-    """The folder of a graph of onnxruntime-genai's model builder, set to so many threads.
+    """The folder of a graph of onnxruntime-genai's model builder, for so many threads; one that is there already is kept.
 
-    Args:
-        name: `fp32`, `int8`, `int4`, or `fp32_last` for logits of the last position only.
-        folder: Where to put it, and its source; a graph that is there already is taken as it is.
-        threads: Threads of an operator in genai's own runtime.
-
-    Raises:
-        ModuleNotFoundError: The package is not installed.
+    `fp32_last` is `fp32` with logits of the last position only.
     """
     if find_spec("onnxruntime_genai") is None:
-        raise ModuleNotFoundError(
-            "expected the package `onnxruntime-genai` to compare with, found none; run `pip install -e .[bench]`"
-        )
+        raise ModuleNotFoundError(MISSING.format("onnxruntime-genai"))
     target, source = folder / f"genai_{name}", folder / "source"
     settings = target / "genai_config.json"
     if not settings.is_file():

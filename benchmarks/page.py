@@ -196,12 +196,7 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, tex
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines]) + "\n"
 
 
-def dots(
-    rows: Sequence[Row],
-    by: str,
-    show: Mapping[str, str],
-    series: str | None = None,
-) -> Figure:
+def dots(rows: Sequence[Row], by: str, show: Mapping[str, str], series: str | None = None) -> Figure:
     """See the table at the top; diamonds are means, bars their standard deviation."""
     names = list(dict.fromkeys(row[by] for row in rows))
     size = (4 * len(show) + 1.5, 0.45 * len(names) + 1.6)
@@ -265,13 +260,11 @@ MAKERS: dict[str, Any] = {"table": table, "compare": compare, "machines": machin
 @as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make pages again, or check them."""
-    options = Parser(
-        "python -m benchmarks.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    options = Parser("python -m benchmarks.page", description=__doc__, formatter_class=layout)
     options.add_argument("pages", type=Path, nargs="+", metavar="PAGE.md")
-    options.add_argument(
-        "--check", action="store_true", help="change nothing; fail if a table is not what the rows give"
-    )
+    text = "change nothing; fail if a table is not what the rows give"
+    options.add_argument("--check", action="store_true", help=text)
     given = options.parse_args(arguments)
     stale = []
     for page in given.pages:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import write_text
 from export.benchmark.report import machine
 from export.plots import plot_artefacts
 from export.report import ratios
@@ -47,7 +48,11 @@ _GRAPHS = {
 @as_command
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run the command; 0 if everything went well, 1 if a check found something."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="report.json of `make quickstart`")
+    parser.add_argument("--check", action="store_true", help="compare instead of copying; writes nothing")
+    parser.add_argument("--install-minutes", type=float, metavar="N", help="what installing took, for the README")
+    options = parser.parse_args(arguments)
     report = _read(options.report)
     if options.check:
         figures = figures_of(report, {})
@@ -61,8 +66,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     about = {"commit": _commit(root), "machine": machine(), "minutes": minutes}
     figures = figures_of(report, about)
     readme = with_table((root / README).read_text(encoding="utf-8"), figures)
-    _write(root / FIGURES, json.dumps(figures, indent=2) + "\n")
-    _write(root / README, readme)
+    write_text(root / FIGURES, json.dumps(figures, indent=2) + "\n")
+    write_text(root / README, readme)
     with staging_folder((root / FIGURES).parent) as staging:
         (picture,) = plot_artefacts(figures, staging)
         move_into_place(picture, root / PICTURE)
@@ -82,7 +87,10 @@ def figures_of(report: Figures, about: Figures) -> Figures:
     figures = about | {name: report[name] for name in kept}
     rows = {row["name"]: row for row in report["benchmark"]}
     figures["ratios"] = {name: ratios(rows[name], rows["teacher"]) for name in rows if name != "teacher"}
-    figures["gain"] = {name: _gain(report, name) for name in rows if name != "teacher"}
+    scores, constant = {row["name"]: row["task_score"] for row in report["served"]}, report["constant_answer_score"]
+    figures["gain"] = {  # the share that a graph keeps of what the teacher gains over the constant answer
+        name: (scores[name] - constant) / (scores["teacher"] - constant) for name in rows if name != "teacher"
+    }
     return figures | {"versions": {"python": platform.python_version()} | report["versions"]}
 
 
@@ -122,11 +130,7 @@ def missed_aims(found: Figures) -> Iterator[str]:
 
 
 def with_table(readme: str, figures: Figures) -> str:
-    """The README with the figures between its markers.
-
-    Raises:
-        ValueError: It has no markers.
-    """
+    """The README with the figures between its markers."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, behind = rest.partition(END)
     if not begin or not end:
@@ -175,12 +179,6 @@ def _words(figures: Figures) -> str:
     )
 
 
-def _gain(report: Figures, name: str) -> float:
-    """Which share of the teacher's gain over the constant answer a graph keeps."""
-    scores, constant = {row["name"]: row["task_score"] for row in report["served"]}, report["constant_answer_score"]
-    return float((scores[name] - constant) / (scores["teacher"] - constant))
-
-
 def _sentence(what: str, expected: str, found: float) -> str:
     return (
         f"expected {what} of {expected}, found {found:.3f}; if the change is meant, run `make quickstart` and "
@@ -196,11 +194,7 @@ def _read(path: Path) -> Figures:
 
 
 def _commit(root: Path) -> str:
-    """The commit that is checked out.
-
-    Raises:
-        ValueError: Files differ from it, so that nobody could tell what ran.
-    """
+    """The commit that is checked out, with no file changed."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
@@ -212,20 +206,6 @@ def _commit(root: Path) -> str:
             "copy its figures then"
         )
     return git("rev-parse", "HEAD")
-
-
-def _write(path: Path, text: str) -> None:
-    with staging_folder(path.parent) as folder:
-        (folder / path.name).write_text(text, encoding="utf-8")
-        move_into_place(folder / path.name, path)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, help="report.json of `make quickstart`")
-    parser.add_argument("--check", action="store_true", help="compare instead of copying; writes nothing")
-    parser.add_argument("--install-minutes", type=float, metavar="N", help="what installing took, for the README")
-    return parser
 
 
 if __name__ == "__main__":

@@ -11,28 +11,31 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from benchmarks.harness import report
-from benchmarks.page import write_page
-from benchmarks.students import keep_layers
+from benchmarks.page import Row, write_page
+from export.benchmark.report import machine as hardware
 from models.loading.reference import load_model, load_tokenizer
 from program.files import write_file
-
-Row = dict[str, Any]
 
 
 class Rows:
     """Finished runs of a study: one file, one JSON object a line, which names its `run`.
 
     Args:
-        path: The file; made when the first run has finished.
+        out: The file, whatever its suffix; made when the first run has finished.
+        packages: Whose versions a row is kept with.
+        settings: That all rows are made with.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, out: Path, packages: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> None:
+        self.path, self.packages, self.settings = out.with_suffix(".jsonl"), packages, dict(settings or {})
 
     def all(self) -> dict[str, Row]:
         """The rows of all finished runs, by the run's name."""
@@ -45,39 +48,40 @@ class Rows:
         Raises:
             ValueError: It was made with other settings.
         """
-        row = self.all().get(name)
-        wanted = json.loads(json.dumps(settings))  # as a file gives it back: text as keys, lists for tuples
+        row = self.all().get(_run(name))
+        wanted = json.loads(json.dumps({**self.settings, **settings}))  # as a file gives it back: lists for tuples
         if row is not None and row["settings"] != wanted:
-            raise ValueError(_difference(f"{name} in {self.path}", row["settings"], wanted))
+            found = row["settings"]
+            key = next(key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key))
+            raise ValueError(
+                f"expected {_run(name)} in {self.path} to be made with {key} = {wanted.get(key)!r}, found {found.get(key)!r}; "
+                "repeat the command that made it, or choose another --out"
+            )
         return row
 
     def write(self, name: str, row: Row) -> None:
         """Keep the row of a finished run."""
-        rows = self.all() | {name: row}
+        rows = self.all() | {_run(name): row}
         write_text(self.path, "".join(json.dumps({"run": run} | rows[run]) + "\n" for run in rows))
 
-    def find_or_make(
-        self, name: str, settings: Mapping[str, Any], packages: Sequence[str], make: Callable[[], Row]
-    ) -> Row:
+    def find_or_make(self, name: str, settings: Mapping[str, Any], make: Callable[[], Row]) -> Row:
         """The row of a run: from its file, or made and kept, with its settings and the machine and packages it was made with."""
         row = self.find(name, settings)
         if row is None:
-            row = {**make(), "settings": settings, "machine": machine(packages)}
+            tqdm.write(f"Run {name}")
+            row = {**make(), "settings": {**self.settings, **settings}, "machine": machine(self.packages)}
             self.write(name, row)
         return row
+
+
+def _run(name: str) -> str:
+    """The name of a run in its file."""
+    return name.replace(" ", "_").replace(",", "").replace("%", "percent")
 
 
 def flat(rows: Sequence[Row]) -> list[Row]:
     """Rows without what is no single figure, for a report."""
     return [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
-
-
-def _difference(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    key = next(key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key))
-    return (
-        f"expected {what} to be made with {key} = {wanted.get(key)!r}, found {found.get(key)!r}; repeat the command that made "
-        "it, or choose another --out"
-    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,16 +100,13 @@ def fingerprint(folder: Path) -> str:
 
 def machine(packages: Sequence[str]) -> dict[str, str]:
     """Hardware and versions that a result belongs to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    found = {"device": device, "cpus": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    here = hardware()
+    found = {
+        "device": here["gpu"] or here["processor"],
+        "cpus": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
     return found | {"python": platform.python_version(), **{package: version(package) for package in packages}}
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def check_teacher(teacher: str) -> None:
@@ -117,12 +118,18 @@ def check_teacher(teacher: str) -> None:
         )
 
 
-def write_half(teacher: str, folder: Path) -> None:
-    """Half of the decoder layers of a teacher, evenly spread, and its tokenizer, as a Hugging Face folder.
+def keep_layers(model: PreTrainedModel, count: int) -> None:
+    """Keep so many decoder layers, evenly spread from the first on, in place; the configuration follows."""
+    config, body = model.config, cast(Any, model.base_model)
+    kept = [index * len(body.layers) // count for index in range(count)]
+    body.layers = nn.ModuleList([body.layers[index] for index in kept])
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
 
-    Raises:
-        FileNotFoundError: There is no teacher.
-    """
+
+def write_half(teacher: str, folder: Path) -> None:
+    """Half of the decoder layers of a teacher, evenly spread, and its tokenizer, as a Hugging Face folder."""
     check_teacher(teacher)
     model = load_model(teacher)
     keep_layers(model, model.config.num_hidden_layers // 2)
@@ -131,14 +138,7 @@ def write_half(teacher: str, folder: Path) -> None:
 
 
 def finish(rows: Sequence[Row], packages: Sequence[str], out: Path, target: Path | None) -> None:
-    """Report all rows, and make the tables and pictures of the page beside them again, if there is one.
-
-    Args:
-        rows: Of the study.
-        packages: Whose versions are reported.
-        out: Where the rows are, without the suffix.
-        target: Of the report, JSON.
-    """
+    """Report all rows, and make the tables and pictures of the page `<out>.md` again, if there is one."""
     report(flat(rows), {}, packages, target)
     page = out.with_suffix(".md")
     if page.is_file():

@@ -7,7 +7,7 @@ held-out questions; a seed decides the order of the training questions and what 
 import argparse
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from typing import Any
 import lightning
 import torch
 import yaml
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.harness import parser
 from benchmarks.judge import Judge, TrainingClock
 from benchmarks.study import Row, Rows, fingerprint
 from datamodules import ReasoningTasks
@@ -30,12 +33,7 @@ PACKAGES = ("torch", "lightning", "transformers", "reasoning-gym")
 
 
 class TrainingStudy:
-    """Everything that the runs share.
-
-    Args:
-        options: The command line, see `training_options`.
-        student: Where the student is.
-    """
+    """Everything that the runs share."""
 
     def __init__(self, options: argparse.Namespace, student: str) -> None:
         self.options, self.student = options, student
@@ -46,7 +44,7 @@ class TrainingStudy:
         self.warmup_share = model["warmup_steps"] / trainer["max_steps"]
         self.tokens = model["on_policy"]["tokens"]
         data = recipe["data"]["init_args"] | {"test_size": options.test_size}
-        self.settings = {
+        settings = {
             "teacher": fingerprint(Path(options.teacher)),
             "data": data,
             "optimizer": self.optimizer,
@@ -55,7 +53,7 @@ class TrainingStudy:
             "gradient_clip_val": self.clip,
             "tokens": self.tokens,
         }
-        self.rows = Rows(options.out.with_suffix(".jsonl"))
+        self.rows = Rows(options.out, PACKAGES, settings)
         self.data = ReasoningTasks(self.student, **data)
         self.data.setup("fit")  # now, with the recipe's seed: all runs get the same questions, only their order differs
         self.data.setup("test")
@@ -63,11 +61,12 @@ class TrainingStudy:
 
     def reference(self, name: str, model: Callable[[], PreTrainedModel]) -> Row:
         """The figures of a model that is not trained here: the teacher, the student as it starts."""
-        return self.row(name, {}, lambda: {"name": name, **self._judged(model())})
 
-    def row(self, name: str, settings: dict[str, Any], make: Callable[[], Row]) -> Row:
-        """The row of a run, from disk if it has finished before with these settings and the study's."""
-        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
+        def make() -> Row:
+            student = model()
+            return {"name": name, **self.judge.on_validation(student), **self.judge.on_test(student)}
+
+        return self.rows.find_or_make(name, {}, make)
 
     def of_student(self, steps: int) -> dict[str, Any]:
         """Arguments of the student's module that all runs share."""
@@ -83,27 +82,10 @@ class TrainingStudy:
         lightning.seed_everything(seed, verbose=False)
         self.data.seed = seed  # of the order; the questions were drawn before
         clock, module = TrainingClock(self.judge.on_validation, points=4), make()
-        trainer = Trainer(
-            accelerator="gpu" if torch.cuda.is_available() else "cpu",
-            devices=1,
-            max_steps=steps,
-            precision=self.precision,
-            gradient_clip_val=self.clip,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            callbacks=[*callbacks, clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, datamodule=self.data)
-        if trainer.global_step != steps:  # a signal ends a fit without an error
-            raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
-        return {**clock.figures(), **self.judge.on_test(module.student), "curve": clock.curve}
-
-    def _judged(self, model: PreTrainedModel) -> dict[str, float]:
-        return self.judge.on_validation(model) | self.judge.on_test(model)
+        settings = {"precision": self.precision, "gradient_clip_val": self.clip}
+        train(module, self.data, steps, [*callbacks, clock], **settings)
+        took = {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
+        return {**took, **self.judge.on_test(module.student), "curve": clock.curve}
 
 
 def quiet() -> None:
@@ -114,17 +96,57 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def training_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every such study has, but for `--out`."""
-    parser.add_argument("--teacher", default="runs/study/teacher/student", help="Hugging Face folder")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every arm (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
-    parser.add_argument("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
-    parser.add_argument("--test-size", type=int, default=255, help="held-out questions (default: %(default)s)")
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose data, optimizer and precision to use")
+def quiet_trainer(steps: int, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
+    """A trainer that neither judges nor writes nor says anything by itself."""
+    usual = {
+        "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
+        "devices": 1,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(max_steps=steps, callbacks=list(callbacks), **usual | settings)
 
 
-def check_training_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with a message unless steps and seeds make sense."""
-    if options.steps < 2 or len(set(options.seeds)) < len(options.seeds):
-        parser.error(f"expected 2 steps or more and different seeds, found {options.steps} and {options.seeds}")
+def train(
+    module: LightningModule, data: Any, steps: int, callbacks: Sequence[Callback] = (), **settings: Any
+) -> Trainer:
+    """Train for so many steps, under a bar; `data` is a data module or a loader."""
+    with tqdm(total=steps, desc="Training", unit="step", leave=False) as bar:
+        counting = LambdaCallback(on_train_batch_end=lambda *_: bar.update())
+        trainer = quiet_trainer(steps, [*callbacks, counting], **settings)
+        trainer.fit(module, data)
+    if trainer.global_step != steps:  # a signal ends a fit without an error
+        raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
+    return trainer
+
+
+def training_parser(
+    description: str | None, out: str, arms: Collection[str], *, steps: int, test_size: int
+) -> argparse.ArgumentParser:
+    """The options of every study that trains: its arms, and with what defaults."""
+    options = parser(description, repetitions=None, out=out)
+    add = options.add_argument
+    add("--steps", type=int, default=steps, help="optimizer steps of every arm (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
+    add("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM", help=f"{', '.join(arms)} (default: all)")
+    add("--test-size", type=int, default=test_size, help="held-out questions, about (default: %(default)s)")
+    return options
+
+
+def recipe_options(options: argparse.ArgumentParser) -> None:
+    """Those of `TrainingStudy`."""
+    options.add_argument("--teacher", default="runs/study/teacher/student", help="Hugging Face folder")
+    options.add_argument("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
+    options.add_argument("--recipe", type=Path, default=RECIPE, help="whose data, optimizer and precision to use")
+
+
+def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None, least: int = 2) -> argparse.Namespace:
+    """The command line; ends with a message unless steps and seeds make sense."""
+    found = options.parse_args(arguments)
+    if found.steps < least or len(set(found.seeds)) < len(found.seeds):
+        options.error(f"expected {least} steps or more and different seeds, found {found.steps} and {found.seeds}")
+    return found

@@ -11,6 +11,7 @@ The lines on the pipes are JSON: the parent sends `{}` for each step, the worker
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,12 +29,7 @@ WARM_UP = 3  # steps; both sides' memory grows over the first few, and fresh pag
 
 
 class Worker:
-    """A child process that runs `side(gate, **settings)`, until `close`.
-
-    Args:
-        side: The function, as `module:name`.
-        settings: Its keyword arguments; plain data.
-    """
+    """A child process that runs `side(gate, **settings)`, until `close`; the side is `module:name`, the settings plain data."""
 
     def __init__(self, side: str, settings: Mapping[str, Any]) -> None:
         self.side = side
@@ -86,37 +82,43 @@ class Gate:
     def arrive(self, **figures: Any) -> None:
         """Report the step that has just ended, if there was one, with its figures; return when the next may start."""
         if self._started is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            wall, cpu = (now - then for now, then in zip(_clocks(), self._started, strict=True))
+            wall, cpu = (now - then for now, then in zip(clocks(), self._started, strict=True))
             row = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak_bytes(), **figures}
             print(json.dumps(row), file=self._answers, flush=True)
         if not sys.stdin.readline():
             sys.exit()
         if self._started is not None:  # the first step warms up, so loading counts in no other step's peak
             reset_peak()
-        self._started = _clocks()
+        self._started = clocks()
 
 
-def take_turns(workers: Mapping[str, Worker], *, repetitions: int) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every worker's counted steps; `WARM_UP` steps before them are not counted."""
+def take_turns(
+    workers: Mapping[str, Worker], *, repetitions: int, warm_up: int = WARM_UP
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every worker's counted steps, behind some that are not counted; the workers are closed at the end."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for repetition in tqdm(range(WARM_UP + repetitions), desc=" / ".join(workers), unit="round", leave=False):
-        for name, worker in workers.items():
-            row = worker.step()
-            if repetition >= WARM_UP:
-                rows[name].append(row)
-    return rows
+    try:
+        for _ in tqdm(range(warm_up + repetitions), desc=" / ".join(workers), unit="round", leave=False):
+            for name, worker in workers.items():
+                rows[name].append(worker.step())
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {name: found[warm_up:] for name, found in rows.items()}
 
 
 def peak_bytes() -> int:
     """Peak memory since `reset_peak`: what torch allocated on a GPU, else the resident set of the whole process (Linux)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected VmHWM in /proc/self/status, found none; measure memory on Linux or on a CUDA device")
+    return resident_bytes("VmHWM")
+
+
+def resident_bytes(field: str) -> int:
+    """The resident set of this process now (`VmRSS`) or at its peak (`VmHWM`), on Linux."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def reset_peak() -> None:
@@ -127,8 +129,10 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _clocks() -> tuple[float, float]:
-    """Seconds of the wall clock and of this process's threads on the CPU, which a busy machine changes less."""
+def clocks() -> tuple[float, float]:
+    """Seconds of the wall clock and of this process's threads on the CPU, which a busy machine changes less, all work done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 

@@ -6,7 +6,7 @@ The student has every second layer of the teacher; data, optimizer and precision
 student, see the same batches in the same order for a seed, and are judged on the same held-out questions; a seed decides the
 order of the training questions and what the student samples.
 
-Equal time: how many steps each arm gets follows from the first seed's seconds per step, so that an arm trains about as long as
+Equal time, of arms beside `two_stage`: how many steps each arm gets follows from the first seed's seconds per step, so that an arm trains about as long as
 two_stage does at equal steps and its learning rate still ends at 0 with the run.
 An interrupted command goes on where it stopped.
 """
@@ -17,11 +17,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.study import Row, finish, write_half
-from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
+from benchmarks.trained import PACKAGES, TrainingStudy, parse, quiet, recipe_options, training_parser
 from models import SFT, Distillation, StudentModule
 from models.generation.on_policy import OnPolicy
 from models.loading.reference import load_model
@@ -33,17 +34,11 @@ TIME_REFERENCE = "two_stage"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One way to train."""
 
-    Args:
-        title: For people.
-        stage_1: Share of the steps on the data's answers before the student answers for itself; None for no teacher at all.
-        stage_2: Divergence on the student's own answers.
-    """
-
-    title: str
-    stage_1: float | None
-    stage_2: Objective = Objective()  # noqa: RUF009  (frozen)
+    title: str  # for people
+    stage_1: float | None  # share of the steps on the data's answers, before the student's own; None: no teacher at all
+    stage_2: Objective = Objective()  # noqa: RUF009  (frozen)  # on the student's own answers
 
 
 ARMS = {
@@ -62,23 +57,19 @@ class Study(TrainingStudy):
     def run(self, budget: str, arm: str, seed: int, steps: int) -> Row:
         """The row of one run."""
         about = {"name": arm, "budget": budget, "seed": seed, "steps": steps}
-        return self.row(
-            f"{budget}-{arm}-{seed}",
-            {"steps": steps},
-            lambda: about | self.fit(lambda: self._module(ARMS[arm], seed, steps), seed, steps),
-        )
+
+        def make() -> Row:
+            return about | self.fit(lambda: self._module(ARMS[arm], seed, steps), seed, steps)
+
+        return self.rows.find_or_make(f"{budget}-{arm}-{seed}", {"steps": steps}, make)
 
     def _module(self, arm: Arm, seed: int, steps: int) -> StudentModule:
         if arm.stage_1 is None:
             return SFT(**self.of_student(steps))
         start = round(arm.stage_1 * steps)
         on_policy = OnPolicy(start=start if start < steps else -1, share=1.0, tokens=self.tokens, seed=seed)
-        return Distillation(
-            teacher=self.options.teacher,
-            on_policy=on_policy,
-            on_policy_objective=arm.stage_2,
-            **self.of_student(steps),
-        )
+        answers: dict[str, Any] = {"on_policy": on_policy, "on_policy_objective": arm.stage_2}
+        return Distillation(teacher=self.options.teacher, **answers, **self.of_student(steps))
 
     def steps_at_equal_time(self, rows: Sequence[Row]) -> dict[str, int]:
         """Steps of each arm but the two-stage ones that take about as long as two_stage, from the first seed's rows."""
@@ -92,51 +83,21 @@ def study(options: argparse.Namespace, student: Path) -> list[Row]:
     write_half(options.teacher, student)
     shared = Study(options, str(student))
     timed = [arm for arm in options.arms if not arm.startswith(TIME_REFERENCE) and TIME_REFERENCE in options.arms]
-    bar = tqdm(total=2 + len(options.seeds) * (len(options.arms) + len(timed)), desc="Study", unit="run")
-
-    def done(row: Row) -> Row:
-        bar.update()
-        return row
-
-    with bar:
-        rows = [done(shared.reference("teacher", lambda: shared.judge.teacher.model))]
-        rows.append(done(shared.reference("untrained", lambda: load_model(shared.student))))
-        plan: dict[str, int] = {}
-        for seed in options.seeds:
-            of_seed = []
-            for arm in options.arms:
-                bar.set_postfix_str(f"{arm}, seed {seed}, {options.steps} steps")
-                of_seed.append(done(shared.run("steps", arm, seed, options.steps)))
-            plan = plan or (shared.steps_at_equal_time(of_seed) if timed else {})
-            for arm in timed:
-                bar.set_postfix_str(f"{arm}, seed {seed}, {plan[arm]} steps")
-                of_seed.append(done(shared.run("time", arm, seed, plan[arm])))
-            rows += of_seed
+    rows = [shared.reference("teacher", lambda: shared.judge.teacher.model)]
+    rows.append(shared.reference("untrained", lambda: load_model(shared.student)))
+    plan: dict[str, int] = {}
+    for seed in tqdm(options.seeds, desc="Study", unit="seed"):
+        of_seed = [shared.run("steps", arm, seed, options.steps) for arm in options.arms]
+        plan = plan or (shared.steps_at_equal_time(of_seed) if timed else {})
+        rows += of_seed + [shared.run("time", arm, seed, plan[arm]) for arm in timed]
     return rows
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_options(parser)
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=ARMS,
-        default=list(ARMS),
-        metavar="ARM",
-        help=f"{', '.join(ARMS)} (default: all); the comparison at equal time needs {TIME_REFERENCE}",
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/results/distillation"), help="folder of rows and plots")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
-    options = parser.parse_args(arguments)
-    check_training_options(parser, options)
-    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
-    options = parse(arguments)
+    parser = training_parser(__doc__, "docs/results/distillation", ARMS, steps=40, test_size=255)
+    recipe_options(parser)
+    options = parse(parser, arguments)
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         rows = study(options, Path(folder) / "student")

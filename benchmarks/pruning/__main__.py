@@ -12,13 +12,14 @@ The quick command takes about 10 minutes on two cores, the study some hours.  Th
 shows those of `python -m benchmarks.pruning.recovery`, too.
 """
 
-import argparse
 import copy
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,16 +27,15 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.chats import answered, calibration_prompts, held_out_prompts
-from benchmarks.harness import report
+from benchmarks.harness import parser, report
 from benchmarks.pruning.arms import ARMS, BASELINE, CUTS, QUICK_ARMS, QUICK_CUTS, Arm, Peer
 from benchmarks.pruning.speed import speeds
-from benchmarks.study import Row, Rows, finish, flat, machine
+from benchmarks.study import Row, Rows, finish, flat
 from models.architecture import count_parameters
 from models.evaluation.answers import evaluate
 from models.loading.reference import load_model, load_tokenizer
-from models.pruning.cut import PruningSettings, Targets, plan_cut, rank_units, repair_cut
-from models.pruning.scores.removal_order import Ranking
-from models.structure.edits import Edit, replay
+from models.pruning.cut import Targets, plan_cut, rank_units, repair_cut
+from models.structure.edits import replay
 from models.structure.shape import shape_of
 from models.teacher import RememberingTeacher, Teacher
 from program.screen import as_command
@@ -43,7 +43,6 @@ from program.screen import as_command
 MODEL = "package:smollm2-135m-instruct"
 CALIBRATION_SAMPLES = 128
 PACKAGES = ("torch", "transformers", "onnxruntime")
-_CUTS_HELP = ", ".join(CUTS).replace("%", "%%")
 
 
 class Bench:
@@ -56,10 +55,7 @@ class Bench:
         self.calibration = answered(self.model, self.tokenizer, MODEL, prompts)
         self.held_out = answered(self.model, self.tokenizer, MODEL, held_out_prompts())
         self._teacher = RememberingTeacher(Teacher(MODEL, dtype=torch.bfloat16))
-        self._rankings: dict[tuple[str, int], tuple[Ranking, float]] = {}
-        self._plans: dict[
-            tuple[int | None, str], tuple[list[Edit], float]
-        ] = {}  # which layers go, by each way to choose them
+        self._made: dict[tuple[Any, ...], tuple[Any, float]] = {}
 
     def row(self, cut: str, arm: Arm | Peer) -> Row:
         """One student, cut and judged; `layers` holds neurons, query heads and groups of each."""
@@ -74,26 +70,25 @@ class Bench:
 
     def _cut(self, targets: Targets, arm: Arm) -> tuple[PreTrainedModel, float]:
         """A student, and the seconds that it took to rank, choose, cut and repair it."""
-        settings = arm.settings
-        ranking, ranked_in = self._ranking(arm) if targets.neurons or targets.kv_groups else (None, 0.0)
-        edits, planned_in = self._plan(targets, settings, ranking)
+        model, batches, settings = self.model, self.calibration, arm.settings
+        ranking, ranked_in = None, 0.0
+        if targets.neurons or targets.kv_groups:
+            ranking, ranked_in = self._once((arm.score, arm.swaps), lambda: rank_units(model, batches, settings))
+        of_layers = targets == Targets(layers=targets.layers)  # a search for them takes minutes, and serves all repairs
+        key = (targets.layers, arm.depth) if of_layers else (targets, arm)
+        edits, planned_in = self._once(key, lambda: plan_cut(model, batches, targets, settings, ranking=ranking))
         started = time.perf_counter()
-        student = copy.deepcopy(self.model)
+        student = copy.deepcopy(model)
         replay(student, edits)
-        repair_cut(student, self.model, edits, self.calibration, settings)
+        repair_cut(student, model, edits, batches, settings)
         return student, ranked_in + planned_in + time.perf_counter() - started
 
-    def _plan(self, targets: Targets, settings: PruningSettings, ranking: Ranking | None) -> tuple[list[Edit], float]:
-        """What goes, and the seconds that it took to choose it; a search for layers, which takes minutes, serves all repairs."""
-        key, of_layers = (targets.layers, settings.depth), targets == Targets(layers=targets.layers)
-        if of_layers and key in self._plans:
-            return self._plans[key]
-        started = time.perf_counter()
-        edits = plan_cut(self.model, self.calibration, targets, settings, ranking=ranking)
-        plan = edits, time.perf_counter() - started
-        if of_layers:
-            self._plans[key] = plan
-        return plan
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> tuple[Any, float]:
+        """What serves several students, and the seconds that it took, which count for each of them."""
+        if key not in self._made:
+            started = time.perf_counter()
+            self._made[key] = make(), time.perf_counter() - started
+        return self._made[key]
 
     def _cut_by_peer(self, targets: Targets, peer: Peer) -> tuple[PreTrainedModel, float]:
         from benchmarks.pruning.peer import torch_pruning_edits  # needs the extra `bench`
@@ -103,14 +98,6 @@ class Bench:
         student = copy.deepcopy(self.model)
         replay(student, edits)
         return student, time.perf_counter() - started
-
-    def _ranking(self, arm: Arm) -> tuple[Ranking, float]:
-        key = arm.score, arm.swaps
-        if key not in self._rankings:
-            started = time.perf_counter()
-            ranking = rank_units(self.model, self.calibration, arm.settings)
-            self._rankings[key] = ranking, time.perf_counter() - started
-        return self._rankings[key]
 
 
 def quick() -> list[Row]:
@@ -136,23 +123,19 @@ def quick_ratios(rows: Sequence[Row]) -> dict[str, float]:
 
 def study(cuts: Sequence[str], out: Path) -> list[Row]:
     """All rows of these cuts, written as they finish."""
-    store, rows, bench = Rows(out.with_suffix(".jsonl")), [], None
+    store, rows, bench = Rows(out, PACKAGES, {"model": MODEL}), list[Row](), cache(Bench)
+
+    def make(cut: str, arm: Arm | Peer) -> Row:
+        row = bench().row(cut, arm)
+        tqdm.write(_line(row))
+        return row
+
     wanted = [(cut, arm) for cut in cuts for arm in ARMS[cut]]
     for cut, arm in (bar := tqdm(wanted, desc="Study", unit="student")):
         bar.set_postfix_str(f"{cut}: {arm.name}")
-        name, made = _file_name(cut, arm), {"cut": asdict(CUTS[cut]), "model": MODEL, **asdict(arm)}
-        row = store.find(name, made)
-        if row is None:
-            bench = bench or Bench()
-            row = {**bench.row(cut, arm), "settings": made, "machine": machine(PACKAGES)}
-            store.write(name, row)
-            tqdm.write(_line(row))
-        rows.append(row)
+        settings = {"cut": asdict(CUTS[cut]), **asdict(arm)}
+        rows.append(store.find_or_make(f"{cut}, {arm.name}", settings, partial(make, cut, arm)))
     return rows
-
-
-def _file_name(cut: str, arm: Arm | Peer) -> str:
-    return f"{cut}, {arm.name}".replace(" ", "_").replace(",", "").replace("%", "percent")
 
 
 def _line(row: Row) -> str:
@@ -161,21 +144,20 @@ def _line(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark or the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="OSSCAR and the activation score at two sparsities only")
-    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=_CUTS_HELP)
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/pruning"), help="where rows and pictures are kept"
+    options_of = parser(__doc__, repetitions=None, out="docs/results/pruning")
+    options_of.add_argument(
+        "--quick", action="store_true", help="OSSCAR and the activation score at two sparsities only"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
-    options = parser.parse_args(arguments)
+    text = ", ".join(CUTS).replace("%", "%%")
+    options_of.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), metavar="CUT", help=text)
+    options = options_of.parse_args(arguments)
     disable_progress_bar()
     if options.quick:
         rows = quick()
         report(flat(rows), quick_ratios(rows), PACKAGES, options.json)
         return
     rows = study(options.cuts, options.out)
-    rows += speeds(MODEL, rows, Rows(options.out.with_suffix(".jsonl")))
+    rows += speeds(MODEL, rows, options.out)
     finish(rows, PACKAGES, options.out, options.json)
 
 

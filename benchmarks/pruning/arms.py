@@ -8,15 +8,7 @@ from models.pruning.cut import PruningSettings, Targets
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to prune.
-
-    Args:
-        score: See `models.pruning.cut.PruningSettings`.
-        repair: The same.
-        allocation: The same.
-        depth: The same.
-        swaps: The same.
-    """
+    """One way to prune, as `models.pruning.cut.PruningSettings` says."""
 
     score: str
     repair: str = "none"
@@ -39,11 +31,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Peer:
-    """Torch-Pruning's choice of the same number of units, cut by our surgery, since its own leaves no loadable model.
-
-    Args:
-        score: Its importance.
-    """
+    """Torch-Pruning's choice of the same number of units, cut by our surgery, since its own leaves no loadable model."""
 
     score: Literal["magnitude", "taylor"]
 

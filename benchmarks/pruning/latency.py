@@ -8,7 +8,6 @@ the values of weights.  Both models run the prefill of the same tokens, in float
 
 import sys
 from functools import partial
-from typing import Any
 
 from benchmarks.harness import parser, report
 from export.sessions.timed_prefill import onnx_run
@@ -19,17 +18,16 @@ from models.pruning.budget.uniform import evenly_sparse
 from models.structure.shape import Shape, shape_of, sliced
 from program.screen import as_command
 
+QUARTILES = ("ratio_lower_quartile", "ratio_upper_quartile")
 BACKENDS = {"torch": torch_run, "onnxruntime": onnx_run}
 
 
 def main() -> None:
     """Search, then build both models again and time them once more."""
-    options = parser(__doc__)
-    options.set_defaults(repetitions=15)
+    options = parser(__doc__, repetitions=15)
     options.add_argument("--model", default="package:smollm2-135m-instruct", help="model reference")
-    options.add_argument(
-        "--ratio", type=float, default=0.8, help="time of the student over the dense model's (default: 0.8)"
-    )
+    text = "time of the student over the dense model's (default: 0.8)"
+    options.add_argument("--ratio", type=float, default=0.8, help=text)
     options.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the models (default: torch)")
     options.add_argument("--batch", type=int, default=1, help="prompts at a time (default: 1)")
     options.add_argument("--length", type=int, default=128, help="tokens of a prompt (default: 128)")
@@ -50,34 +48,22 @@ def main() -> None:
         repetitions=arguments.repetitions,
     )
     fresh = compare(prepare(dense), prepare(met.shape), repetitions=2 * arguments.repetitions)
-    results = [
-        _row("dense", dense, fresh.dense_s, (1.0, 1.0), batch, length),
-        _row("student", met.shape, fresh.student_s, fresh.spread, batch, length),
-    ]
+    results = []
+    for name, shape, seconds, quartiles in (
+        ("dense", dense, fresh.dense_s, (1.0, 1.0)),
+        ("student", met.shape, fresh.student_s, fresh.spread),
+    ):
+        first = shape.layers[0]  # all layers are alike
+        row = {"name": name, "median_s": seconds, **dict(zip(QUARTILES, quartiles, strict=True))}
+        row |= {"parameters": parameters(shape), "gflops": flops(shape, batch=batch, new=length) / 1e9}
+        row |= {"neurons": first.neurons, "kv_groups": first.kv_groups, "batch": batch, "length": length}
+        results.append(row)
     ratios = {
         "asked": arguments.ratio,
         "student_time_over_dense": fresh.ratio,
         "student_time_over_dense_in_search": met.latency.ratio,
     }
     report(results, ratios, ["torch", "transformers", "onnxruntime"], arguments.json)
-
-
-def _row(
-    name: str, shape: Shape, seconds: float, spread: tuple[float, float], batch: int, length: int
-) -> dict[str, Any]:
-    first = shape.layers[0]  # all layers are alike
-    return {
-        "name": name,
-        "median_s": seconds,
-        "ratio_lower_quartile": spread[0],
-        "ratio_upper_quartile": spread[1],
-        "parameters": parameters(shape),
-        "gflops": flops(shape, batch=batch, new=length) / 1e9,
-        "neurons": first.neurons,
-        "kv_groups": first.kv_groups,
-        "batch": batch,
-        "length": length,
-    }
 
 
 if __name__ == "__main__":

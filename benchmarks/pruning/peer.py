@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks.harness import MISSING
 from datamodules.collate import Batch
 from models.architecture import DecoderLayer, decoder_layers
 from models.calibration.observe import on_device
@@ -41,27 +42,30 @@ def torch_pruning_edits(
 ) -> list[Edit]:
     """The edits that keep the neurons which Torch-Pruning would keep, as many in every layer; the model is not changed.
 
-    Args:
-        model: The model to cut.
-        batches: Calibration batches with answers, for `taylor`: gradients of the cross-entropy over all their answer tokens.
-        targets: A target of neurons, and no other.
-        score: What ranks the neurons.
+    The calibration batches are for `taylor`: gradients of the cross-entropy over all their answer tokens.
 
     Raises:
         ModuleNotFoundError: Torch-Pruning is not installed.
         ValueError: Another axis has a target, `taylor` has no batch, or Torch-Pruning keeps another number than the target.
     """
     if find_spec("torch_pruning") is None:
-        raise ModuleNotFoundError(
-            "expected the package `torch-pruning` to compare with, found none; run `pip install -e .[bench]`"
-        )
+        raise ModuleNotFoundError(MISSING.format("torch-pruning"))
     import torch_pruning
 
-    neurons = _neurons(targets)
+    wanted = {axis: size for axis, size in asdict(targets).items() if size is not None}
+    if list(wanted) != ["neurons"]:
+        raise ValueError(
+            f"expected a target of neurons and no other, found {wanted or 'none'}; leave this cut to Potstill, as Torch-Pruning keeps "
+            "all key/value heads that query heads share, and further axes are not compared"
+        )
+    neurons = wanted["neurons"]
     subject = copy.deepcopy(model).eval().requires_grad_(True)
     layers = decoder_layers(subject)
     if score == "taylor":
-        _accumulate_gradients(subject, batches)
+        for batch in on_device(batches, subject.device):  # scores are compared within a layer, so a mean ranks the same
+            labels = answer_labels(batch)
+            loss, _ = linear_objective(answer_hidden(subject, batch), head_of(subject), None, labels, _CROSS_ENTROPY)
+            loss.backward()
         importance = torch_pruning.importance.GroupTaylorImportance()
     else:
         importance = torch_pruning.importance.GroupMagnitudeImportance()
@@ -77,24 +81,6 @@ def torch_pruning_edits(
         )
     cut = {dep.target.module: set(units) for group in pruner.step(interactive=True) for dep, units in group}
     return [_edit(layer, cut.get(layer.down_proj, set()), neurons) for layer in layers]
-
-
-def _neurons(targets: Targets) -> int:
-    found = {axis: size for axis, size in asdict(targets).items() if size is not None}
-    if list(found) != ["neurons"]:
-        raise ValueError(
-            f"expected a target of neurons and no other, found {found or 'none'}; leave this cut to Potstill, as Torch-Pruning keeps "
-            "all key/value heads that query heads share, and further axes are not compared"
-        )
-    return found["neurons"]
-
-
-def _accumulate_gradients(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-    """Gradients of the cross-entropy, summed over all answer tokens: scores are compared within a layer, so a mean ranks the same."""
-    for batch in on_device(batches, model.device):
-        labels = answer_labels(batch)
-        loss, _ = linear_objective(answer_hidden(model, batch), head_of(model), None, labels, _CROSS_ENTROPY)
-        loss.backward()
 
 
 def _all_but_neurons(model: PreTrainedModel, layers: Sequence[DecoderLayer]) -> list[nn.Module]:

@@ -12,34 +12,26 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.study import Row, check_teacher, finish
-from benchmarks.trained import PACKAGES, TrainingStudy, check_training_options, quiet, training_options
+from benchmarks.trained import PACKAGES, TrainingStudy, parse, quiet, recipe_options, training_parser
 from callbacks import GradualPruning
 from models import Distillation
 from models.generation.on_policy import OnPolicy
 from program.screen import as_command
 
-OUT = Path("docs/results/pruning/recovery")
-
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to prune and recover.
+    """One way to prune and recover."""
 
-    Args:
-        title: For people.
-        events: Number of cuts.
-        on_policy: Train on the student's own answers, from the first step on.
-    """
-
-    title: str
-    events: int
-    on_policy: bool
+    title: str  # for people
+    events: int  # number of cuts
+    on_policy: bool  # train on the student's own answers, from the first step on
 
 
 ARMS = {
@@ -76,7 +68,7 @@ class Study(TrainingStudy):
             after_cut = last.get("kl_after_repair", last["kl_after_cut"])
             return {**about, **figures, "kl_after_last_cut": after_cut, "history": pruning.history}
 
-        return self.row(f"{name}-{seed}", {"steps": steps, **PRUNING, **schedule}, train)
+        return self.rows.find_or_make(f"{name}-{seed}", {"steps": steps, **PRUNING, **schedule}, train)
 
     def _module(self, arm: Arm, seed: int) -> Distillation:
         on_policy = OnPolicy(start=0 if arm.on_policy else -1, share=1.0, tokens=self.tokens, seed=seed)
@@ -87,25 +79,15 @@ def study(options: argparse.Namespace) -> list[Row]:
     """All rows, the teacher's first, then seed by seed; written as they finish."""
     shared = Study(options, options.teacher)
     rows = [shared.reference("teacher", lambda: shared.judge.teacher.model)]
-    with tqdm(total=len(options.seeds) * len(options.arms), desc="Study", unit="run") as bar:
-        for seed in options.seeds:
-            for arm in options.arms:
-                bar.set_postfix_str(f"{arm}, seed {seed}")
-                rows.append(shared.run(arm, seed))
-                bar.update()
-    return rows
+    runs = tqdm(list(product(options.seeds, options.arms)), desc="Study", unit="run")
+    return rows + [shared.run(arm, seed) for seed, arm in runs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_options(parser)
-    parser.set_defaults(steps=32, test_size=120)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which arms to run (default: all)")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the rows (default: {OUT})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
-    options = parser.parse_args(arguments)
-    check_training_options(parser, options)
+    parser = training_parser(__doc__, "docs/results/pruning/recovery", ARMS, steps=32, test_size=120)
+    recipe_options(parser)
+    options = parse(parser, arguments)
     check_teacher(options.teacher)
     quiet()
     rows = study(options)

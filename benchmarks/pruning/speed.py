@@ -4,68 +4,55 @@ The prefill of one prompt of 128 tokens with logits at all positions, in float32
 take turns, see `models/pruning/budget/latency.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache, partial
+from pathlib import Path
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from benchmarks.study import Row, Rows, machine
-from export.sessions.timed_prefill import onnx_run
+from benchmarks.pruning.latency import BACKENDS
+from benchmarks.study import Row, Rows
 from models.loading.reference import load_model
 from models.pruning.budget.costs import flops, parameters
-from models.pruning.budget.latency import Run, compare, torch_run
-from models.structure.shape import LayerShape, Shape, shape_of, sliced
+from models.pruning.budget.latency import Run, compare
+from models.structure.shape import LayerShape, shape_of, sliced
 
 BATCH, LENGTH = 1, 128
 REPETITIONS = 30
-BACKENDS: Mapping[str, Callable[..., Run]] = {"torch": torch_run, "onnxruntime": onnx_run}
 
 
-def speeds(reference: str, rows: Sequence[Row], store: Rows) -> list[Row]:
-    """A row for every shape among the rows, with `torch`, `onnxruntime` (time over the dense model's) and quartiles of both.
-
-    Args:
-        reference: The dense model.
-        rows: Of students; `hidden` and `layers` give the shape.
-        store: Where finished rows are.
-    """
+def speeds(reference: str, rows: Sequence[Row], out: Path) -> list[Row]:
+    """A row for every shape (`hidden`, `layers`) of the students: `torch`, `onnxruntime` (time over the dense model's), quartiles."""
     shapes = {(row["hidden"], tuple(map(tuple, row["layers"]))): row for row in reversed(rows)}
-    found = []
-    model, whole = None, dict[str, Run]()
+    settings = {"model": reference, "batch": BATCH, "length": LENGTH, "repetitions": REPETITIONS}
+    store, found = Rows(out, ("torch", "transformers", "onnxruntime"), settings), []
+
+    @cache
+    def dense() -> tuple[PreTrainedModel, dict[str, Run]]:
+        model = load_model(reference)
+        return model, {backend: run(model, batch=BATCH, length=LENGTH) for backend, run in BACKENDS.items()}
+
+    def make(row: Row, about: Row) -> Row:
+        model, whole = dense()
+        layers = tuple(LayerShape(*layer) for layer in row["layers"])
+        shape = replace(shape_of(model), hidden=row["hidden"], layers=layers)
+        costs = {"parameters": parameters(shape), "gflops": flops(shape, batch=BATCH, new=LENGTH) / 1e9}
+        timed = {**about, **costs}
+        for backend, run in BACKENDS.items():
+            student = run(sliced(model, shape), batch=BATCH, length=LENGTH)
+            latency = compare(whole[backend], student, repetitions=REPETITIONS)
+            low, high = latency.spread
+            timed |= {backend: latency.ratio, f"{backend}_low": low, f"{backend}_high": high}
+            timed[f"{backend}_ms"] = 1e3 * latency.student_s
+        return timed
+
     for row in (bar := tqdm(list(reversed(shapes.values())), desc="Speed", unit="shape")):
         bar.set_postfix_str(f"{row['cut']}: {row['arm']}")
         sizes = {"hidden": row["hidden"], "layers": row["layers"]}
-        made = {"model": reference, "batch": BATCH, "length": LENGTH, "repetitions": REPETITIONS, **sizes}
         unequal = len({tuple(layer) for layer in row["layers"]}) > 1
-        name = f"speed {row['cut']}{' per layer' if unequal else ''}".replace(" ", "_").replace("%", "percent")
-        timed = store.find(name, made)
-        if timed is None:
-            if model is None:
-                model = load_model(reference)
-                whole = {backend: run(model, batch=BATCH, length=LENGTH) for backend, run in BACKENDS.items()}
-            layers = tuple(LayerShape(*layer) for layer in row["layers"])
-            shape = replace(shape_of(model), hidden=row["hidden"], layers=layers)
-            timed = {"speed_of": row["cut"], "unequal_layers": unequal, **_sizes(shape), **sizes}
-            for backend, run in BACKENDS.items():
-                student = run(sliced(model, shape), batch=BATCH, length=LENGTH)
-                timed |= _timed(backend, whole[backend], student)
-            timed |= {"settings": made, "machine": machine(("torch", "transformers", "onnxruntime"))}
-            store.write(name, timed)
-        found.append(timed)
+        name = f"speed {row['cut']}{' per layer' if unequal else ''}"
+        about = {"speed_of": row["cut"], "unequal_layers": unequal, **sizes}
+        found.append(store.find_or_make(name, sizes, partial(make, row, about)))
     return found
-
-
-def _sizes(shape: Shape) -> dict[str, Any]:
-    return {"parameters": parameters(shape), "gflops": flops(shape, batch=BATCH, new=LENGTH) / 1e9}
-
-
-def _timed(backend: str, dense: Run, student: Run) -> dict[str, float]:
-    latency = compare(dense, student, repetitions=REPETITIONS)
-    low, high = latency.spread
-    return {
-        backend: latency.ratio,
-        f"{backend}_low": low,
-        f"{backend}_high": high,
-        f"{backend}_ms": 1e3 * latency.student_s,
-    }

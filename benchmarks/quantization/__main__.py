@@ -17,18 +17,19 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.chats import answered, calibration_prompts, held_out_prompts
-from benchmarks.harness import report
+from benchmarks.harness import parser, report
 from benchmarks.quantization.arms import ARMS, COMPARISONS, INT4, Arm, HeadArm, best
 from benchmarks.quantization.graphs import graph_rows
 from benchmarks.quantization.peers import Peer
@@ -56,11 +57,7 @@ PACKAGES = ("torch", "transformers", "onnxruntime", "nvidia-modelopt", "torchao"
 
 
 class Bench:
-    """The model, its conversations, and how a student is quantized and judged.
-
-    Args:
-        samples: Conversations that everybody calibrates on.
-    """
+    """The model, its conversations, and how a student is quantized and judged."""
 
     def __init__(self, samples: int) -> None:
         self.reference = MODEL
@@ -89,26 +86,12 @@ class Bench:
         return evaluate(student, self.held_out, tokenizer=self.tokenizer, teacher=self.teacher, dtype=torch.float32)
 
 
-class Run(NamedTuple):
-    """One student of the study: its name, what it depends on, and how it is made and judged."""
-
-    name: str
-    settings: dict[str, Any]
-    make: Callable[[], Row]
-
-
 class Study:
-    """Students of one command, each made once and kept as a row.
-
-    Args:
-        out: Folder of rows.
-        samples: Conversations that everybody calibrates on.
-    """
+    """Students of one command, each made once and kept as a row."""
 
     def __init__(self, out: Path, samples: int) -> None:
-        self.rows = Rows(out.with_suffix(".jsonl"))
         self.samples = samples
-        self.settings: dict[str, Any] = {"model": MODEL, "samples": samples, "judged_every": JUDGED_EVERY}
+        self.rows = Rows(out, PACKAGES, {"model": MODEL, "samples": samples, "judged_every": JUDGED_EVERY})
 
     @cached_property
     def bench(self) -> Bench:
@@ -127,8 +110,9 @@ class Study:
             made = {"seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
             return {"format": arm.format, "arm": arm.name, **made, **self.bench.judge(student)}
 
-        runs = [Run(f"{arm.format}, {arm.name}", asdict(arm), partial(make, arm)) for arm in arms]
-        return self._rows(runs, "Calibration")
+        return self._rows(
+            "Calibration", {f"{arm.format}, {arm.name}": (asdict(arm), partial(make, arm)) for arm in arms}
+        )
 
     def trained(self, arms: Sequence[Arm], ways: Sequence[str], steps: int) -> list[Row]:
         """Students after training from their calibrated start."""
@@ -138,35 +122,30 @@ class Study:
             row = trained_row(self.bench, arm, way, steps)
             return row | {"kl_before": before["kl"], "recovered": 1 - row["kl"] / before["kl"]}
 
-        runs = [
-            Run(
-                f"{arm.format}, {way}, {steps} steps",
-                {**asdict(arm), "way": way, "steps": steps, "learning_rate": learning_rate(arm.format)},
-                partial(make, arm, way),
-            )
-            for arm in arms
-            for way in ways
-        ]
-        return self._rows(runs, "Ways to train")
+        runs = {}
+        for arm, way in product(arms, ways):
+            settings = {**asdict(arm), "way": way, "steps": steps, "learning_rate": learning_rate(arm.format)}
+            runs[f"{arm.format}, {way}, {steps} steps"] = settings, partial(make, arm, way)
+        return self._rows("Ways to train", runs)
 
     def graphs(self, formats: Sequence[str], repetitions: int) -> Row:
         """Size and speed of the formats' graphs in one run, under `graphs`."""
         measured = [format for format in formats if format != UNQUANTIZED]
-        return self.rows.find_or_make(
-            "graphs",
-            {**self.settings, "formats": measured, "repetitions": repetitions},
-            PACKAGES,
-            lambda: {"graphs": graph_rows(self.bench, measured, repetitions)},
-        )
+        settings = {"formats": measured, "repetitions": repetitions}
 
-    def _rows(self, runs: Sequence[Run], title: str) -> list[Row]:
-        known = [(run.name.replace(",", "").replace(" ", "_"), {**self.settings, **run.settings}) for run in runs]
-        for file, settings in known:
-            self.rows.find(file, settings)  # one of other settings is refused before any is made
+        def make() -> Row:
+            return {"graphs": graph_rows(self.bench, measured, repetitions)}
+
+        return self.rows.find_or_make("graphs", settings, make)
+
+    def _rows(self, title: str, runs: Mapping[str, tuple[dict[str, Any], Callable[[], Row]]]) -> list[Row]:
+        """The rows of runs by name, each with what it depends on."""
+        for name, (settings, _) in runs.items():
+            self.rows.find(name, settings)  # one of other settings is refused before any is made
         rows = []
-        for run, (file, settings) in tqdm(list(zip(runs, known, strict=True)), desc=title, unit="student"):
-            rows.append(self.rows.find_or_make(file, settings, PACKAGES, run.make))
-            tqdm.write(f"{run.name}: KL {rows[-1]['kl']:.5f}")
+        for name, (settings, make) in tqdm(runs.items(), desc=title, unit="student"):
+            rows.append(self.rows.find_or_make(name, settings, make))
+            tqdm.write(f"{name}: KL {rows[-1]['kl']:.5f}")
         return rows
 
 
@@ -174,10 +153,8 @@ def quick(study: Study) -> tuple[list[Row], dict[str, float]]:
     """The students that the project promises something about, and KL of ours over KL of what it is compared with."""
     rows = study.calibrated(list(dict.fromkeys(arm for pair in COMPARISONS.values() for arm in pair)))
     kl = {(row["format"], row["arm"]): row["kl"] for row in rows}
-    return rows, {
-        name: kl[ours.format, ours.name] / kl[theirs.format, theirs.name]
-        for name, (ours, theirs) in COMPARISONS.items()
-    }
+    pairs = {name: [kl[arm.format, arm.name] for arm in pair] for name, pair in COMPARISONS.items()}
+    return rows, {name: ours / theirs for name, (ours, theirs) in pairs.items()}
 
 
 def trained(study: Study, steps: int) -> tuple[list[Row], dict[str, float]]:
@@ -199,14 +176,14 @@ def whole(study: Study, options: argparse.Namespace) -> list[Row]:
     calibrated = study.calibrated([arm for format in options.formats for arm in ARMS[format]])
     starts = [best(format) for format in options.formats if format in options.train]
     after = study.trained(starts, options.ways, options.steps)
-    graphs = study.graphs(options.formats, options.repetitions) if options.repetitions else None
-    return [*calibrated, *after, *([graphs] if graphs else [])]
+    graphs = [study.graphs(options.formats, options.repetitions)] if options.repetitions else []
+    return [*calibrated, *after, *graphs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark or the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    options_of = parser(__doc__, repetitions=15)
+    add = options_of.add_argument
     add("--quick", action="store_true", help="our best against the others' presets only")
     add("--qat", action="store_true", help="distillation with quantizers, of our best FP8 and INT4 only")
     text = "conversations that everybody calibrates on (default: %(default)s)"
@@ -216,14 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--train", nargs="*", choices=list(FORMATS), default=list(TRAINED), metavar="FORMAT", help=text)
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how they are trained (default: all ways)")
     add("--steps", type=int, default=STEPS, help="of training, of eight conversations each (default: %(default)s)")
-    text = "of the timing of graphs; 0 leaves graphs out (default: %(default)s)"
-    add("--repetitions", type=int, default=15, help=text)
     text = f"where rows and pictures are kept (default: {OUT}; with --quick and --qat, nothing is)"
     add("--out", type=Path, help=text)
-    add("--json", type=Path, metavar="FILE", help="write results, ratios and versions to this file")
-    options = parser.parse_args(arguments)
+    options = options_of.parse_args(arguments)
     if options.quick and options.qat:
-        parser.error("expected --quick or --qat, found both; run one after the other")
+        options_of.error("expected --quick or --qat, found both; run one after the other")
     quiet()
     if not (options.quick or options.qat):
         options.out = options.out or OUT

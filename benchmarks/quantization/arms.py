@@ -21,25 +21,15 @@ from models.quantization.scales import Search
 
 @dataclass(frozen=True)
 class Arm:
-    """One of our ways.
-
-    Args:
-        format: Name of a format in `models/quantization/formats.py`, or `none`.
-        method: See `models.post_training.calibrate`.
-        search: How scales of weights and of inputs are found, see the same.
-        smoothing: Whether channels are smoothed first, see the same; None: where it helps.
-        sensitive: The same.
-        compensate: The same.
-        kv_cache: Format of keys and values, if they are rounded.
-    """
+    """One of our ways; see `models.post_training.calibrate`."""
 
     format: str
     method: Method = "nearest"
-    search: Search = "max"
-    smoothing: bool | None = False
+    search: Search = "max"  # of the scales of weights and of inputs
+    smoothing: bool | None = False  # of channels, first; None: where it helps
     sensitive: bool = False
     compensate: bool = False
-    kv_cache: CacheFormat | None = None
+    kv_cache: CacheFormat | None = None  # of keys and values, if they are rounded
 
     @property
     def name(self) -> str:
@@ -69,19 +59,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class HeadArm:
-    """The output head alone is rounded.
-
-    Args:
-        head: Its format.
-        method: See `models.post_training.calibrate`.
-        sensitive: The same.
-        format: Of the decoder's projections: none.
-    """
+    """The output head alone is rounded."""
 
     head: str
     method: Method = "nearest"
     sensitive: bool = False
-    format: str = UNQUANTIZED
+    format: str = UNQUANTIZED  # of the decoder's projections
 
     @property
     def name(self) -> str:

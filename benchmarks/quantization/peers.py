@@ -29,29 +29,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.harness import MISSING
 from datamodules.collate import Batch
 from models.calibration.observe import on_device
 from models.quantization.formats import format_of
 
-_MODULES = {"nvidia-modelopt": "modelopt", "torchao": "torchao"}
-_TITLES = {"nvidia-modelopt": "ModelOpt", "torchao": "torchao"}
+_TITLES = {"nvidia-modelopt": "ModelOpt", "torchao": "torchao"}  # in lower case their modules
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A preset of another package.
+    """A preset of another package."""
 
-    Args:
-        format: Ours with the same grids.
-        package: Its name on PyPI: `nvidia-modelopt` or `torchao`.
-        preset: Its configuration.
-        algorithm: ModelOpt's calibration in the place of the preset's own.
-    """
-
-    format: str
-    package: str
+    format: str  # ours with the same grids
+    package: str  # on PyPI: `nvidia-modelopt` or `torchao`
     preset: str
-    algorithm: str = ""
+    algorithm: str = ""  # ModelOpt's calibration in the place of the preset's own
 
     @property
     def name(self) -> str:
@@ -61,10 +54,8 @@ class Peer:
 
     def check_installed(self) -> None:
         """Raise `ModuleNotFoundError` unless its package is installed."""
-        if find_spec(_MODULES[self.package]) is None:
-            raise ModuleNotFoundError(
-                f"expected the package `{self.package}` to compare with, found none; run `pip install -e .[bench]`"
-            )
+        if find_spec(_TITLES[self.package].lower()) is None:
+            raise ModuleNotFoundError(MISSING.format(self.package))
 
     def quantize(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Quantize a model in place."""
@@ -80,10 +71,8 @@ class Peer:
 
         settings: dict[str, Any] = {}
         if group_size := format_of(self.format).weight.group_size:
-            settings = {
-                "weight_dtype": torch.int4,  # type: ignore[attr-defined]
-                "granularity": quantization.granularity.PerGroup(group_size),
-            }
+            settings["weight_dtype"] = torch.int4  # type: ignore[attr-defined]
+            settings["granularity"] = quantization.granularity.PerGroup(group_size)
         quantization.quantize_(model.base_model, getattr(quantization, self.preset)(**settings))
 
     def _quantize_by_modelopt(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
@@ -92,9 +81,8 @@ class Peer:
         def read(_: Any) -> None:
             with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
                 for batch in on_device(batches, model.device):
-                    model.base_model(
-                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                    )
+                    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                    model.base_model(**inputs, use_cache=False)
 
         with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
             from modelopt.torch import quantization

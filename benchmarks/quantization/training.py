@@ -19,14 +19,12 @@ from typing import Any
 
 import lightning
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from benchmarks.chats import SAMPLING, answered, calibration_prompts
 from benchmarks.quantization.arms import Arm
 from benchmarks.study import Row
+from benchmarks.trained import train
 from models.distillation import Distillation
 from models.generation.on_policy import OnPolicy
 from models.losses import Objective
@@ -57,15 +55,7 @@ def learning_rate(format: str) -> float:
 
 
 def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Row:
-    """A student after training.
-
-    Args:
-        bench: A `benchmarks.quantization.__main__.Bench`.
-        arm: How it is calibrated.
-        way: One of `WAYS`.
-        steps: Optimizer steps of eight conversations.
-        seed: Of the order of the conversations, and of sampling.
-    """
+    """A student after training for so many steps of eight conversations; the seed is that of their order, and of sampling."""
     lightning.seed_everything(seed, verbose=False)
     module = Distillation(
         teacher=bench.reference,
@@ -77,38 +67,18 @@ def trained_row(bench: Any, arm: Arm, way: str, steps: int, seed: int = 0) -> Ro
     )
     module.configure_model()
     batches = _batches(bench, steps, seed)
-    student = (
-        None if way == ON_ALL else bench.start(arm)
-    )  # its calibration serves several ways, and is not in their seconds
+    # The calibration of a start serves several ways, and is not in their seconds.
+    student = None if way == ON_ALL else bench.start(arm)
     started = time.perf_counter()
     if student is None:
         student = bench.quantized(arm, list({id(batch): batch for batch in batches}.values()))
     module.student = student.requires_grad_(True).train()
     if way in (LEARNED, ON_ALL):
         learn_scales(module.student, weights_follow=True)
-    _fit(module, batches, steps)
+    loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
+    train(module, loader, steps, accelerator="cpu", precision="bf16-mixed", gradient_clip_val=1.0)
     made = {"way": way, "steps": steps, "seconds": time.perf_counter() - started, "bits": bits_of(arm.format)}
     return {"format": arm.format, "arm": f"{arm.name}, {way}, {steps} steps", **made, **bench.judge(module.student)}
-
-
-def _fit(module: LightningModule, batches: list[Any], steps: int) -> None:
-    with tqdm(total=steps, desc="Training", unit="step", leave=False) as bar:
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            precision="bf16-mixed",
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            callbacks=[LambdaCallback(on_train_batch_end=lambda *_: bar.update())],
-        )
-        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
-    if trainer.global_step != steps:  # a signal ends a fit without an error
-        raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
 
 
 def _batches(bench: Any, steps: int, seed: int) -> list[Any]:

@@ -1,6 +1,6 @@
 """Ranking candidates that share a prefix: latency and throughput with and without sharing, and response times under load.
 
-    python -m benchmarks.ranking [--candidates 1 2 5 10 20 50 100] [--runtimes torch onnx] [--json FILE] [--plot FILE.png]
+    python -m benchmarks.ranking [--candidates 1 2 5 10 20 50 100] [--json FILE] [--plot FILE.png]
     python -m benchmarks.ranking --repetitions 0 --load 0 --agreement 1000 [--json FILE]     how equal the scores are
 
 Films of MovieLens 100K for a member, in the prompts of `configs/ranking.yaml`: about 300 tokens of question, profile and ratings,
@@ -12,7 +12,7 @@ then about 20 of the film.  In each runtime, in float32:
     loop      plain transformers: one whole prompt after the other
 
 All ways start with texts, and all take turns in every repetition; one round before them is not counted.  More than 50 candidates are
-repeated less often.  Then, in the runtime that was named last, requests of 20 films for random members arrive at random times, and
+repeated less often.  Then, in ONNX Runtime, requests of 20 films for random members arrive at random times, and
 one worker answers them.  About 14 minutes on two cores.
 """
 
@@ -21,23 +21,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.harness import parser, report, spread
-from benchmarks.ranking.agreement import agreement
-from benchmarks.ranking.films import draw_members, draw_pairs, movielens, shuffled_films, sizes_of, usual_prefix
-from benchmarks.ranking.load import PrefixCounter, Request, draw_arrivals, draw_requests, serve
-from benchmarks.ranking.plot import plot_latency
-from benchmarks.ranking.ways import RUNTIMES, Score, TransformersLoop, open_session, ways
-from benchmarks.study import Row
+from benchmarks.page import Row, grouped, save_plot
+from benchmarks.ranking.films import draw_members, draw_pairs, shuffled_films, sizes_of, usual_prefix
+from benchmarks.ranking.load import draw_requests, under_load
+from benchmarks.ranking.ways import RUNTIMES, Score, agreement, open_session, transformers_loop, ways
+from datamodules.movielens_ranking import MovieLens
 from datamodules.ranking import Candidate
-from export.serving.scorer import Scorer
-from export.sessions.session import SharingSession
 from models.loading.reference import load_model
 from program.screen import as_command
 
@@ -45,26 +42,21 @@ RATIO_AT = 50  # candidates; more of them are repeated less often
 WARM_UP = 10  # candidates
 FILMS_EACH = 20  # candidates of a request under load
 SEED = 0
+MARKERS = {"hot": "o", "cold": "s", "scratch": "v", "loop": "^"}
+MAX_LENGTH = 768  # tokens, as in configs/ranking.yaml
 PACKAGES = ("torch", "transformers", "onnxruntime")
 
 
 def measure(
     sides: Mapping[tuple[str, str], Score], prefix: str, films: Sequence[str], numbers: Sequence[int], repetitions: int
 ) -> list[Row]:
-    """Time every side for every number of candidates, in turns.
-
-    Args:
-        sides: By runtime and way.
-        prefix: What the candidates share.
-        films: Candidates; the first so many are scored.
-        numbers: Of candidates.
-        repetitions: Counted ones, up to `RATIO_AT` candidates.
-    """
+    """Time every side, by runtime and way, for every number of the first films, in turns; so often up to `RATIO_AT` of them."""
     for score in sides.values():
         score(prefix, films[:WARM_UP])
     seconds: dict[tuple[str, str, int], list[float]] = {(*side, number): [] for number in numbers for side in sides}
-    turns = [(number, turn) for turn in range(repetitions) for number in numbers if turn < _turns(number, repetitions)]
-    for number, _ in tqdm(turns, desc="Latency", unit="round", leave=False):
+    times_of = {number: max(1, repetitions * RATIO_AT // max(number, RATIO_AT)) for number in numbers}
+    turns = [number for turn in range(repetitions) for number in numbers if turn < times_of[number]]
+    for number in tqdm(turns, desc="Latency", unit="round", leave=False):
         for side, score in sides.items():
             started = time.perf_counter()
             score(prefix, films[:number])
@@ -74,10 +66,6 @@ def measure(
         row: Row = {"runtime": runtime, "way": way, "candidates": number, "repetitions": len(times), **spread(times)}
         rows.append(row | {"candidates_per_second": number / row["median_s"]})
     return rows
-
-
-def _turns(number: int, repetitions: int) -> int:
-    return max(1, repetitions * RATIO_AT // max(number, RATIO_AT))
 
 
 def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
@@ -95,52 +83,28 @@ def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
     return ratios
 
 
-def under_load(
-    session: SharingSession,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-    requests: Sequence[Request],
-    load: float,
-    *,
-    seed: int,
-) -> dict[str, Any]:
-    """Response times at a share of the capacity, which the first third of the requests measures, one right after the other.
-
-    Rates are requests a second; `hot_share` is that of the requests whose prefix was there.
-    """
-    counter = PrefixCounter(session)
-    scorer = Scorer(counter, tokenizer, labels)
-    trial = requests[: -(-len(requests) // 3)]
-    for request in trial:
-        scorer.score(request.prefix, request.films)  # fills the caches
-    capacity = serve(scorer.score, trial, [0.0] * len(trial)).rate
-    counter.computed = 0
-    served = serve(scorer.score, requests, draw_arrivals(len(requests), load * capacity, seed))
-    return {
-        "load": load,
-        "requests": len(requests),
-        "capacity_per_s": capacity,
-        "rate_per_s": served.rate,
-        "utilisation": served.utilisation,
-        "hot_share": 1 - counter.computed / len(requests),
-        **served.percentiles(),
-        "max_s": max(served.responses),
-    }
-
-
-def sides_of(
-    sessions: Mapping[str, SharingSession],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-) -> dict[tuple[str, str], Score]:
-    """All ways in all runtimes, and the plain loop."""
-    sides: dict[tuple[str, str], Score] = {
-        (runtime, way): score
-        for runtime, session in sessions.items()
-        for way, score in ways(session, tokenizer, labels).items()
-    }
-    return sides | {("transformers", "loop"): TransformersLoop(model, tokenizer, labels).score}
+def plot_latency(rows: Sequence[Row], path: Path) -> None:
+    """Draw the median time of every row and its range; colours are runtimes and markers are ways."""
+    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    by_size = sorted(rows, key=lambda row: row["candidates"])
+    for (runtime, way), line in grouped(by_size, ["runtime", "way"]).items():
+        axis.errorbar(
+            [row["candidates"] for row in line],
+            [row["median_s"] for row in line],
+            yerr=[[row["median_s"] - row["min_s"] for row in line], [row["max_s"] - row["median_s"] for row in line]],
+            marker=MARKERS[way],
+            color=f"C{runtimes.index(runtime)}",
+            capsize=3,
+            label=f"{runtime}: {way}",
+        )
+    numbers = [row["candidates"] for row in line]
+    axis.set(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds for all of them")
+    axis.set_xticks(numbers, map(str, numbers))
+    axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    save_plot(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,13 +112,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options_of(arguments)
     torch.set_num_threads(options.threads)
     disable_progress_bar()
-    data = movielens(options.model, options.labels, options.folder)
+    data = MovieLens(options.model, labels=options.labels, folder=options.folder, max_length=MAX_LENGTH)
     tokenizer, candidates = data.tokenizer, cast(list[Candidate], data.conversations("test"))
     asked = (options.candidates if options.repetitions else []) + ([FILMS_EACH] if options.load else [])
     films = shuffled_films(candidates, at_least=max(asked, default=0))
     model = load_model(options.model).requires_grad_(False)
-    sessions = {runtime: open_session(runtime, model, options.threads) for runtime in options.runtimes}
-    sides = sides_of(sessions, model, tokenizer, options.labels)
+    sessions = {runtime: open_session(runtime, model, options.threads) for runtime in RUNTIMES}
+    sides: dict[tuple[str, str], Score] = {
+        (runtime, way): score
+        for runtime, session in sessions.items()
+        for way, score in ways(session, tokenizer, options.labels).items()
+    }
+    sides["transformers", "loop"] = transformers_loop(model, tokenizer, options.labels)
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     if options.repetitions:
@@ -165,37 +134,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.plot:
             plot_latency(rows, options.plot)
     if options.load:
-        runtime = options.runtimes[-1]
+        runtime = RUNTIMES[-1]
         members = draw_members(candidates, options.members)
         requests = draw_requests(members, films, options.requests, films_each=FILMS_EACH, seed=SEED)
         found = under_load(sessions[runtime], tokenizer, options.labels, requests, options.load, seed=SEED)
         rows.append({"runtime": runtime, "way": "load", "candidates": FILMS_EACH, "members": len(members), **found})
     if options.agreement:
-        scores = {f"{runtime}_{way}": sides[runtime, way] for way in ("scratch", "hot") for runtime in options.runtimes}
+        scores = {f"{runtime}_{way}": sides[runtime, way] for way in ("scratch", "hot") for runtime in RUNTIMES}
         found = agreement(scores, draw_pairs(candidates, options.agreement))
         rows.append({"way": "agreement", **found})
-        print(
-            f"largest difference of {' / '.join(scores)}: {found['max_difference']:.1e} nats on {found['pairs']} pairs"
-        )
+        largest, pairs = found["max_difference"], found["pairs"]
+        print(f"largest difference of {' / '.join(scores)}: {largest:.1e} nats on {pairs} pairs")
     report(rows, ratios, PACKAGES, options.json)
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked.
-
-    Raises:
-        ValueError: A number is out of range.
-    """
-    options = parser(__doc__)
-    options.set_defaults(repetitions=3)
+    """The command line, checked."""
+    options = parser(__doc__, repetitions=3)
     add = options.add_argument
-    add(
-        "--model", default="package:smollm2-135m-instruct", metavar="REF", help="model reference (default: %(default)s)"
-    )
-    add("--folder", type=Path, metavar="DIR", help="MovieLens' files (default: the package recbole)")
+    text = "model reference (default: %(default)s)"
+    add("--model", default="package:smollm2-135m-instruct", metavar="REF", help=text)
+    add("--folder", metavar="DIR", help="MovieLens' files (default: the package recbole)")
     add("--labels", nargs=2, default=["no", "yes"], metavar=("NO", "YES"), help="answers (default: no yes)")
     add("--candidates", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100], metavar="N", help="films for a member")
-    add("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="(default: torch onnx)")
     add("--threads", type=int, default=2, help="of torch and of ONNX Runtime (default: %(default)s)")
     add("--load", type=float, default=0.7, metavar="SHARE", help="of the capacity; 0: no load (default: %(default)s)")
     add("--requests", type=int, default=120, metavar="N", help="under load (default: %(default)s)")

@@ -2,27 +2,12 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.label_prompts import encode_prompts, frame_of
-from datamodules.movielens_ranking import MovieLens
 from datamodules.ranking import Candidate
-
-MAX_LENGTH = 768  # tokens, as in configs/ranking.yaml
-
-
-def movielens(model: str, labels: Sequence[str], folder: Path | None) -> MovieLens:
-    """The data module of the recipes with the whole test split.
-
-    Args:
-        model: Reference whose tokenizer is used.
-        labels: For a film that was not liked, and for one that was.
-        folder: Has the data's files; None: the installed recbole, or its wheel.
-    """
-    return MovieLens(model, labels=labels, folder=str(folder) if folder else None, max_length=MAX_LENGTH)
 
 
 def usual_prefix(candidates: Sequence[Candidate]) -> str:
@@ -32,11 +17,7 @@ def usual_prefix(candidates: Sequence[Candidate]) -> str:
 
 
 def shuffled_films(candidates: Sequence[Candidate], at_least: int, seed: int = 0) -> list[str]:
-    """All different films in a random order, as prompts.
-
-    Raises:
-        ValueError: There are fewer than `at_least`.
-    """
+    """All different films in a random order, as prompts; there must be so many."""
     films = sorted({candidate.question for candidate in candidates})
     if at_least > len(films):
         raise ValueError(

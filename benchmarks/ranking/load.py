@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from export.serving.scorer import Scorer
 from export.sessions.session import Output, SharingSession
 
 
@@ -26,17 +28,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Served:
-    """What became of requests that were served in order.
+    """What became of requests that were served in order."""
 
-    Attributes:
-        responses: Seconds from arrival to answer, in the order of arrival.
-        busy: Seconds that the worker worked.
-        elapsed: Seconds from the start to the last answer.
-    """
-
-    responses: list[float]
-    busy: float
-    elapsed: float
+    responses: list[float]  # seconds from arrival to answer, in the order of arrival
+    busy: float  # seconds that the worker worked
+    elapsed: float  # seconds from the start to the last answer
 
     @property
     def rate(self) -> float:
@@ -56,7 +52,7 @@ class Served:
 def draw_requests(
     prefixes: Sequence[str], films: Sequence[str], number: int, *, films_each: int, seed: int
 ) -> list[Request]:
-    """Requests of random members, each for different random films; members come again, at equal chances."""
+    """Requests of random members, at equal chances, each for different random films."""
     draw = random.Random(seed)
     return [Request(draw.choice(prefixes), tuple(draw.sample(films, films_each))) for _ in range(number)]
 
@@ -73,9 +69,8 @@ def draw_arrivals(number: int, rate: float, seed: int) -> list[float]:
 def serve(score: Callable[[str, Sequence[str]], Any], requests: Sequence[Request], arrivals: Sequence[float]) -> Served:
     """Answer requests in the order of their arrival, none before it has arrived."""
     responses, busy, started = [], 0.0, time.perf_counter()
-    for request, arrival in tqdm(
-        zip(requests, arrivals, strict=True), desc="Load", unit="request", total=len(requests), leave=False
-    ):
+    bar = tqdm(requests, desc="Load", unit="request", leave=False)
+    for request, arrival in zip(bar, arrivals, strict=True):
         time.sleep(max(0.0, started + arrival - time.perf_counter()))
         begun = time.perf_counter()
         score(request.prefix, request.films)
@@ -86,15 +81,10 @@ def serve(score: Callable[[str, Sequence[str]], Any], requests: Sequence[Request
 
 
 class PrefixCounter:
-    """A session that counts how often a prefix was computed.
-
-    Args:
-        session: Runs the model.
-    """
+    """A session that counts how often a prefix was computed."""
 
     def __init__(self, session: SharingSession) -> None:
-        self.session = session
-        self.computed = 0
+        self.session, self.computed = session, 0
 
     def run(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, cache: list[Any] | None = None) -> Output:
         """See `OnnxSession.run`."""
@@ -104,3 +94,36 @@ class PrefixCounter:
     def repeat(self, cache: list[Any], batch: int) -> list[Any]:
         """See `OnnxSession.repeat`."""
         return self.session.repeat(cache, batch)
+
+
+def under_load(
+    session: SharingSession,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    requests: Sequence[Request],
+    load: float,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Response times at a share of the capacity, which the first third of the requests measures, one right after the other.
+
+    Rates are requests a second; `hot_share` is that of the requests whose prefix was there.
+    """
+    counter = PrefixCounter(session)
+    scorer = Scorer(counter, tokenizer, labels)
+    trial = requests[: -(-len(requests) // 3)]
+    for request in trial:
+        scorer.score(request.prefix, request.films)  # fills the caches
+    capacity = serve(scorer.score, trial, [0.0] * len(trial)).rate
+    counter.computed = 0
+    served = serve(scorer.score, requests, draw_arrivals(len(requests), load * capacity, seed))
+    return {
+        "load": load,
+        "requests": len(requests),
+        "capacity_per_s": capacity,
+        "rate_per_s": served.rate,
+        "utilisation": served.utilisation,
+        "hot_share": 1 - counter.computed / len(requests),
+        **served.percentiles(),
+        "max_s": max(served.responses),
+    }

@@ -1,8 +1,8 @@
 """Study of small rankers: trained on labels alone, and distilled from a teacher.
 
-    python -m benchmarks.ranking.study [--steps N] [--seeds 1 2 3] [--students ...] [--arms ...] [--work FOLDER] [--out FOLDER] [--json FILE]
+    python -m benchmarks.ranking.study [--steps N] [--seeds 1 2 3] [--students ...] [--arms ...] [--out FOLDER] [--json FILE]
 
-The teacher is SmolLM2-135M, fine-tuned on the labels of MovieLens 100K; it is kept in `--work` and taken from there next time.  Its
+The teacher is SmolLM2-135M, fine-tuned on the labels of MovieLens 100K; it is kept in `runs/ranking-study` and taken from there next time.  Its
 students have half of its layers, or 20 or 40 % fewer MLP neurons (OSSCAR with sequential repair); each is judged as it is cut, and
 after equal steps by labels alone, by distillation, and by distillation that ends with FP8 quantizers.  All students see the same pairs, as
 many as they have steps for, in the order of their seed.  Optimizer and precision are those of configs/ranking.yaml.  All figures
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,11 @@ import lightning
 import torch
 import yaml
 from lightning import Trainer
-from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.students import keep_layers
-from benchmarks.study import Row, Rows, fingerprint, finish
-from benchmarks.trained import quiet
+from benchmarks.study import Row, Rows, fingerprint, finish, keep_layers
+from benchmarks.trained import parse, quiet, quiet_trainer, train, training_parser
 from callbacks import QuantizationAwareTraining
 from datamodules.movielens_ranking import MovieLens
 from export.folders.student import save_student
@@ -45,6 +44,11 @@ from program.screen import as_command
 
 RECIPE = Path(__file__).parents[2] / "configs/ranking.yaml"
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics")
+WORK = Path("runs/ranking-study")  # of teacher and students
+LABELS = ["no", "yes"]
+FOLDER: str | None = None  # of MovieLens' files; None: the installed recbole's, or its wheel's
+MULTIPLE = 64  # of the neurons kept
+LENGTH, REPETITIONS = 160, 20  # tokens of the timed prefill, pairs of timed runs
 CALIBRATION_BATCHES = 16
 # A solver of weights would take longer than all of the training.
 FP8: dict[str, Any] = {"method": "nearest", "calibration_batches": 4}
@@ -54,15 +58,10 @@ _QUANTIZED_SHARE = 0.25  # of the steps, at their end
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train a student.
+    """One way to train a student."""
 
-    Attributes:
-        objective: What it learns from.
-        fp8: Whether it ends with FP8 quantizers.
-    """
-
-    objective: LabelObjective
-    fp8: bool = False
+    objective: LabelObjective  # what it learns from
+    fp8: bool = False  # whether it ends with FP8 quantizers
 
 
 DISTILLED = LabelObjective(cross_entropy=0.2, label_kl=1.0, full_kl=0.1)
@@ -70,12 +69,7 @@ ARMS = {"labels": Arm(LabelObjective()), "distilled": Arm(DISTILLED), "distilled
 
 
 class _Student(RankingDistillation):
-    """Asks the teacher once about a sample in all runs.
-
-    Args:
-        remembered: What the teacher said so far, by stage.
-        kwargs: See `RankingDistillation`.
-    """
+    """Asks the teacher once about a sample in all runs: `remembered` is what it said so far, by stage."""
 
     def __init__(self, remembered: dict[str, dict[int, Tensor]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -88,34 +82,30 @@ class _Student(RankingDistillation):
 
 
 class Study:
-    """Data, teacher and students that the runs share.
-
-    Args:
-        options: The command line.
-    """
+    """Data, teacher and students that the runs share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.rows = options, Rows(options.out.with_suffix(".jsonl"))
+        self.options = options
         self._remembered: dict[str, dict[int, Tensor]] = {"fit": {}, "test": {}}
         recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         self.trainer = {key: recipe["trainer"][key] for key in ("precision", "gradient_clip_val")}
-        self.optimizer = recipe["model"]["init_args"]["optimizer"]["init_args"] | (
-            {"lr": options.lr} if options.lr else {}
-        )
+        self.optimizer = recipe["model"]["init_args"]["optimizer"]["init_args"]
         sizes = {"history": options.history, "batch_size": options.batch_size, "test_size": options.test_size}
-        self.data_settings = recipe["data"]["init_args"] | sizes | {"labels": options.labels, "folder": options.folder}
+        self.data_settings = recipe["data"]["init_args"] | sizes | {"labels": LABELS, "folder": FOLDER}
         self.teacher_data = MovieLens(options.model, **self.data_settings)
         few = {"train_size": options.steps * options.batch_size}
         self.data = MovieLens(options.model, **self.data_settings | few)
         self.data.setup("fit")  # now, with the recipe's seed: all runs get the same pairs, only their order differs
         self.data.setup("test")
-        self.teacher = str(self._teacher(options.work / "teacher"))
-        self.settings = {
+        self.teacher = str(self._teacher(WORK / "teacher"))
+        data = {key: value for key, value in self.data_settings.items() if key != "folder"}
+        settings = {
             "teacher": fingerprint(Path(self.teacher)),
-            "data": {key: value for key, value in self.data_settings.items() if key != "folder"},
+            "data": data,
             "optimizer": self.optimizer,
             **self.trainer,
         }
+        self.rows = Rows(options.out, PACKAGES, settings)
 
     def _teacher(self, folder: Path) -> Path:
         if not (folder / "config.json").is_file():
@@ -126,7 +116,7 @@ class Study:
 
     def student(self, name: str) -> str:
         """The folder of a student as it is cut from the teacher."""
-        folder: Path = self.options.work / name
+        folder = WORK / name
         if not (folder / "config.json").is_file():
             model = load_model(self.teacher)
             if STUDENTS[name]:
@@ -137,8 +127,7 @@ class Study:
         return str(folder)
 
     def _prune(self, model: Any, share: float) -> None:
-        multiple = self.options.multiple
-        neurons = round((1 - share) * decoder_layers(model)[0].num_neurons / multiple) * multiple
+        neurons = round((1 - share) * decoder_layers(model)[0].num_neurons / MULTIPLE) * MULTIPLE
         batches = list(self.teacher_data.calibration_batches(CALIBRATION_BATCHES, seed=0))
         dense, settings = load_model(self.teacher), PruningSettings()
         edits = plan_cut(model, batches, Targets(neurons=neurons), settings)
@@ -151,13 +140,13 @@ class Study:
         def make() -> Row:
             reference = self.teacher if name == "teacher" else self.student(name)
             dense, model = load_model(self.teacher).eval(), load_model(reference).eval()
-            runs = [torch_run(each, batch=1, length=self.options.length) for each in (dense, model)]
-            time = compare(*runs, repetitions=self.options.repetitions)
+            runs = [torch_run(each, batch=1, length=LENGTH) for each in (dense, model)]
+            time = compare(*runs, repetitions=REPETITIONS)
             sizes = {"parameters": count_parameters(model), "time": time.ratio, "time_spread": list(time.spread)}
             module = self._module(reference, self.teacher, LabelObjective(), 1)
-            return {"student": name, "arm": "before", **sizes, **self._test(self._new_trainer(1), module)}
+            return {"student": name, "arm": "before", **sizes, **self._test(quiet_trainer(1, **self.trainer), module)}
 
-        return self._row(f"{name}-before", {"length": self.options.length}, make)
+        return self.rows.find_or_make(f"{name}-before", {"length": LENGTH}, make)
 
     def after(self, name: str, arm_name: str, seed: int) -> Row:
         """A student after training."""
@@ -171,7 +160,9 @@ class Study:
             trainer = self._fit(module, self.data, steps, seed, callbacks)
             return {"student": name, "arm": arm_name, "seed": seed, "steps": steps, **self._test(trainer, module)}
 
-        return self._row(f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm), **(FP8 if arm.fp8 else {})}, make)
+        return self.rows.find_or_make(
+            f"{name}-{arm_name}-{seed}", {"steps": steps, **asdict(arm), **(FP8 if arm.fp8 else {})}, make
+        )
 
     def _module(self, student: str, teacher: str | None, objective: LabelObjective, steps: int) -> RankingDistillation:
         return _Student(
@@ -184,78 +175,36 @@ class Study:
             generate_tokens=0,
         )
 
-    def _new_trainer(self, steps: int, callbacks: Sequence[Any] = ()) -> Trainer:
-        return Trainer(
-            accelerator="gpu" if torch.cuda.is_available() else "cpu",
-            devices=1,
-            max_steps=steps,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            callbacks=list(callbacks),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **self.trainer,
-        )
-
     def _fit(
         self, module: RankingDistillation, data: MovieLens, steps: int, seed: int, callbacks: Sequence[Any] = ()
     ) -> Trainer:
         data.setup("fit")
         data.seed = seed  # of the order; the pairs were drawn before
-        with tqdm(total=steps, desc="Training", unit="step", leave=False) as bar:
-            counting = LambdaCallback(on_train_batch_end=lambda *_: bar.update())
-            trainer = self._new_trainer(steps, [*callbacks, counting])
-            trainer.fit(module, datamodule=data)
-        if trainer.global_step != steps:  # a signal ends a fit without an error
-            raise RuntimeError(f"expected {steps} steps, found an end after {trainer.global_step}; repeat the command")
-        return trainer
+        return train(module, data, steps, callbacks, **self.trainer)
 
     def _test(self, trainer: Trainer, module: RankingDistillation) -> dict[str, float]:
         [figures] = trainer.test(module, datamodule=self.data, verbose=False)
         return {name.removeprefix("test/"): value for name, value in figures.items()}
-
-    def _row(self, name: str, settings: dict[str, Any], make: Any) -> Row:
-        return self.rows.find_or_make(name, {**self.settings, **settings}, PACKAGES, make)
 
 
 def study(options: argparse.Namespace) -> list[Row]:
     """All rows: the teacher, every student as it is cut, then seed by seed; written as they finish."""
     shared = Study(options)
     rows = [shared.before(name) for name in ("teacher", *options.students)]
-    runs = [(name, arm, seed) for seed in options.seeds for name in options.students for arm in options.arms]
-    for name, arm, seed in (bar := tqdm(runs, desc="Study", unit="run")):
-        bar.set_postfix_str(f"{name}, {arm}, seed {seed}")
-        rows.append(shared.after(name, arm, seed))
-    return rows
+    runs = tqdm(list(product(options.seeds, options.students, options.arms)), desc="Study", unit="run")
+    return rows + [shared.after(name, arm, seed) for seed, name, arm in runs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_parser(__doc__, "docs/results/ranking", ARMS, steps=150, test_size=2000)
     add = parser.add_argument
     add("--model", default="package:smollm2-135m-instruct", help="what the teacher is made of (default: %(default)s)")
     add("--teacher-steps", type=int, default=300, help="optimizer steps of the teacher (default: %(default)s)")
-    add("--steps", type=int, default=150, help="optimizer steps of every student (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run of each arm for each seed")
     add("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="which students (default: all)")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="how to train them (default: all)")
-    add("--lr", type=float, help="highest learning rate of all arms (default: the recipe's)")
     add("--history", type=int, default=5, help="ratings in a prompt (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="pairs of an optimizer step (default: %(default)s)")
-    add("--test-size", type=int, default=2000, help="pairs to judge on, about (default: %(default)s)")
-    add("--labels", nargs=2, default=["no", "yes"], help="what is answered (default: no yes)")
-    add("--folder", help="has MovieLens' files (default: the installed recbole, or its wheel)")
-    add("--multiple", type=int, default=64, help="neurons kept are a multiple of this (default: %(default)s)")
-    add("--length", type=int, default=160, help="tokens of the timed prefill (default: %(default)s)")
-    add("--repetitions", type=int, default=20, help="pairs of timed runs (default: %(default)s)")
-    add("--work", type=Path, default=Path("runs/ranking-study"), help="folder of teacher and students")
-    add("--out", type=Path, default=Path("docs/results/ranking"), help="where rows and the picture are kept")
-    add("--json", type=Path, metavar="FILE", help="also write all rows and versions to this file")
-    options = parser.parse_args(arguments)
-    if options.steps < 4 or len(set(options.seeds)) < len(options.seeds):
-        parser.error(f"expected 4 steps or more and different seeds, found {options.steps} and {options.seeds}")
+    options = parse(parser, arguments, least=4)
     quiet()
     rows = study(options)
     finish(rows, PACKAGES, options.out, options.json)

@@ -2,16 +2,18 @@
 
 All of them begin with texts and end with the log-probabilities of the labels, so that tokenizing is in everybody's time.
 
-Letters: N candidates, C labels, B batch, S tokens of the longest prompt, T tokens of one prompt, V vocabulary.
+Letters: W ways, N candidates, C labels, B batch, S tokens of the longest prompt, T tokens of one prompt, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.label_prompts import encode_prompts, frame_of, label_token_ids
@@ -23,16 +25,14 @@ from export.sessions.session import SharingSession
 from export.sessions.torch_session import TorchSession
 
 RUNTIMES = ("torch", "onnx")
+BATCH_SIZE = 8  # whole prompts at a time
 Score = Callable[[str, Sequence[str]], Tensor]  # prefix and candidates -> (N, C), float32
 
 
 def open_session(runtime: str, model: PreTrainedModel, threads: int) -> SharingSession:
     """The model in `torch`, or in `onnx` as a float32 graph with the logits of the last position only.
 
-    Args:
-        runtime: One of `RUNTIMES`.
-        model: Causal language model in float32; it is not changed.
-        threads: Of ONNX Runtime; torch has its own setting for the whole process.
+    The threads are those of ONNX Runtime; torch has its own setting for the whole process.
     """
     if runtime == "torch":
         return TorchSession(model)
@@ -41,83 +41,70 @@ def open_session(runtime: str, model: PreTrainedModel, threads: int) -> SharingS
         export_onnx(model, path, precision="fp32")
         graph = ir.load(path)
         keep_last_logits(graph)
-        return OnnxSession(
-            path, threads=threads, graph=ir.to_proto(graph)
-        )  # keeps the weights, also without their file
+        return OnnxSession(path, threads=threads, graph=ir.to_proto(graph))  # keeps the weights without their file
 
 
 def ways(session: SharingSession, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, Score]:
-    """What is compared in one runtime.
-
-    Returns:
-        `hot`: the prefix's cache is there, from the second call with this prefix on; `cold`: it is computed in the same call;
-        `scratch`: every pair is a whole prompt.
-    """
+    """What is compared in one runtime: `hot` from the second call with a prefix on, `cold`, and `scratch`."""
     scorer = Scorer(session, tokenizer, labels)
 
     def cold(prefix: str, candidates: Sequence[str]) -> Tensor:
         scorer.forget()
         return scorer.score(prefix, candidates)
 
-    return {"hot": scorer.score, "cold": cold, "scratch": WholePrompts(session, tokenizer, labels).score}
+    return {"hot": scorer.score, "cold": cold, "scratch": whole_prompts(session, tokenizer, labels)}
 
 
-class WholePrompts:
-    """Scores every pair from scratch, in batches of whole prompts of similar lengths.
+def whole_prompts(session: SharingSession, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Score:
+    """Scores every pair from scratch, in batches of whole prompts of similar lengths."""
+    frame, label_ids = frame_of(tokenizer), label_token_ids(tokenizer, labels)
 
-    Args:
-        session: Runs the model.
-        tokenizer: Of the model, with its chat template.
-        labels: The classes in order.
-        batch_size: Prompts at a time.
-    """
-
-    def __init__(
-        self, session: SharingSession, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], batch_size: int = 8
-    ) -> None:
-        self.session, self.tokenizer, self.batch_size = session, tokenizer, batch_size
-        self._frame, self._label_ids = frame_of(tokenizer), label_token_ids(tokenizer, labels)
-
-    def score(self, prefix: str, candidates: Sequence[str]) -> Tensor:
-        """Log-probabilities (N, C) of the labels among all tokens, float32, in the order of the candidates."""
-        prompts = encode_prompts(self.tokenizer, self._frame, [(prefix, candidate) for candidate in candidates])
-        shortest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-        scores_NC = torch.empty(len(prompts), len(self._label_ids))
-        for start in range(0, len(prompts), self.batch_size):
-            part = shortest_first[start : start + self.batch_size]
-            scores_NC[part] = self._score([prompts[index].ids for index in part])
-        return scores_NC
-
-    def _score(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def batch_scores(prompts: Sequence[Sequence[int]]) -> Tensor:
         width = max(len(ids) for ids in prompts)
         ids_BS = torch.zeros(len(prompts), width, dtype=torch.long)
         mask_BS = torch.zeros_like(ids_BS)
         for row, ids in enumerate(prompts):
             ids_BS[row, width - len(ids) :] = torch.tensor(ids)
             mask_BS[row, width - len(ids) :] = 1
-        return self.session.run(ids_BS, mask_BS).logits[:, -1].float().log_softmax(dim=-1)[:, self._label_ids]
+        return session.run(ids_BS, mask_BS).logits[:, -1].float().log_softmax(dim=-1)[:, label_ids]
+
+    def score(prefix: str, candidates: Sequence[str]) -> Tensor:
+        prompts = encode_prompts(tokenizer, frame, [(prefix, candidate) for candidate in candidates])
+        shortest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        scores_NC = torch.empty(len(prompts), len(label_ids))
+        for start in range(0, len(prompts), BATCH_SIZE):
+            part = shortest_first[start : start + BATCH_SIZE]
+            scores_NC[part] = batch_scores([prompts[index].ids for index in part])
+        return scores_NC
+
+    return score
 
 
-class TransformersLoop:
-    """Scores one prompt after the other with `model(**inputs)`, without cache or batches.
-
-    Args:
-        model: Causal language model on the CPU.
-        tokenizer: Of the model, with its chat template.
-        labels: The classes in order.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self._frame, self._label_ids = frame_of(tokenizer), label_token_ids(tokenizer, labels)
+def transformers_loop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Score:
+    """Scores one prompt after the other with `model(**inputs)` on the CPU, without cache or batches."""
+    frame, label_ids = frame_of(tokenizer), label_token_ids(tokenizer, labels)
+    model.eval()
 
     @torch.inference_mode()
-    def score(self, prefix: str, candidates: Sequence[str]) -> Tensor:
-        """Log-probabilities (N, C) of the labels among all tokens, float32, in the order of the candidates."""
+    def score(prefix: str, candidates: Sequence[str]) -> Tensor:
         rows = []
         for candidate in candidates:
-            text = self._frame.prompt(prefix, candidate)
-            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-            logits_TV = self.model(**inputs, use_cache=False).logits[0]
-            rows.append(logits_TV[-1].float().log_softmax(dim=-1)[self._label_ids])
+            inputs = tokenizer(frame.prompt(prefix, candidate), add_special_tokens=False, return_tensors="pt")
+            logits_TV = model(**inputs, use_cache=False).logits[0]
+            rows.append(logits_TV[-1].float().log_softmax(dim=-1)[label_ids])
         return torch.stack(rows)
+
+    return score
+
+
+def agreement(ways: Mapping[str, Score], pairs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Largest absolute differences in the log-probability of a label, in nats: of every other way from the first, and of any two."""
+    first, *others = ways
+    differences = dict.fromkeys([*others, "max_difference"], 0.0)
+    for prefix, candidates in tqdm(pairs.items(), desc="Agreement", unit="prefix", leave=False):
+        scores_WNC = torch.stack([score(prefix, candidates).double() for score in ways.values()])
+        from_first_W = (scores_WNC - scores_WNC[0]).abs().amax(dim=(1, 2))
+        widest = (scores_WNC.amax(dim=0) - scores_WNC.amin(dim=0)).max()
+        for name, found in zip(differences, [*from_first_W[1:], widest], strict=True):
+            differences[name] = max(differences[name], float(found))
+    return {"pairs": sum(map(len, pairs.values())), "compared_with": first, **differences}

@@ -40,10 +40,14 @@ def test_measures_real_runs_in_turns(student_folder: str, tmp_path: Path, monkey
 
 
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
-    settings = {"model": {"init_args": {"student": str(tmp_path / "nothing"), "teacher": "nothing"}}}
-    worker = memory.Worker([], settings, tmp_path / "worker")
-    with pytest.raises(
-        RuntimeError, match="expected a step of the worker, found that it had ended[^$]*error: expected"
-    ):
-        worker.step()
-    worker.close()
+    overlay = tmp_path / "nothing.yaml"
+    overlay.write_text(yaml.safe_dump({"model": {"init_args": {"student": "nothing", "teacher": "nothing"}}}))
+    files = {"nothing": [memory.ROOT / "configs/distill.yaml", overlay]}
+    with pytest.raises(RuntimeError, match="expected the worker benchmarks.memory:run to answer[^$]*error: expected"):
+        memory.measure(files, tmp_path, 1)
+
+
+def test_an_overlay_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["memory", str(tmp_path / "none.yaml")])
+    with pytest.raises(FileNotFoundError, match="expected an overlay at '.*none.yaml', found none; name a YAML file"):
+        memory.main()

@@ -5,13 +5,12 @@ import statistics
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM
 
 from benchmarks import trained as study_training
 from benchmarks.distillation import __main__ as study_distillation
 from benchmarks.study import Rows, write_half
-from benchmarks.trained import RECIPE
+from tests.helpers.study_commands import study_command
 from tests.helpers.study_pages import page_beside
 from tests.helpers.tiny import tiny_folder
 
@@ -23,13 +22,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two steps and two seeds of every arm."""
     folder = tmp_path_factory.mktemp("study")
     teacher = tiny_folder(folder / "teacher", num_hidden_layers=4, hidden_size=16, intermediate_size=16)
-    recipe = yaml.safe_load(RECIPE.read_text())
-    recipe["model"]["init_args"]["on_policy"]["tokens"] = 4
-    recipe["data"]["init_args"] |= {"train_size": 12, "val_size": 3, "batch_size": 2, "eval_batch_size": 4}
-    recipe["data"]["init_args"]["tasks"] = {"chain_sum": {"max_terms": 2, "max_digits": 2}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = ["--teacher", teacher, "--recipe", str(folder / "recipe.yaml"), "--out", str(folder / "out")]
-    return [*words, "--steps", "2", "--seeds", "1", "2", "--test-size", "5", "--json", str(folder / "rows.json")]
+    return study_command(folder, teacher, "out", steps=2, train_size=12)
 
 
 @pytest.fixture(scope="module")

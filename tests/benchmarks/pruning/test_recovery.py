@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from benchmarks import trained as study_training
 from benchmarks.pruning import recovery as study_recovery
 from benchmarks.study import Rows
+from tests.helpers.study_commands import study_command
 from tests.helpers.study_pages import page_beside
 from tests.helpers.tiny import tiny_folder
 
@@ -23,13 +23,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     teacher = tiny_folder(
         folder / "teacher", hidden_size=48, intermediate_size=512, num_attention_heads=6, num_key_value_heads=3
     )
-    recipe = yaml.safe_load(study_training.RECIPE.read_text())
-    recipe["model"]["init_args"]["on_policy"]["tokens"] = 4
-    recipe["data"]["init_args"] |= {"train_size": 40, "val_size": 3, "batch_size": 2, "eval_batch_size": 4}
-    recipe["data"]["init_args"]["tasks"] = {"chain_sum": {"max_terms": 2, "max_digits": 2}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = ["--teacher", teacher, "--recipe", str(folder / "recipe.yaml"), "--out", str(folder / "out/recovery")]
-    return [*words, "--steps", "10", "--seeds", "1", "2", "--test-size", "5", "--json", str(folder / "rows.json")]
+    return study_command(folder, teacher, "out/recovery", steps=10, train_size=40)
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_a_kept_row_of_other_settings_is_refused_before_any_work(bench: Path, mo
     monkeypatch.setattr(quantization.Bench, "__init__", lambda *_: pytest.fail("work has begun"))
     study = quantization.Study(bench / "study", samples=4)
     first, last = Arm("int4_g32"), Arm("int8")
-    settings = {**study.settings, **asdict(last), "search": "mse"}
+    settings = {**study.rows.settings, **asdict(last), "search": "mse"}
     study.rows.write("int8_nearest_max", {"kl": 1.0, "settings": settings})
     with pytest.raises(ValueError, match=r"int8_nearest_max in .* to be made with search = 'max', found 'mse'"):
         study.calibrated([first, last])

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from benchmarks.ranking import __main__ as ranking
-from benchmarks.ranking.agreement import agreement
 from benchmarks.ranking.films import draw_members, draw_pairs, shuffled_films, usual_prefix
 from benchmarks.ranking.load import PrefixCounter
-from benchmarks.ranking.ways import RUNTIMES, TransformersLoop, open_session, ways
+from benchmarks.ranking.ways import RUNTIMES, agreement, open_session, transformers_loop, ways
 from datamodules.ranking import Candidate, candidate_of
 from tests.helpers.tiny import byte_tokenizer, tiny_folder, tiny_model
 from tests.helpers.tiny_movielens import tiny_movielens
@@ -39,7 +38,7 @@ FILMS = [
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_all_ways_give_the_scores_of_the_plain_loop(runtime: str) -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    expected = TransformersLoop(model, tokenizer, LABELS).score(PREFIX, FILMS)
+    expected = transformers_loop(model, tokenizer, LABELS)(PREFIX, FILMS)
     assert expected.shape == (len(FILMS), 2) and expected.std() > 0.01
     for score in ways(open_session(runtime, model, 1), tokenizer, LABELS).values():
         for _ in range(2):

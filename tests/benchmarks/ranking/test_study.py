@@ -1,5 +1,6 @@
 """The ranking study from its command line, with a tiny model and tiny MovieLens: every run, its page, and no run twice."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,23 @@ STUDENTS, ARMS, SEEDS = ("half", "pruned_40"), ("labels", "distilled", "distille
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     folder = tmp_path_factory.mktemp("ranking_study")
     tiny_movielens(folder / "films")
-    words = ["--model", tiny_folder(folder / "model"), "--folder", str(folder / "films"), "--labels", "n", "y"]
+    words = [
+        "--model",
+        tiny_folder(folder / "model"),
+        "--out",
+        str(folder / "out"),
+        "--json",
+        str(folder / "rows.json"),
+    ]
     words += ["--teacher-steps", "2", "--steps", "4", "--seeds", "1", "2", "--students", *STUDENTS, "--history", "1"]
-    words += ["--batch-size", "2", "--test-size", "8", "--multiple", "8", "--length", "8", "--repetitions", "3"]
-    return [*words, "--work", str(folder / "work"), "--out", str(folder / "out"), "--json", str(folder / "rows.json")]
+    sizes = {"LABELS": ["n", "y"], "FOLDER": str(folder / "films"), "MULTIPLE": 8, "LENGTH": 8, "REPETITIONS": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WORK": folder / "work", **sizes}.items():
+            patch.setattr(study_ranking, name, value)
+        yield [*words, "--batch-size", "2", "--test-size", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +76,7 @@ def test_the_page_has_every_student(out: Path) -> None:
 
 
 def test_a_second_time_nothing_is_trained(out: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_ranking, "Trainer", None)
+    monkeypatch.setattr(study_ranking, "train", None)
     study_ranking.main(command)
     with pytest.raises(ValueError, match="to be made with steps = 5, found 4"):
         study_ranking.main(

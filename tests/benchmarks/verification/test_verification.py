@@ -1,14 +1,16 @@
 """The benchmark of verification on tiny models: what it counts, and that a miss and a false alarm would be seen."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.verification import __main__ as verification
-from benchmarks.verification.__main__ import Examined, false_alarms, right_graphs
+from benchmarks.verification.__main__ import Examined, false_alarms
 from benchmarks.verification.faults import PLANTED
+from benchmarks.verification.graphs import drawn, random_texts, right_graphs, tiny
 from export.verify import exactness
 
 pytestmark = pytest.mark.long
@@ -18,18 +20,16 @@ KEPT = ("padding seen", "cosines of the next position", "a cache's scale off by 
 
 @pytest.fixture(scope="module")
 def texts():
-    return verification._random_texts()
+    return random_texts()
 
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory, texts):
-    return right_graphs(
-        verification.tiny("llama"), texts[0], tmp_path_factory.mktemp("graphs"), ("fp16", "int8"), "tiny"
-    )
+    return right_graphs(tiny("llama"), texts[0], tmp_path_factory.mktemp("graphs"), ("fp16", "int8"), "tiny")
 
 
 def test_the_command_writes_what_scripts_read(graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "right_graphs", lambda *_: graphs)
+    monkeypatch.setattr(verification.right, "right_graphs", lambda *_: graphs)
     monkeypatch.setattr(verification, "PLANTED", {name: PLANTED[name] for name in KEPT})
     target = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["verification", "--quick", "--repetitions", "4", "--json", str(target)])
@@ -45,22 +45,20 @@ def test_the_command_writes_what_scripts_read(graphs, tmp_path: Path, monkeypatc
 
 def test_a_right_graph_that_fails_is_a_false_alarm(graphs, texts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exactness, "LIMIT", 1e-6)
-    (row,) = false_alarms(graphs[:1], texts[1], 2, 1, free=False)
+    (row,) = false_alarms(graphs[:1], texts[1], 2, free=False)
     assert row["verifications"] == row["false_alarms"] == 2
     assert row["failures"][0].startswith("fp16, prefill: ")
 
 
 def test_free_runs_are_judged(graphs, texts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "ASKED", 2)
-    (row,) = false_alarms(graphs[:1], texts[1], 4, 1, free=True)  # every third verification has one
+    (row,) = false_alarms(graphs[:1], texts[1], 4, free=True)  # every third verification has one
     assert row["free_runs"] == 2 and row["false_alarms"] == 0 and row["half_interval"] > 0
 
 
 def test_what_is_no_fault_is_not_caught(graphs, texts) -> None:
-    ids_BT, mask_BT = (
-        part[:2] for part in verification._drawn(texts[1], verification.random.Random(0), 3, padded=True)
-    )
-    row = Examined(graphs[0], (ids_BT, mask_BT), 1).row("nothing", lambda model: None)
+    drawn_texts = drawn(texts[1], random.Random(0), 2, padded=True)
+    row = Examined(graphs[0], drawn_texts).row("nothing", lambda model: None)
     assert row["caught"] is False
     with pytest.raises(LookupError, match="this fault is none in this graph"):
-        Examined(graphs[0], (ids_BT, mask_BT), 1).row("scale", PLANTED["an input's scale off by 5 %"][0])
+        Examined(graphs[0], drawn_texts).row("scale", PLANTED["an input's scale off by 5 %"][0])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.verification.__main__ import Examined, Right
+from benchmarks.verification.__main__ import Examined
 from benchmarks.verification.faults import PLANTED
+from benchmarks.verification.graphs import Right
 from export.cpu_graph.to_cpu import write_cpu_graph
 from export.onnx_graph.to_onnx import export_onnx
 from export.verify import verify
@@ -38,7 +39,7 @@ def examined(rights) -> dict[str, Examined]:
     """The same with texts to look for faults on."""
     prompts = left_padded_prompts()
     texts = prompts["prompt_ids"], prompts["prompt_mask"]
-    return {name: Examined(right, texts, threads=1, decode_steps=4) for name, right in rights.items()}
+    return {name: Examined(right, texts, decode_steps=4) for name, right in rights.items()}
 
 
 @pytest.mark.parametrize("name", [*NAMES, *FORMATS])
