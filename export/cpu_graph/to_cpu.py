@@ -24,10 +24,8 @@ from export.cpu_graph.merge_products import merge_products
 from export.cpu_graph.skip_norms import norms_with_sums
 from export.layout import CPU
 from export.onnx_graph.last_logits import ask_for_logits
+from export.onnx_graph.to_onnx import check_cpu
 from program.files import move_into_place, staging_folder
-
-HEAD_MULTIPLE = 16  # channels of an attention head, of GroupQueryAttention
-_OPSET = 23
 
 
 def write_cpu_graph(graph: Path) -> Path:
@@ -66,25 +64,6 @@ def _drop_unused_positions(graph: ir.Graph) -> None:
     positions = next(value for value in graph.inputs if value.name == "position_ids")
     if not positions.uses():
         graph.inputs.remove(positions)
-
-
-def check_cpu(precision: str, opset: int, kv_cache: str | None = None) -> None:
-    """Raise `ValueError` for a precision, an opset or a format of the cache that has no such graph."""
-    if precision == "fp16" or precision.startswith("fp8"):
-        raise ValueError(
-            f"expected float32 or integers for a graph for the CPU, found precision {precision}, for which CPUs have no products; choose "
-            "fp32, int8 or a weight-only format, name one for the CPU alone (cpu: int8, --cpu int8), or leave the graph out"
-        )
-    if opset < _OPSET:
-        raise ValueError(
-            f"expected opset {_OPSET} for a graph for the CPU, found {opset}, which has no fused attention; choose {_OPSET}, or leave the "
-            "graph out"
-        )
-    if kv_cache == "fp8_e4m3":
-        raise ValueError(
-            "expected a key/value cache in floating point or int8 for a graph for the CPU, found fp8_e4m3, which ONNX Runtime's attention "
-            "does not read there; choose int8, or leave the graph out"
-        )
 
 
 def _check(model: ir.Model) -> None:
