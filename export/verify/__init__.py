@@ -2,6 +2,7 @@
 
 from export.verify.everything import Extent, Verification, verify_artefacts
 from export.verify.exactness import verify
-from export.verify.faithfulness import HeldOut, check_tokens
+from export.verify.faithfulness import check_tokens
+from export.verify.served import HeldOut
 
 __all__ = ["Extent", "HeldOut", "Verification", "check_tokens", "verify", "verify_artefacts"]

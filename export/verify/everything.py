@@ -4,7 +4,7 @@
 |-------------------------------------------------------|---------------------------------------------------------|---------------------------|
 | does it compute what the model computes?              | layer by layer, fed from torch: `exactness.py`          | every graph               |
 | is it as good, run as a server runs it?               | paired test on held-out answers: `faithfulness.py`      | what is served: `model.onnx`, `cpu.onnx`, the engine |
-| are its products those of the format?                 | counted in the network that TensorRT read               | engines                   |
+| are its products those of the format?                 | counted in the network that TensorRT read               | engines |
 
 A check that fails is never repeated with a wider bound.  What needs a GPU is `not_run` without one, never passed.
 """
@@ -30,7 +30,6 @@ from export.sessions.session import Session
 from export.verify.checks import Check
 from export.verify.exactness import FedSession, compare_alone, compare_graph, compare_longest
 from export.verify.faithfulness import (
-    HeldOut,
     answer_tokens,
     compare_labels,
     compare_served,
@@ -39,7 +38,7 @@ from export.verify.faithfulness import (
     sampled,
     torch_served,
 )
-from export.verify.served import Served
+from export.verify.served import HeldOut, Served
 from export.verify.torch_run import Run
 from models.copies import with_rounded_weights
 from models.loading.reference import end_token_ids
@@ -110,12 +109,7 @@ def verify_artefacts(
 
 
 def _exactness(
-    model: PreTrainedModel,
-    folder: Path,
-    precision: str,
-    extent: Extent,
-    prompts: Mapping[str, Tensor],
-    phases: Phases,
+    model: PreTrainedModel, folder: Path, precision: str, extent: Extent, prompts: Mapping[str, Tensor], phases: Phases
 ) -> list[Check]:
     groups = list(_groups(prompts))
     steps = len(groups) * (extent.decode_steps + 1)
@@ -124,7 +118,7 @@ def _exactness(
     checks: list[Check] = []
 
     def compare(name: str, path: str, model: PreTrainedModel, on_token: Callable[[], None], **beside: str) -> None:
-        """A graph on all prompts with tokens behind them, then on each prompt alone; graphs beside it on the prompts only."""
+        """A graph on prompts with tokens behind them, then on each alone; graphs beside it on the prompts only."""
         runs = [Run(model, *group, extent.decode_steps) for group in groups]
         session = FedSession(folder / path, extent.threads, for_cpu=path == CPU_GRAPH)
         checks.extend(compare_graph(name, runs, session, on_token=on_token))
@@ -201,13 +195,8 @@ def _free_runs(
 def audit(model: PreTrainedModel, products: Mapping[str, int], engine: str) -> Check:
     """Whether the network that TensorRT's parser read has a quantized product for every quantized layer of the model.
 
-    Networks are strongly typed: a product between two DequantizeLinear of FP8 is what the compiler fuses.  What it chose in the end only
-    a GPU can tell.
-
-    Args:
-        model: With the quantizers that were exported.
-        products: What `export.engine.to_tensorrt.inspect` counted.
-        engine: What to call it, such as its precision.
+    Networks are strongly typed: a product between two DequantizeLinear of FP8 is what the compiler fuses.  What it
+    chose in the end only a GPU can tell.  `products` is what `export.engine.to_tensorrt.inspect` counted.
     """
     linears = quantized_linears(model).values()
     inputs = [linear.input_quantizer for linear in linears]
