@@ -1,7 +1,7 @@
 """The whole export as one function: Hugging Face folder, ONNX, engine, verification, benchmark.
 
-The files are those of `export/layout.py`.  Everything is checked before anything is written (`export/plan.py`), is written under a
-temporary name, and is moved into place at the end.
+The files are those of `export/layout.py`.  Everything is checked before anything is written (`export/plan.py`), is
+written under a temporary name, and is moved into place at the end.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,22 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from export import layout
 from export.benchmark.graphs import ShortBenchmark
 from export.cpu_graph.to_cpu import write_cpu_graph
 from export.engine.write import Engines, write_engines
 from export.folders.compressed import save_compressed
 from export.folders.student import save_student
-from export.layout import (
-    COMPRESSED,
-    CPU_GRAPH,
-    ENGINE_LABEL_SOURCE,
-    ENGINE_SOURCE,
-    FAILED,
-    FILES,
-    GRAPH,
-    LABEL_GRAPH,
-    STUDENT,
-)
 from export.onnx_graph.labels import write_labels
 from export.onnx_graph.prefill import write_prefill
 from export.onnx_graph.to_onnx import UNQUANTIZED, export_onnx
@@ -70,8 +60,8 @@ def export_all(
         phases: Show the progress; by default new ones.
 
     Returns:
-        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`, `not_measured` (rows
-        with a `reason`), `engine`, `label_engine`, `versions`, `seconds` of each phase.
+        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`,
+        `not_measured` (rows with a `reason`), `engine`, `label_engine`, `versions`, `seconds` of each phase.
 
     Raises:
         ValueError, ModuleNotFoundError: Settings, model and output do not fit; found before anything is written.
@@ -95,7 +85,7 @@ def export_all(
             benchmark = _benchmark(plan.benchmark, staging, compare or {}, phases)
         verification = [check.as_dict() for check in found.checks]
         output = results_folder(output, verification, overwrite=overwrite)
-        if output.name == FAILED:
+        if output.name == layout.FAILED:
             rank_zero_info(
                 f"An earlier export in {output.parent} stays as it is; what failed its verification is in {output}"
             )
@@ -120,26 +110,27 @@ def export_all(
 def _write_folders(
     plan: ExportPlan, variants: Variants, tokenizer: PreTrainedTokenizerBase, staging: Path, phases: Phases
 ) -> None:
-    if STUDENT in plan.kinds:
+    if layout.STUDENT in plan.kinds:
         with phases.phase("Student folder"):
-            save_student(variants.student, tokenizer, staging / STUDENT, dtype=plan.dtype)
+            save_student(variants.student, tokenizer, staging / layout.STUDENT, dtype=plan.dtype)
         if plan.loads_not is not None:
             rank_zero_info(
-                f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {plan.loads_not}"
+                f"{layout.STUDENT}/ loads through Potstill only, not in plain transformers: it has {plan.loads_not}"
             )
     if variants.in_codes is not None:
         with phases.phase("Compressed folder"):
-            save_compressed(variants.in_codes, tokenizer, staging / COMPRESSED, dtype=plan.dtype)
+            save_compressed(variants.in_codes, tokenizer, staging / layout.COMPRESSED, dtype=plan.dtype)
         if isinstance(variants.in_codes.get_output_embeddings(), FakeQuantizedLinear):
             rank_zero_info(
-                f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
+                f"{layout.COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads "
+                "the codes"
             )
 
 
 def _write_graphs(model: PreTrainedModel, graphs: GraphPlan, folder: Path, phases: Phases) -> Engines | None:
-    """Write all graphs of a model, those of a quantized one for engines once more with float16 between its products, and compile these."""
+    """Write all graphs of a model; compile them, those of a quantized one again with float16 between its products."""
     precision, opset = graphs.precision, graphs.opset
-    source, label_source = folder / GRAPH, folder / LABEL_GRAPH
+    source, label_source = folder / layout.GRAPH, folder / layout.LABEL_GRAPH
     with phases.phase(f"ONNX {precision}"):
         export_onnx(model, source, precision=precision, opset=opset)
         if graphs.prefill:
@@ -152,7 +143,7 @@ def _write_graphs(model: PreTrainedModel, graphs: GraphPlan, folder: Path, phase
     if graphs.engines is None:
         return None
     if precision not in UNQUANTIZED:
-        source, label_source = folder / ENGINE_SOURCE, folder / ENGINE_LABEL_SOURCE
+        source, label_source = folder / layout.ENGINE_SOURCE, folder / layout.ENGINE_LABEL_SOURCE
         with phases.phase(f"ONNX {precision}, float16 between (for the engine)"):
             export_onnx(model, source, precision=precision, opset=opset, activations="float16")
             if graphs.labels:
@@ -166,9 +157,9 @@ def _write_for_cpu(
     """Write `cpu.onnx` of a student in a format of its own; the graph that it is made from goes."""
     with staging_folder(staging) as folder:
         _write_graphs(model, graphs, folder, phases)
-        (folder / GRAPH).unlink()
+        (folder / layout.GRAPH).unlink()
         found = verify(model, folder, None, graphs.precision)
-        for path in (CPU_GRAPH, f"{CPU_GRAPH}.data"):
+        for path in (layout.CPU_GRAPH, f"{layout.CPU_GRAPH}.data"):
             move_into_place(folder / path, staging / path)
     return found
 
@@ -176,7 +167,7 @@ def _write_for_cpu(
 def _benchmark(
     short: ShortBenchmark, staging: Path, compare: Mapping[str, Path], phases: Phases
 ) -> list[dict[str, Any]]:
-    named = {"student": GRAPH, "student_cpu": CPU_GRAPH}
+    named = {"student": layout.GRAPH, "student_cpu": layout.CPU_GRAPH}
     written = {name: path for name, path in named.items() if (staging / path).exists()}
     graphs = {**compare, **{name: staging / path for name, path in written.items()}}
     with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (short.repetitions + 1)) as on_step:
@@ -189,17 +180,17 @@ def _benchmark(
 
 def _move(staging: Path, output: Path) -> None:
     """Put each folder that was written in place of what an earlier export wrote; other files in it stay."""
-    written = [name for name in FILES if (staging / name).exists()]
-    for name in FILES:
-        others = foreign_files(output / name, FILES[name])
+    written = [name for name in layout.FILES if (staging / name).exists()]
+    for name in layout.FILES:
+        others = foreign_files(output / name, layout.FILES[name])
         if others:
             rank_zero_info(f"Kept in {output / name}: {', '.join(map(str, others))}")
     for name in written:
-        move_into_place(staging / name, output / name, ours=FILES[name])
-    for name in FILES.keys() - written:  # last: what the earlier export wrote beyond this one
+        move_into_place(staging / name, output / name, ours=layout.FILES[name])
+    for name in layout.FILES.keys() - written:  # last: what the earlier export wrote beyond this one
         if (output / name).exists():
             (staging / name).mkdir()
-            move_into_place(staging / name, output / name, ours=FILES[name])
+            move_into_place(staging / name, output / name, ours=layout.FILES[name])
             with suppress(OSError):  # somebody else's files are in it
                 (output / name).rmdir()
 
@@ -214,3 +205,16 @@ def _artefacts(output: Path, plan: ExportPlan, engines: Engines | None) -> list[
         files = [file for file in (output / path, output / f"{path}.data") if file.exists()]
         rows += [{"path": path, "bytes": sum(map(folder_bytes, files)), "kind": kind}] if files else []
     return rows
+
+
+def export_baseline(teacher: PreTrainedModel, output: Path, opset: int, phases: Phases) -> list[dict[str, Any]]:
+    """Write the float32 graph of a teacher into `baseline/`: what size and speed of a student are compared with.
+
+    Returns:
+        Its row among the artefacts.
+    """
+    graph = output / "baseline" / layout.GRAPH
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    with phases.phase("Teacher: ONNX fp32"):
+        written = export_onnx(teacher, graph, precision="fp32", opset=opset)
+    return [{"path": graph.relative_to(output).as_posix(), "bytes": written.bytes, "kind": "teacher, ONNX fp32"}]

@@ -1,6 +1,6 @@
 """A checked plan of an export: what is written, of which model.
 
-All that can be found out beforehand is found out here, and nothing is written.  Nobody behind the plan reads the settings.
+All that can be found out beforehand is found out here; nothing is written.  Nobody after the plan reads the settings.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,23 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.label_prompts import label_token_ids
+from export import layout
 from export.benchmark.graphs import ShortBenchmark
+from export.engine.to_tensorrt import Profile
 from export.engine.write import EnginePlan
 from export.folders.compressed import check_compressible, check_compressible_formats
 from export.folders.student import check_plain, rounded, without_quantizers
-from export.layout import (
-    COMPRESSED,
-    CPU_GRAPH,
-    ENGINE_LABEL_SOURCE,
-    ENGINE_SOURCE,
-    FAILED,
-    FILES,
-    GRAPH,
-    LABEL_GRAPH,
-    PREFILL_GRAPH,
-    STUDENT,
-    WRITTEN,
-)
 from export.onnx_graph.to_onnx import (
     UNQUANTIZED,
     Precision,
@@ -154,8 +143,8 @@ def _plan(settings: ExportSettings, labels: Mapping[str, int], loads_not: str | 
     precision, opset = settings.precision, settings.opset
     engines = graphs = for_cpu = benchmark = None
     if "engine" in settings.formats:
-        sizes = settings.batch, settings.sequence, settings.past
-        engines = EnginePlan(settings.tensorrt, settings.targets, *sizes)
+        sizes = Profile(settings.batch, settings.sequence, settings.past)
+        engines = EnginePlan(settings.tensorrt, settings.targets, sizes)
     if settings.graph:
         graphs = GraphPlan(precision, opset, settings.prefill, labels, settings.cpu is True, engines)
     if settings.cpu_format is not None:
@@ -170,42 +159,42 @@ def _plan(settings: ExportSettings, labels: Mapping[str, int], loads_not: str | 
 def _kinds(settings: ExportSettings, *, plain: bool) -> dict[str, str]:
     precision, in_codes = settings.precision, settings.cpu_format or settings.precision
     kinds = {
-        COMPRESSED: f"compressed-tensors folder {'' if in_codes in UNQUANTIZED else in_codes}".rstrip(),
-        GRAPH: f"ONNX {precision}",
-        PREFILL_GRAPH: "ONNX, last position only, on the weights of model.onnx",
-        LABEL_GRAPH: f"ONNX, log-probabilities of {', '.join(settings.labels)}, on the weights of model.onnx",
-        CPU_GRAPH: f"ONNX {in_codes} for ONNX Runtime on a CPU",
-        ENGINE_SOURCE: f"ONNX {precision}, float16 between (what the engine was built from)",
-        ENGINE_LABEL_SOURCE: "the same for labels, on the weights of engine-source.onnx",
+        layout.COMPRESSED: f"compressed-tensors folder {'' if in_codes in UNQUANTIZED else in_codes}".rstrip(),
+        layout.GRAPH: f"ONNX {precision}",
+        layout.PREFILL_GRAPH: "ONNX, last position only, on the weights of model.onnx",
+        layout.LABEL_GRAPH: f"ONNX, log-probabilities of {', '.join(settings.labels)}, on the weights of model.onnx",
+        layout.CPU_GRAPH: f"ONNX {in_codes} for ONNX Runtime on a CPU",
+        layout.ENGINE_SOURCE: f"ONNX {precision}, float16 between (what the engine was built from)",
+        layout.ENGINE_LABEL_SOURCE: "the same for labels, on the weights of engine-source.onnx",
     }
     student = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
-    return {STUDENT: student, **kinds} if "hf" in settings.formats else kinds
+    return {layout.STUDENT: student, **kinds} if "hf" in settings.formats else kinds
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise `ValueError` for an output that is a file, has files where folders belong, or holds an export that shall stay."""
-    for folder in (output, *(output / name for name in FILES)):
+    for folder in (output, *(output / name for name in layout.FILES)):
         check_kind(folder, folder=True)
     for file in ("report.json", "report.md"):
         check_kind(output / file, folder=False)
-    found = [] if overwrite else [path for pattern in WRITTEN for path in sorted(output.glob(pattern))]
+    found = [] if overwrite else [path for pattern in layout.WRITTEN for path in sorted(output.glob(pattern))]
     if found:
         raise ValueError(
-            f"expected an output folder without an export, found {found[0].relative_to(output).as_posix()} in {str(output)!r}; "
-            "choose another folder, or replace the export with --overwrite"
+            f"expected an output folder without an export, found {found[0].relative_to(output).as_posix()} in "
+            f"{str(output)!r}; choose another folder, or replace the export with --overwrite"
         )
 
 
 def results_folder(output: Path, verification: Sequence[Mapping[str, Any]], *, overwrite: bool) -> Path:
     """Where the results are: what failed its verification never takes the place of an earlier export."""
     failed = any(check["status"] == "failed" for check in verification)
-    return output / FAILED if failed and overwrite else output
+    return output / layout.FAILED if failed and overwrite else output
 
 
 def check_formats(
     model: PreTrainedModel, settings: ExportSettings, formats: Mapping[str, str], kv_cache: str | None
 ) -> None:
-    """Raise for formats of projections, by name, and of the cache that cannot be exported; the model need not be quantized yet.
+    """Raise for formats of projections, by name, and of the cache that cannot be exported, before a model is quantized.
 
     Raises:
         ModuleNotFoundError, ValueError: See `check_compressible_formats`, `check_engine_formats` and `check_cpu`.
@@ -232,8 +221,8 @@ def _check_heads(model: PreTrainedModel) -> None:
     width = decoder_layers(model)[0].head_dim
     if width % _HEAD_MULTIPLE:
         raise ValueError(
-            f"expected attention heads of a multiple of {_HEAD_MULTIPLE} channels for a graph for the CPU, found {width}, which ONNX Runtime's "
-            "attention does not take; leave the graph out"
+            f"expected attention heads of a multiple of {_HEAD_MULTIPLE} channels for a graph for the CPU, found "
+            f"{width}, which ONNX Runtime's attention does not take; leave the graph out"
         )
 
 
@@ -253,7 +242,7 @@ def is_compressed(settings: ExportSettings, check: Callable[[], None]) -> bool:
         check()
     except (ModuleNotFoundError, ValueError) as error:
         if settings.compressed == "auto":
-            rank_zero_info(f"{COMPRESSED}/ is left out: {error}")
+            rank_zero_info(f"{layout.COMPRESSED}/ is left out: {error}")
             return False
         raise
     return True

@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -40,27 +40,27 @@ class Profile:
 
     batch: Range = (1, 1, 8)
     sequence: Range = (1, 128, 1024)
-    past: Range = (0, 0, 1024)
+    past: Range = (0, 128, 1024)
+
+    def of_prompts(self) -> "Profile":
+        """The same for whole prompts, which come with an empty cache."""
+        return replace(self, past=(self.past[0], self.past[0], self.past[2]))
 
 
-def default_profiles(
-    batch: Range = (1, 1, 8), sequence: Range = (1, 128, 1024), past: Range = (0, 128, 1024)
-) -> list[Profile]:
+_SIZES = Profile()
+
+
+def default_profiles(sizes: Profile = _SIZES) -> list[Profile]:
     """One profile for prompts and one for single tokens after a cache; engines choose their kernels for each."""
-    return [Profile(batch, sequence, (past[0], past[0], past[2])), Profile(batch, (1, 1, 1), past)]
+    return [sizes.of_prompts(), replace(sizes, sequence=(1, 1, 1))]
 
 
-def label_profiles(
-    batch: Range = (1, 1, 8), sequence: Range = (1, 128, 1024), past: Range = (0, 128, 1024)
-) -> list[Profile]:
+def label_profiles(sizes: Profile) -> list[Profile]:
     """One profile for whole prompts and one for candidates, which are short, behind a prefix that they share."""
-    smallest, usual, largest = sequence
+    smallest, usual, largest = sizes.sequence
     candidate = max(smallest, min(usual, _CANDIDATE_TOKENS))
-    behind = (max(past[0], 1), max(past[1], 1), max(past[2], 1))
-    return [
-        Profile(batch, sequence, (past[0], past[0], past[2])),
-        Profile(batch, (smallest, candidate, largest), behind),
-    ]
+    behind = (max(sizes.past[0], 1), max(sizes.past[1], 1), max(sizes.past[2], 1))
+    return [sizes.of_prompts(), replace(sizes, sequence=(smallest, candidate, largest), past=behind)]
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _layers(network: Any) -> list[Any]:
 
 
 def inspect(trt: ModuleType, network: Any) -> dict[str, Any]:
-    """Count the layers of a parsed network by type, and its matrix products with a weight by the types of their operands."""
+    """Layers of a parsed network by type, and its matrix products with a weight by the types of their operands."""
     layers = _layers(network)
     producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
 

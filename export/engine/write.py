@@ -11,7 +11,6 @@ from export.engine.to_tensorrt import (
     Engine,
     Flavour,
     Profile,
-    Range,
     build_engine,
     default_profiles,
     import_tensorrt,
@@ -27,9 +26,7 @@ class EnginePlan:
 
     flavour: Flavour
     targets: tuple[str, ...]
-    batch: Range
-    sequence: Range
-    past: Range
+    sizes: Profile
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,13 @@ class Engines:
 def write_engines(plan: EnginePlan, graph: Path, label_graph: Path | None, folder: Path, phases: Phases) -> Engines:
     """Compile a graph and, if there is one, its graph for labels into a folder."""
     flavour, target = import_tensorrt(plan.flavour).__name__, "+".join(plan.targets) or "portable"
-    sizes = plan.batch, plan.sequence, plan.past
 
     def build(graph: Path, name: str, profiles: Sequence[Profile], title: str) -> Engine:
         path = folder / f"{name}-{flavour}-{target}.engine"
         with phases.phase(f"{title} ({flavour}, {target})"):
             return build_engine(graph, path, profiles=profiles, compute_capabilities=plan.targets, flavour=plan.flavour)
 
-    generating = build(graph, MODEL_ENGINE_NAME, default_profiles(*sizes), "Engine")
+    generating = build(graph, MODEL_ENGINE_NAME, default_profiles(plan.sizes), "Engine")
     if label_graph is None:
         return Engines(generating)
-    return Engines(generating, build(label_graph, LABEL_ENGINE_NAME, label_profiles(*sizes), "Engine for labels"))
+    return Engines(generating, build(label_graph, LABEL_ENGINE_NAME, label_profiles(plan.sizes), "Engine for labels"))
