@@ -69,7 +69,7 @@ def calibrate(
     *,
     check: Callable[[Mapping[str, str], str | None], None],
 ) -> PreTrainedModel | None:
-    """Quantize a model, in place, after the first conversations of a file; returns the copy for CPUs, if one is asked for.
+    """Quantize a model, in place, after the first conversations of a file; returns the copy for CPUs, if there is one.
 
     Args:
         model: Without quantizers; with some that still observe, they see the conversations and are frozen, and formats and settings do
@@ -126,15 +126,7 @@ def requantized(
     *,
     on_layer: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
-    """A copy of a model without the quantizers that it has, those of keys and values included, quantized in another format.
-
-    Args:
-        model: The model; it is not changed.
-        batches: Calibration batches.
-        format: Of all projections.
-        settings: How weights are rounded and scales are found.
-        on_layer: Called after each decoder layer.
-    """
+    """A copy of a model with all projections in a format, and none of the quantizers that the model has."""
     other = copy.deepcopy(without_quantizers(merged(model))).requires_grad_(False)
     quantize_after_training(other, batches, format, settings, on_layer=lambda _: on_layer())
     return other.eval()

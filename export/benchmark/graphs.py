@@ -16,8 +16,8 @@ _NEW_TOKENS = 16
 class ShortBenchmark:
     """What is measured: a prompt of so many tokens, after one repetition that is not counted.
 
-    Each graph runs in a process of its own, as it is served: what training left behind in this one (threads, memory in small pieces)
-    made `cpu.onnx` of SmolLM2-135M take twice as long to a first token, and three times as long for the others.
+    Each graph runs in a process of its own, as it is served: what training left behind in this one (threads, memory in
+    small pieces) made `cpu.onnx` of SmolLM2-135M take twice as long to a first token, and three times for the others.
     """
 
     prompt_tokens: int
@@ -25,7 +25,7 @@ class ShortBenchmark:
     threads: int | None
 
     def measure(self, paths: Mapping[str, Path], on_step: Callable[[], None]) -> list[dict[str, Any]]:
-        """One row a graph, by name: sizes in bytes, times in milliseconds, speeds in tokens/s; or a `reason` why it could not be measured."""
+        """One row a graph: sizes in bytes, times in milliseconds, speeds in tokens/s; or a `reason` why not."""
         artefacts = [Artefact(name, "onnx", "cpu", str(path.absolute())) for name, path in paths.items()]
         cell = Cell(1, self.prompt_tokens, _NEW_TOKENS)
         settings = {"threads": self.threads, "new_tokens": _NEW_TOKENS, "repetitions": self.repetitions}
