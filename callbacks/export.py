@@ -21,12 +21,11 @@ from datamodules.base import ChatDataModule
 from datamodules.chat import Example
 from datamodules.collate import Batch
 from datamodules.label_prompts import label_token_ids
-from export.baseline import export_baseline
 from export.benchmark.worker import peak_bytes
 from export.calibration import requantized
 from export.onnx_graph.to_onnx import UNQUANTIZED, format_for
 from export.phases import Phases
-from export.pipeline import export_all
+from export.pipeline import export_all, export_baseline
 from export.report import closing, summary, write_report
 from export.sessions.onnx_session import OnnxSession
 from export.settings import ExportSettings
@@ -167,7 +166,7 @@ class ExportOnFitEnd(Callback):
         if isinstance(teacher, Teacher) and self.compare_with_teacher:
             if self.served_questions:
                 held_out = held_out_of(datamodule, teacher, self.served_questions, pl_module.generate_tokens)
-            baseline = export_baseline(teacher.model.cpu().float(), output, self.settings, phases)
+            baseline = export_baseline(teacher.model.cpu().float(), output, self.settings.opset, phases)
             graphs = {"teacher": output / baseline[0]["path"]}
             if held_out is not None:
                 with phases.phase("Teacher, judged as served", len(held_out.batches)) as on_batch:

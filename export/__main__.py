@@ -12,10 +12,9 @@ gc.disable()  # as in train.py: two seconds of seven until the first line
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.calibration import batches_from
-from export.calibration import Calibration, calibrate, has_scales, requantized
+from export.calibration import Calibration, calibrate
 from export.folders.student import load_student, rounded
 from export.options import calibration_of, parser, settings_of
-from export.phases import Phases
 from export.pipeline import export_all
 from export.plan import check_cpu_model, check_formats, check_output, results_folder
 from export.report import write_report
@@ -23,7 +22,6 @@ from export.settings import ExportSettings
 from export.verify import HeldOut
 from export.verify.checks import raise_on_failure
 from export.verify.prompts import check_room, prompts_for_verification
-from models.architecture import decoder_layers
 from program.files import only_one
 from program.screen import as_command
 
@@ -55,18 +53,8 @@ def _export(options: argparse.Namespace, settings: ExportSettings, calibration: 
         held_out = HeldOut(batches_from(options.verify_on, tokenizer, num_conversations=_HELD_OUT))
     check_cpu_model(model, settings)
     for_cpu = None
-    if settings.cpu_format is not None:
-        assert calibration is not None
-        batches = batches_from(calibration.conversations, tokenizer, num_conversations=calibration.num_conversations)
-        title = f"Quantizing for the CPU after {options.calibration}"
-        with Phases().phase(title, len(decoder_layers(model))) as on_layer:
-            for_cpu = requantized(model, batches, settings.cpu_format, calibration.settings, on_layer=on_layer)
-        if has_scales(model) or not (calibration.formats or calibration.kv_cache):
-            calibration = None  # it was for the CPU alone
     if calibration is not None:
-        with Phases().phase(f"Quantizing after {options.calibration}", len(decoder_layers(model))) as on_layer:
-            check = partial(check_formats, settings=settings)
-            calibrate(model, tokenizer, calibration, check=partial(check, model), on_layer=on_layer)
+        for_cpu = calibrate(model, tokenizer, calibration, check=partial(check_formats, model, settings))
     model = rounded(model, settings.dtype)  # here, so that the numbers it was loaded with need no memory any more
     report = export_all(
         model,

@@ -33,10 +33,7 @@ from program.screen import as_command
 class Conversation:
     """A graph with the tokens that it has seen; what a prompt shares with them from the start is not computed again.
 
-    Args:
-        graph: `cpu.onnx` or `model.onnx`.
-        length: Tokens that fit, answers included.
-        threads: Threads in ONNX Runtime; None: its choice.
+    `length` tokens fit, answers included.
     """
 
     def __init__(self, graph: Path, *, length: int, threads: int | None = None) -> None:
@@ -109,12 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "or start again"
             )
         tokens = answer(
-            conversation,
-            prompt,
-            end_tokens=ends,
-            sampling=sampling,
-            seed=options.seed,
-            limit=options.max_new_tokens,
+            conversation, prompt, end_tokens=ends, sampling=sampling, seed=options.seed, limit=options.max_new_tokens
         )
         said = _stream(tokenizer, tokens)
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]

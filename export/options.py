@@ -33,12 +33,12 @@ def calibration_of(options: argparse.Namespace) -> Calibration | None:
         ValueError: Options that do not belong together.
     """
     given = [name for name in _CALIBRATION_OPTIONS if getattr(options, name[2:].replace("-", "_")) is not None]
+    for_cpu = isinstance(options.cpu, str)
     if options.calibration is None:
-        given += ["--cpu FORMAT"] if isinstance(options.cpu, str) else []
+        given += ["--cpu FORMAT"] if for_cpu else []
         if given:
             raise ValueError(f"expected --calibration FILE.jsonl beside {given[0]}, found none; name the conversations")
         return None
-    for_cpu = isinstance(options.cpu, str)
     if options.precision in UNQUANTIZED and not for_cpu and (options.kv_cache is None or options.method is not None):
         raise ValueError(
             f"expected a quantized precision with {'--calibration' if options.kv_cache is None else '--method'}, found {options.precision}; "
@@ -56,6 +56,7 @@ def calibration_of(options: argparse.Namespace) -> Calibration | None:
         formats=dict(options.layer_formats or ()) if format is None else {"*": format},
         kv_cache=options.kv_cache,
         average_bits=options.average_bits,
+        cpu_format=options.cpu if for_cpu else None,
         settings=PostTrainingQuantization(method=options.method or PostTrainingQuantization.method),
         num_conversations=options.calibration_conversations or Calibration.num_conversations,
     )

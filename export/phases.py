@@ -12,20 +12,17 @@ class Phases:
     """Shows one bar a phase, remembers how long each took, and gives back the memory that it has left behind.
 
     Attributes:
-        seconds: Time of each finished phase by its name; of all its parts together.
+        seconds: Time of each finished phase by its name.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, steps: int = 1, part: str = "") -> Iterator[Callable[[], None]]:
-        """Run a phase of `steps` steps; call what is yielded after each of them (a phase of one step ends by itself).
-
-        `part` is shown behind the name: which part of the work this is.
-        """
+    def phase(self, name: str, steps: int = 1) -> Iterator[Callable[[], None]]:
+        """Run a phase; call what is yielded after each of its steps (a phase of one step ends by itself)."""
         start = time.perf_counter()
-        with Bar(total=steps, desc=f"{name}{part}", unit="steps") as bar:
+        with Bar(total=steps, desc=name, unit="steps") as bar:
 
             def step() -> None:
                 bar.update()

@@ -1,12 +1,12 @@
 """The whole export as one function: Hugging Face folder, ONNX, engine, verification, benchmark.
 
-The files are those of `export/layout.py`.  Everything is checked before anything is written, is written under a temporary name,
-and is moved into place at the end.
+The files are those of `export/layout.py`.  Everything is checked before anything is written (`export/plan.py`), is
+written under a temporary name, and is moved into place at the end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.benchmark.graphs import benchmark_onnx
+from export import layout
+from export.benchmark.graphs import ShortBenchmark
 from export.cpu_graph.to_cpu import write_cpu_graph
 from export.engine.write import Engines, write_engines
 from export.folders.compressed import save_compressed
 from export.folders.student import save_student
-from export.layout import (
-    COMPRESSED,
-    CPU_GRAPH,
-    ENGINE_LABEL_SOURCE,
-    ENGINE_SOURCE,
-    FAILED,
-    FILES,
-    GRAPH,
-    LABEL_GRAPH,
-    PREFILL_GRAPH,
-    STUDENT,
-)
 from export.onnx_graph.labels import write_labels
 from export.onnx_graph.prefill import write_prefill
 from export.onnx_graph.to_onnx import UNQUANTIZED, export_onnx
 from export.phases import Phases
-from export.plan import ExportPlan, check_output, plan_export, results_folder
+from export.plan import ExportPlan, GraphPlan, Variants, check_output, plan_export, results_folder
 from export.settings import ExportSettings
 from export.verify import HeldOut, Verification, verify_artefacts
-from export.verify.checks import Check
-from export.verify.served import Served
-from models.loading.student_folder import why_not_plain
 from models.quantization.linear import FakeQuantizedLinear
 from program.files import folder_bytes, foreign_files, move_into_place, only_one, staging_folder
 
@@ -74,121 +60,118 @@ def export_all(
         phases: Show the progress; by default new ones.
 
     Returns:
-        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`, `not_measured` (rows with a `reason`), `engine`, `label_engine`, `versions`, `seconds` of each
-        phase.
+        `artefacts` (path in `output`, bytes, kind), `verification`, `served` (a row for each graph), `benchmark`,
+        `not_measured` (rows with a `reason`), `engine`, `label_engine`, `versions`, `seconds` of each phase.
 
     Raises:
         ValueError, ModuleNotFoundError: Settings, model and output do not fit; found before anything is written.
     """
     check_output(output, overwrite=overwrite)
-    plan = plan_export(model, tokenizer, settings, for_cpu)
+    variants, plan = plan_export(model, tokenizer, settings, for_cpu)
     del model, for_cpu  # what was rounded needs no memory any more
     phases = phases or Phases()
+    verify = partial(verify_artefacts, extent=plan.verified, prompts=prompts, phases=phases, held_out=held_out)
+    engines, found, benchmark = None, Verification([], {}), list[dict[str, Any]]()
     with only_one(output), staging_folder(output) as staging:
         check_output(output, overwrite=overwrite)  # another export may have ended meanwhile
-        _write_folders(plan, tokenizer, staging, phases)
-        engines = _write_graphs(plan.computed, staging, settings, plan.labels, phases) if settings.graph else None
-        checks: list[Check] = []
-        served: dict[str, Served] = {}
-        benchmark: list[dict[str, Any]] = []
-        if settings.graph:
-            itself = replace(settings, cpu=settings.cpu is True)
-            found = verify_artefacts(plan.computed, staging, engines, itself, prompts, phases, held_out)
-            checks, served = found.checks, found.served
-            if plan.for_cpu is not None:
-                found = _write_for_cpu(plan.for_cpu, staging, settings, prompts, phases, held_out)
-                checks, served = checks + found.checks, served | {"student_cpu": found.served["student_cpu"]}
-            if settings.benchmark_repetitions:
-                benchmark = _benchmark(staging, settings, compare or {}, phases)
-        verification = [check.as_dict() for check in checks]
+        _write_folders(plan, variants, tokenizer, staging, phases)
+        if plan.graphs is not None:
+            engines = _write_graphs(variants.computed, plan.graphs, staging, phases)
+            found = verify(variants.computed, staging, engines, plan.graphs.precision)
+        if variants.for_cpu is not None and plan.for_cpu is not None:
+            own = _write_for_cpu(variants.for_cpu, plan.for_cpu, staging, verify, phases)
+            found = Verification(found.checks + own.checks, found.served | own.served)
+        if plan.benchmark is not None:
+            benchmark = _benchmark(plan.benchmark, staging, compare or {}, phases)
+        verification = [check.as_dict() for check in found.checks]
         output = results_folder(output, verification, overwrite=overwrite)
-        if output.name == FAILED:
+        if output.name == layout.FAILED:
             rank_zero_info(
                 f"An earlier export in {output.parent} stays as it is; what failed its verification is in {output}"
             )
         output.mkdir(exist_ok=True)
         _move(staging, output)
     engines = engines.moved(output / "engine") if engines else None
+    packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    built = {engines.model.flavour: engines.model.version} if engines else {}
     return {
-        "artefacts": _artefacts(output, settings, engines, plain=why_not_plain(plan.student) is None),
+        "artefacts": _artefacts(output, plan, engines),
         "verification": verification,
-        "served": [{"name": name, **found.figures()} for name, found in served.items()],
+        "served": [{"name": name, **served.figures()} for name, served in found.served.items()],
         "benchmark": [row for row in benchmark if "reason" not in row],
         "not_measured": [row for row in benchmark if "reason" in row],
         "engine": engines.model.as_dict() if engines else None,
         "label_engine": engines.labels.as_dict() if engines and engines.labels else None,
-        "versions": _versions(engines),
+        "versions": {name: version(name) for name in packages} | built,
         "seconds": phases.seconds,
     }
 
 
-def _write_folders(plan: ExportPlan, tokenizer: PreTrainedTokenizerBase, staging: Path, phases: Phases) -> None:
-    dtype, reason = plan.settings.dtype, why_not_plain(plan.student)
-    if "hf" in plan.settings.formats:
+def _write_folders(
+    plan: ExportPlan, variants: Variants, tokenizer: PreTrainedTokenizerBase, staging: Path, phases: Phases
+) -> None:
+    if layout.STUDENT in plan.kinds:
         with phases.phase("Student folder"):
-            save_student(plan.student, tokenizer, staging / STUDENT, dtype=dtype)
-        if reason is not None:
-            rank_zero_info(f"{STUDENT}/ loads through Potstill only, not in plain transformers: it has {reason}")
-    if plan.in_codes is not None:
-        with phases.phase("Compressed folder"):
-            save_compressed(plan.in_codes, tokenizer, staging / COMPRESSED, dtype=dtype)
-        if isinstance(plan.in_codes.get_output_embeddings(), FakeQuantizedLinear):
+            save_student(variants.student, tokenizer, staging / layout.STUDENT, dtype=plan.dtype)
+        if plan.loads_not is not None:
             rank_zero_info(
-                f"{COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads the codes"
+                f"{layout.STUDENT}/ loads through Potstill only, not in plain transformers: it has {plan.loads_not}"
+            )
+    if variants.in_codes is not None:
+        with phases.phase("Compressed folder"):
+            save_compressed(variants.in_codes, tokenizer, staging / layout.COMPRESSED, dtype=plan.dtype)
+        if isinstance(variants.in_codes.get_output_embeddings(), FakeQuantizedLinear):
+            rank_zero_info(
+                f"{layout.COMPRESSED}/ has a quantized head: ask it something before you serve it, not every server reads "
+                "the codes"
             )
 
 
-def _write_graphs(
-    model: PreTrainedModel, staging: Path, settings: ExportSettings, labels: Mapping[str, int], phases: Phases
-) -> Engines | None:
-    precision = settings.precision
+def _write_graphs(model: PreTrainedModel, graphs: GraphPlan, folder: Path, phases: Phases) -> Engines | None:
+    """Write all graphs of a model; compile them, those of a quantized one again with float16 between its products."""
+    precision, opset = graphs.precision, graphs.opset
+    source, label_source = folder / layout.GRAPH, folder / layout.LABEL_GRAPH
     with phases.phase(f"ONNX {precision}"):
-        export_onnx(model, staging / GRAPH, precision=precision, opset=settings.opset)
-        if settings.prefill:
-            write_prefill(staging / GRAPH)
-        if labels:
-            write_labels(staging / GRAPH, labels)
-    if settings.cpu is True:
+        export_onnx(model, source, precision=precision, opset=opset)
+        if graphs.prefill:
+            write_prefill(source)
+        if graphs.labels:
+            write_labels(source, graphs.labels)
+    if graphs.cpu:
         with phases.phase(f"ONNX {precision} for the CPU"):
-            write_cpu_graph(staging / GRAPH)
-    if "engine" not in settings.formats:
+            write_cpu_graph(source)
+    if graphs.engines is None:
         return None
-    return write_engines(model, staging, settings, labels, phases)
+    if precision not in UNQUANTIZED:
+        source, label_source = folder / layout.ENGINE_SOURCE, folder / layout.ENGINE_LABEL_SOURCE
+        with phases.phase(f"ONNX {precision}, float16 between (for the engine)"):
+            export_onnx(model, source, precision=precision, opset=opset, activations="float16")
+            if graphs.labels:
+                write_labels(source, graphs.labels, label_source.name)
+    return write_engines(graphs.engines, source, label_source if graphs.labels else None, folder / "engine", phases)
 
 
 def _write_for_cpu(
-    model: PreTrainedModel,
-    staging: Path,
-    settings: ExportSettings,
-    prompts: Mapping[str, Tensor],
-    phases: Phases,
-    held_out: HeldOut | None,
+    model: PreTrainedModel, graphs: GraphPlan, staging: Path, verify: Callable[..., Verification], phases: Phases
 ) -> Verification:
     """Write `cpu.onnx` of a student in a format of its own; the graph that it is made from goes."""
-    assert settings.cpu_format is not None
-    own = replace(settings, precision=settings.cpu_format, formats=("onnx",), cpu=True, labels=())
     with staging_folder(staging) as folder:
-        _write_graphs(model, folder, own, {}, phases)
-        (folder / GRAPH).unlink()
-        found = verify_artefacts(model, folder, None, own, prompts, phases, held_out)
-        for path in (CPU_GRAPH, f"{CPU_GRAPH}.data"):
+        _write_graphs(model, graphs, folder, phases)
+        (folder / layout.GRAPH).unlink()
+        found = verify(model, folder, None, graphs.precision)
+        for path in (layout.CPU_GRAPH, f"{layout.CPU_GRAPH}.data"):
             move_into_place(folder / path, staging / path)
     return found
 
 
 def _benchmark(
-    staging: Path, settings: ExportSettings, compare: Mapping[str, Path], phases: Phases
+    short: ShortBenchmark, staging: Path, compare: Mapping[str, Path], phases: Phases
 ) -> list[dict[str, Any]]:
-    written = {"student": GRAPH} | ({"student_cpu": CPU_GRAPH} if settings.cpu else {})
+    named = {"student": layout.GRAPH, "student_cpu": layout.CPU_GRAPH}
+    written = {name: path for name, path in named.items() if (staging / path).exists()}
     graphs = {**compare, **{name: staging / path for name, path in written.items()}}
-    with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (settings.benchmark_repetitions + 1)) as on_step:
-        rows = benchmark_onnx(
-            graphs,
-            prompt_tokens=settings.benchmark_prompt,
-            repetitions=settings.benchmark_repetitions,
-            threads=settings.threads,
-            on_step=on_step,
-        )
+    with phases.phase("Benchmark in ONNX Runtime", len(graphs) * (short.repetitions + 1)) as on_step:
+        rows = short.measure(graphs, on_step)
     for row in rows:
         if "reason" in row:
             rank_zero_info(f"Not measured: {row['name']}: {row['reason']}")
@@ -197,57 +180,41 @@ def _benchmark(
 
 def _move(staging: Path, output: Path) -> None:
     """Put each folder that was written in place of what an earlier export wrote; other files in it stay."""
-    written = [name for name in FILES if (staging / name).exists()]
-    for name in FILES:
-        others = foreign_files(output / name, FILES[name])
+    written = [name for name in layout.FILES if (staging / name).exists()]
+    for name in layout.FILES:
+        others = foreign_files(output / name, layout.FILES[name])
         if others:
             rank_zero_info(f"Kept in {output / name}: {', '.join(map(str, others))}")
     for name in written:
-        move_into_place(staging / name, output / name, ours=FILES[name])
-    for name in FILES.keys() - written:  # last: what the earlier export wrote beyond this one
+        move_into_place(staging / name, output / name, ours=layout.FILES[name])
+    for name in layout.FILES.keys() - written:  # last: what the earlier export wrote beyond this one
         if (output / name).exists():
             (staging / name).mkdir()
-            move_into_place(staging / name, output / name, ours=FILES[name])
+            move_into_place(staging / name, output / name, ours=layout.FILES[name])
             with suppress(OSError):  # somebody else's files are in it
                 (output / name).rmdir()
 
 
-def _artefacts(output: Path, settings: ExportSettings, engines: Engines | None, *, plain: bool) -> list[dict[str, Any]]:
-    def artefact(path: str, kind: str) -> dict[str, Any]:
-        files = [output / path, output / f"{path}.data"]
-        return {"path": path, "bytes": sum(folder_bytes(file) for file in files if file.exists()), "kind": kind}
-
-    folder = "Hugging Face folder" if plain else "student folder (Potstill loads it, plain transformers does not)"
-    rows = [artefact(STUDENT, folder)] if "hf" in settings.formats else []
-    if (output / COMPRESSED).exists():
-        format = settings.cpu_format or ("" if settings.precision in UNQUANTIZED else settings.precision)
-        rows.append(artefact(COMPRESSED, f"compressed-tensors folder {format}".rstrip()))
-    if settings.graph:
-        rows.append(artefact(GRAPH, f"ONNX {settings.precision}"))
-    if settings.prefill:
-        rows.append(artefact(PREFILL_GRAPH, "ONNX, last position only, on the weights of model.onnx"))
-    if settings.labels:
-        words = f"ONNX, log-probabilities of {', '.join(settings.labels)}, on the weights of model.onnx"
-        rows.append(artefact(LABEL_GRAPH, words))
-    if settings.cpu:
-        kind = f"ONNX {settings.cpu_format or settings.precision} for ONNX Runtime on a CPU"
-        rows.append(artefact(CPU_GRAPH, kind))
-    if (output / ENGINE_SOURCE).exists():
-        rows.append(
-            artefact(ENGINE_SOURCE, f"ONNX {settings.precision}, float16 between (what the engine was built from)")
-        )
-    if (output / ENGINE_LABEL_SOURCE).exists():
-        rows.append(artefact(ENGINE_LABEL_SOURCE, "the same for labels, on the weights of engine-source.onnx"))
-    if engines is not None:
-        rows += [
-            artefact(f"engine/{engine.path.name}", f"{engine.flavour} engine {settings.precision}{title}")
-            for title, engine in engines.titled()
-        ]
+def _artefacts(output: Path, plan: ExportPlan, engines: Engines | None) -> list[dict[str, Any]]:
+    kinds = dict(plan.kinds)
+    if engines is not None and plan.graphs is not None:
+        for title, engine in engines.titled():
+            kinds[f"engine/{engine.path.name}"] = f"{engine.flavour} engine {plan.graphs.precision}{title}"
+    rows = []
+    for path, kind in kinds.items():
+        files = [file for file in (output / path, output / f"{path}.data") if file.exists()]
+        rows += [{"path": path, "bytes": sum(map(folder_bytes, files)), "kind": kind}] if files else []
     return rows
 
 
-def _versions(engines: Engines | None) -> dict[str, str]:
-    packages: Sequence[str] = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-    return {name: version(name) for name in packages} | (
-        {engines.model.flavour: engines.model.version} if engines else {}
-    )
+def export_baseline(teacher: PreTrainedModel, output: Path, opset: int, phases: Phases) -> list[dict[str, Any]]:
+    """Write the float32 graph of a teacher into `baseline/`: what size and speed of a student are compared with.
+
+    Returns:
+        Its row among the artefacts.
+    """
+    graph = output / "baseline" / layout.GRAPH
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    with phases.phase("Teacher: ONNX fp32"):
+        written = export_onnx(teacher, graph, precision="fp32", opset=opset)
+    return [{"path": graph.relative_to(output).as_posix(), "bytes": written.bytes, "kind": "teacher, ONNX fp32"}]

@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +65,9 @@ def phase_table(report: Report) -> str:
     if not rows:
         return ""
     constant = report.get("constant_answer_score")
-    lines = [
-        "## Quality on held-out questions",
-        _table(
-            ["", "parameters", "KL to teacher (nats/token)", "top-1 agreement", "task score"],
-            [
-                [
-                    row["name"],
-                    f"{row['parameters']:,}",
-                    _number(row.get("kl")),
-                    _number(row.get("top1_agreement")),
-                    _number(row.get("task_score")),
-                ]
-                for row in rows
-            ],
-        ),
-    ]
+    figures = {"KL to teacher (nats/token)": "kl", "top-1 agreement": "top1_agreement", "task score": "task_score"}
+    cells = [[row["name"], f"{row['parameters']:,}", *_numbers(row, figures.values())] for row in rows]
+    lines = ["## Quality on held-out questions", _table(["", "parameters", *figures], cells)]
     if constant is not None:
         lines.append(f"Always giving each task's most common answer scores {constant:.3f}.")
     return "\n\n".join(lines)
@@ -103,7 +90,11 @@ def closing(report: Report, output: Path) -> str:
         lines.append(f"Fast:   {_speed(speed[best])}")
     if best in speed and "teacher" in speed:
         lines.append(f"        teacher: {_speed(speed['teacher'])}")
-        lines.append(f"        {_ratios(speed[best], speed['teacher'])}")
+        found = ratios(speed[best], speed["teacher"])
+        lines.append(
+            f"        {found['first_token']:.1f} times as fast to the first token, {found['decode']:.1f} times as fast "
+            f"after it, {found['bytes']:.2f} of the size"
+        )
     lines.append(f"Where:  {output}/, and all figures in {output / 'report.md'}")
     python = _interpreter()
     if "onnx/model.onnx" in paths:
@@ -123,27 +114,16 @@ def ratios(student: Report, teacher: Report) -> dict[str, float]:
 
 
 def _quality(row: Report) -> str:
-    return f"{_score(row)}KL to the teacher {row['kl']:.3f} ({row['kl_low']:.3f} to {row['kl_high']:.3f}) nats a token"
-
-
-def _score(row: Report) -> str:
-    if "task_score" not in row:
-        return ""
-    return f"task score {row['task_score']:.3f} ({row['task_score_low']:.3f} to {row['task_score_high']:.3f}), "
+    score = ""
+    if "task_score" in row:
+        score = f"task score {row['task_score']:.3f} ({row['task_score_low']:.3f} to {row['task_score_high']:.3f}), "
+    return f"{score}KL to the teacher {row['kl']:.3f} ({row['kl_low']:.3f} to {row['kl_high']:.3f}) nats a token"
 
 
 def _speed(row: Report) -> str:
     return (
         f"{row['time_to_first_token_ms']:.0f} ms to the first token behind {row['prompt_tokens']}, then "
         f"{row['tokens_per_second']:.0f} tokens/s, {row['bytes'] / 1e6:.0f} MB"
-    )
-
-
-def _ratios(student: Report, teacher: Report) -> str:
-    found = ratios(student, teacher)
-    return (
-        f"{found['first_token']:.1f} times as fast to the first token, {found['decode']:.1f} times as fast after it, "
-        f"{found['bytes']:.2f} of the size"
     )
 
 
@@ -177,17 +157,12 @@ def _pruning_table(report: Report) -> str:
     if not events:
         return ""
     measure, name = ("loss", "Cross-entropy") if "loss_before" in events[0] else ("kl", "KL to the teacher")
-    rows = [
-        [
-            str(event["step"]),
-            f"{event['parameters']:,}",
-            _number(event.get(f"{measure}_before")),
-            _number(event.get(f"{measure}_after_cut")),
-            _number(event.get(f"{measure}_after_repair")) + (" (undone)" if event.get("repair_undone") else ""),
-            _number(event.get(f"{measure}_recovered")),
-        ]
-        for event in events
-    ]
+    figures = [f"{measure}_{moment}" for moment in ("before", "after_cut", "after_repair", "recovered")]
+    rows = []
+    for event in events:
+        before, cut, repair, recovered = _numbers(event, figures)
+        undone = " (undone)" if event.get("repair_undone") else ""
+        rows.append([str(event["step"]), f"{event['parameters']:,}", before, cut, repair + undone, recovered])
     header = ["step", "parameters", "before", "after the cut", "after the repair", "recovered"]
     note = (
         f"{name} in nats per token; recovered is by how much it fell until the next event, or the end of the training."
@@ -207,15 +182,8 @@ def _benchmark_table(report: Report) -> str:
     if not rows:
         return "\n\n".join([title, *missing]) if missing else ""
     header = ["graph", "MB", "time to first token (ms)", "tokens/s"]
-    cells = [
-        [
-            row["name"],
-            f"{row['bytes'] / 1e6:.1f}",
-            _with_spread(row, "time_to_first_token_ms"),
-            _with_spread(row, "tokens_per_second"),
-        ]
-        for row in rows
-    ]
+    spread = ("time_to_first_token_ms", "tokens_per_second")
+    cells = [[row["name"], f"{row['bytes'] / 1e6:.1f}", *(_with_spread(row, name) for name in spread)] for row in rows]
     first = rows[0]
     note = (
         f"Median (smallest to largest) of {first['repetitions']} repetitions in turns; one conversation, a prompt of "
@@ -232,30 +200,23 @@ def _verification_table(report: Report) -> str:
     checks = report.get("verification", [])
     if not checks:
         return ""
+    figures = {
+        "times rounding": "rounding_ratio",
+        "difference (nats)": "difference",
+        "bound": "bound",
+        "greedy agreement": "greedy_agreement",
+        "KL (nats)": "kl",
+    }
     rows = [
         [
             check["name"],
             check["status"],
-            _number(check.get("rounding_ratio")),
-            _number(check.get("difference")),
-            _number(check.get("bound")),
-            _number(check.get("greedy_agreement")),
-            _number(check.get("kl")),
+            *_numbers(check, figures.values()),
             check.get("reason") or check.get("verdict") or "",
         ]
         for check in checks
     ]
-    header = [
-        "check",
-        "status",
-        "times rounding",
-        "difference (nats)",
-        "bound",
-        "greedy agreement",
-        "KL (nats)",
-        "remarks",
-    ]
-    return "## Verification\n\n" + _table(header, rows)
+    return "## Verification\n\n" + _table(["check", "status", *figures, "remarks"], rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -268,8 +229,8 @@ def _is_numeric(column: int, rows: Sequence[Sequence[str]]) -> bool:
     return all(row[column].lstrip("-")[:1].isdigit() or row[column] in ("", "-") for row in rows)
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _numbers(row: Report, names: Iterable[str]) -> list[str]:
+    return ["-" if row.get(name) is None else f"{row[name]:.4g}" for name in names]
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 import torch
 
-from export.cpu_graph.to_cpu import check_cpu
 from export.engine.to_tensorrt import Flavour, Range, check_target, import_tensorrt
-from export.onnx_graph.to_onnx import Precision, check_engine_formats, format_for
+from export.onnx_graph.to_onnx import Precision, check_cpu, check_engine_formats, format_for
 from models.quantization.formats import FormatName
 from program.ranges import Between, check_fields
 

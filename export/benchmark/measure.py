@@ -18,13 +18,7 @@ from export.sessions.shared_cache import SharedCacheSession
 
 
 class SharedCache:
-    """A graph for CPUs as it is served: one buffer for past and present, the prompt in pieces, the head for the last token only.
-
-    Args:
-        path: Graph of `export/cpu_graph/to_cpu.py`.
-        length: Tokens that fit into the cache.
-        threads: Threads of one operator; None: ONNX Runtime's choice.
-    """
+    """A graph for CPUs as it is served: one buffer for the cache, the prompt in pieces, only the last token's head."""
 
     def __init__(self, path: Path, *, length: int, threads: int | None = None) -> None:
         self._session = SharedCacheSession(path, length=length, threads=threads)

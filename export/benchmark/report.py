@@ -48,17 +48,8 @@ def text(result: dict[str, Any]) -> str:
     """Tables for a terminal: sizes, measurements, and what is missing with its reason."""
     sizes = [[artefact["name"], f"{artefact['bytes'] / 1e6:.1f}"] for artefact in result["artefacts"]]
     measured = [row for row in result["rows"] if "reason" not in row]
-    header = [
-        "artefact",
-        "batch",
-        "prompt",
-        "first token (ms)",
-        "ms/token",
-        "tokens/s",
-        "memory (MB)",
-        "GPU (MB)",
-        "J/1,000",
-    ]
+    header = ["artefact", "batch", "prompt", "first token (ms)", "ms/token", "tokens/s"]
+    header += ["memory (MB)", "GPU (MB)", "J/1,000"]
     lines = _columns([["artefact", "on disk (MB)"], *sizes])
     lines += ["", *_columns([header, *(_cells(row) for row in measured)])]
     settings, computer = result["settings"], result["machine"]
@@ -128,14 +119,10 @@ def _memory(axes: Axes, artefacts: Sequence[Row], rows: Sequence[Row]) -> None:
 
 def _cells(row: Row) -> list[str]:
     energy = row["joules_per_1000_tokens"]
+    spread = ("time_to_first_token_ms", "time_per_output_token_ms", "tokens_per_second")
     return [
-        row["name"],
-        str(row["batch"]),
-        str(row["prompt_tokens"]),
-        *(
-            _with_spread(row, key)
-            for key in ("time_to_first_token_ms", "time_per_output_token_ms", "tokens_per_second")
-        ),
+        *(row["name"], str(row["batch"]), str(row["prompt_tokens"])),
+        *(_with_spread(row, key) for key in spread),
         *("-" if row[key] is None else f"{row[key] / 1e6:.0f}" for key in ("peak_bytes", "device_bytes")),
         "-" if energy is None else f"{energy:.1f}",
     ]

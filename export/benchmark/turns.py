@@ -28,35 +28,25 @@ def compare(
     threads: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Measure every artefact at every cell, each artefact in a process of its own.
+    """Measure every artefact at every cell, each artefact in a process of its own; all stay loaded until the end.
 
-    Args:
-        artefacts: What to measure; all stay loaded until the end.
-        cells: Where.
-        repetitions: Counted repetitions; one before them warms up. It goes artefact by artefact, so that what a GPU lacks
-            after it is what this artefact took.
-        threads: Threads on the CPU; None: the runtime's choice.
-        on_step: Called `len(artefacts) * len(cells) * (repetitions + 1)` times.
+    One repetition before the counted ones warms up.  It goes artefact by artefact, so that what a GPU lacks after it is
+    what this artefact took.  `on_step` is called `len(artefacts) * len(cells) * (repetitions + 1)` times.
 
     Returns:
         One row an artefact and cell: `name`, the cell's sizes, and median, smallest and largest of
-        `time_to_first_token_ms`, `time_per_output_token_ms` and `tokens_per_second`; `peak_bytes` of the process (which keeps
-        what the cells of the warm-up took), `device_bytes` on a GPU, `joules_per_1000_tokens` (a median); or a `reason` if it could not be measured.
+        `time_to_first_token_ms`, `time_per_output_token_ms` and `tokens_per_second`; `peak_bytes` of the process (which
+        keeps what the cells of the warm-up took), `device_bytes` on a GPU, `joules_per_1000_tokens` (a median); or a
+        `reason` if it could not be measured.
     """
-    samples: dict[tuple[Artefact, Cell], list[Answer]] = {}
-    reasons: dict[tuple[Artefact, Cell], str] = {}
-    device_bytes: dict[tuple[Artefact, Cell], int | None] = {}
+    answers: dict[tuple[Artefact, Cell], list[Answer]] = {(each, cell): [] for each in artefacts for cell in cells}
 
-    def turn(worker: Worker, artefact: Artefact, cell: Cell) -> Answer | None:
+    def turn(worker: Worker, artefact: Artefact, cell: Cell) -> None:
         on_step()
-        if (artefact, cell) in reasons:
-            return None
-        time.sleep(PAUSE)
-        answer = worker.measure(cell)
-        if "error" in answer:
-            reasons[artefact, cell] = answer["error"]
-            return None
-        return answer
+        earlier = answers[artefact, cell]
+        if not earlier or "error" not in earlier[-1]:  # what failed once is not tried again
+            time.sleep(PAUSE)
+            earlier.append(worker.measure(cell))
 
     length = max(cell.prompt_tokens + cell.new_tokens for cell in cells)
     with ExitStack() as stack:
@@ -64,21 +54,18 @@ def compare(
         for artefact in artefacts:
             workers[artefact] = stack.enter_context(Worker(artefact, threads, length))
             for cell in cells:
-                answer = turn(workers[artefact], artefact, cell)
-                device_bytes[artefact, cell] = answer["device_bytes"] if answer else None
+                turn(workers[artefact], artefact, cell)
         for _ in range(repetitions):
             for cell in cells:
                 for artefact, worker in workers.items():
-                    answer = turn(worker, artefact, cell)
-                    if answer:
-                        samples.setdefault((artefact, cell), []).append(answer)
+                    turn(worker, artefact, cell)
 
     def row(artefact: Artefact, cell: Cell) -> dict[str, Any]:
         sizes = {"name": artefact.name, "batch": cell.batch, "prompt_tokens": cell.prompt_tokens}
-        key = (artefact, cell)
-        if key in reasons:
-            return sizes | {"reason": reasons[key]}
-        return sizes | _figures(samples[key], cell) | {"device_bytes": device_bytes[key]}
+        warm_up, *counted = found = answers[artefact, cell]
+        if "error" in found[-1]:
+            return sizes | {"reason": found[-1]["error"]}
+        return sizes | _figures(counted, cell) | {"device_bytes": warm_up["device_bytes"]}
 
     return [row(artefact, cell) for artefact in artefacts for cell in cells]
 

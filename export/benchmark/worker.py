@@ -27,13 +27,7 @@ Answer = dict[str, Any]
 
 
 class Worker:
-    """The child process, seen from the parent; a context that ends it.
-
-    Args:
-        artefact: What it opens.
-        threads: See `open_session`.
-        length: See `open_session`.
-    """
+    """The child process, seen from the parent; a context that ends it.  Arguments as for `open_session`."""
 
     def __init__(self, artefact: Artefact, threads: int | None, length: int) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the worker)

@@ -7,19 +7,16 @@ Letters: B batch, T new tokens, P past, S = P + T, L positions, E head width.
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
-from export.cpu_graph.rotary_tables import angle_tables
 from export.onnx_graph.edits import Inserter
 
+_FEW = 8  # positions, whose angles must be the same whether they come alone or with all others
 _LOWEST = np.float32(-1e30)  # what a masked score gets; the exponent of nothing else comes near
 
 
 class AttentionInputs:
-    """The shared inputs of one graph.
-
-    Args:
-        model: The graph.
-    """
+    """The shared inputs of one graph."""
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
@@ -105,3 +102,24 @@ def _bias_of_padding(make: Inserter, choices: tuple[ir.Value, ir.Value]) -> ir.V
     one_1 = make.constant("one", np.array([1], np.int64))
     shape_4 = make.node("Concat", [one_1, one_1, new_1, one_1], ir.AttrInt64("axis", 0))
     return make.node("Expand", [bias_B11S, shape_4])
+
+
+def angle_tables(graph: ir.Graph, cos: ir.Value, sin: ir.Value, positions: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Cosines and sines (L, E / 2) of all positions, as a graph computes its `cos` and `sin` from `position_ids`.
+
+    None if the angles depend on more than their own position (frequencies that change with the length).
+    """
+    position_ids = next(value for value in graph.inputs if value.name == "position_ids")
+    try:
+        part = ir.convenience.extract(graph, [position_ids], [cos, sin])
+    except ValueError:
+        return None
+    model = ir.to_proto(ir.Model(part, ir_version=10)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    all_of_them, few = (
+        [table[0] for table in session.run(None, {"position_ids": np.arange(length)[None]})]
+        for length in (positions, _FEW)
+    )
+    if not all(np.array_equal(whole[:_FEW], start) for whole, start in zip(all_of_them, few, strict=True)):
+        return None
+    return all_of_them[0], all_of_them[1]

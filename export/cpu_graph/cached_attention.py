@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.cpu_graph.attention_inputs import AttentionInputs
-from export.onnx_graph.edits import Inserter, take_place
+from export.onnx_graph.edits import Inserter, maker, take_place
 
 DOMAIN = "com.microsoft"
 _TURN_HEADS = (0, 2, 1, 3)
@@ -35,16 +35,10 @@ _CODES = (  # of a cache of 8 bits
 
 
 def cache_in_attention(model: ir.Model) -> int:
-    """Replace, in place, every fused attention over a cache.
+    """Replace, in place, every fused attention over a cache in a float32 graph; returns how many there were.
 
     A cache of INT8 codes stays one.  Others stay: below opset 23, with soft caps (Gemma 2), without rotary angles (which name the
     number of heads).
-
-    Args:
-        model: float32 graph from `export.onnx_graph.to_onnx`.
-
-    Returns:
-        The number of attentions that were replaced.
     """
     graph, shared = model.graph, AttentionInputs(model)
     replaced = 0
@@ -92,10 +86,10 @@ def cache_in_attention(model: ir.Model) -> int:
 
 
 def _before_angles(turned: ir.Value) -> ir.Value:
-    maker = turned.producer()
-    assert maker is not None
-    assert maker.inputs[0] is not None
-    return maker.inputs[0]
+    rotary = maker(turned)
+    assert rotary is not None
+    assert rotary.inputs[0] is not None
+    return rotary.inputs[0]
 
 
 def _together(parts: Sequence[ir.Value]) -> list[ir.Value | None]:
@@ -119,39 +113,37 @@ class _Cache:
     @classmethod
     def behind(cls, seen: ir.Value | None) -> "_Cache | None":
         """What attention sees, taken apart; None if it is anything else."""
-        maker = None if seen is None else seen.producer()
-        if maker is not None and maker.op_type == "DequantizeLinear":
-            codes, scale = maker.inputs[:2]
+        node = maker(seen)
+        if node is not None and node.op_type == "DequantizeLinear":
+            codes, scale = node.inputs[:2]
             found = cls.behind(codes)
-            quantize = None if found is None else found.new.producer()
+            quantize = None if found is None else maker(found.new)
             if found is None or quantize is None or quantize.inputs[0] is None:
                 return None
             return replace(found, new=quantize.inputs[0], scale=scale)
-        if maker is None or maker.op_type != "Concat":
+        if node is None or node.op_type != "Concat":
             return None
-        past, new = maker.inputs
+        past, new = node.inputs
         assert past is not None
         assert new is not None
-        return cls(past, new, maker.outputs[0])
+        return cls(past, new, node.outputs[0])
 
 
 def _flat(make: Inserter, heads: ir.Value | None) -> ir.Value:
     """(B, T, heads * E) from (B, heads, T, E): the tensor that the heads were split from, or the way back to one."""
-    assert heads is not None
-    maker = heads.producer()
-    if maker is not None and maker.op_type == "RotaryEmbedding" and len(maker.inputs) == 3:
-        x, *angles = maker.inputs
-        return make.node("RotaryEmbedding", [_flat(make, x), *angles], *maker.attributes.values())
-    if maker is not None and _turns_heads(maker):
-        split = maker.inputs[0].producer() if maker.inputs[0] is not None else None
+    node = maker(heads)
+    if node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 3:
+        x, *angles = node.inputs
+        return make.node("RotaryEmbedding", [_flat(make, x), *angles], *node.attributes.values())
+    if node is not None and _turns_heads(node):
+        split = maker(node.inputs[0])
         if split is not None and split.op_type == "Reshape" and split.inputs[0] is not None:
             return split.inputs[0]
     turned = make.node("Transpose", [heads], ir.AttrInt64s("perm", _TURN_HEADS))
     return make.node("Reshape", [turned, make.constant("heads_together", np.array([0, 0, -1], np.int64))])
 
 
-def _attributes(attention: ir.Node, num_heads: int, past_key: ir.Value | None) -> list[ir.Attr]:
-    assert past_key is not None
+def _attributes(attention: ir.Node, num_heads: int, past_key: ir.Value) -> list[ir.Attr]:
     assert past_key.shape is not None
     groups = past_key.shape[1]
     assert isinstance(groups, int)
@@ -161,8 +153,8 @@ def _attributes(attention: ir.Node, num_heads: int, past_key: ir.Value | None) -
 
 def _num_heads(rotated: ir.Value | None) -> int | None:
     """Heads of a tensor behind rotary angles; None behind anything else."""
-    maker = None if rotated is None else rotated.producer()
-    attribute = None if maker is None else maker.attributes.get("num_heads")
+    node = maker(rotated)
+    attribute = None if node is None else node.attributes.get("num_heads")
     return None if attribute is None else attribute.as_int()
 
 

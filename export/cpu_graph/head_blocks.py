@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from export.onnx_graph.edits import Inserter, constant, take_place
+from export.onnx_graph.edits import Inserter, constant, maker, take_place
 from models.copies import shared_copy
 
 BLOCK_SIZES = (64, 32, 16)
@@ -27,16 +27,13 @@ BLOCK_SIZES = (64, 32, 16)
 def store_head(model: ir.Model) -> bool:
     """Store the head of a graph, and the embedding that it is tied to, in place, in the largest blocks that its features divide into.
 
-    Args:
-        model: Graph from `export.onnx_graph.to_onnx`.
-
     Returns:
         Whether the head has plain weights, such blocks, and nothing (a soft cap) between itself and the logits; otherwise nothing changes.
     """
     graph = model.graph
     product = next(value for value in graph.outputs if value.name == "logits").producer()
     right = product.inputs[1] if product is not None and product.op_type == "MatMul" else None
-    transpose = None if right is None else right.producer()
+    transpose = maker(right)
     weight = right if transpose is None else transpose.inputs[0]
     if product is None or weight is None or weight.const_value is None:
         return False
@@ -62,9 +59,6 @@ def store_head(model: ir.Model) -> bool:
 
 def store_embedding(model: ir.Model) -> bool:
     """Store an embedding that only tokens are looked up in, in place, in the largest blocks that its features divide into.
-
-    Args:
-        model: Graph from `export.onnx_graph.to_onnx`.
 
     Returns:
         Whether there are such an embedding and such blocks; otherwise nothing changes.

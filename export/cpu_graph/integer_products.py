@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.cpu_graph.cached_attention import DOMAIN
-from export.onnx_graph.edits import Inserter, take_place
+from export.onnx_graph.edits import Inserter, array, maker, take_place
 
 _HIGH = 127
 _LEAST_SCALE = 2.0**-24  # of a row, as in `models/quantization/quantizers.py`
@@ -30,11 +30,7 @@ _LEAST_SCALE = 2.0**-24  # of a row, as in `models/quantization/quantizers.py`
 def integer_products(model: ir.Model) -> list[str]:
     """Turn, in place, products whose both sides are rounded to 8 bits into products of whole numbers.
 
-    Args:
-        model: Graph from `export.onnx_graph.to_onnx`; `merge_products` should come first.
-
-    Returns:
-        Names of the weights' codes.
+    `merge_products` should come first.  Returns names of the weights' codes.
     """
     graph = model.graph
     rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
@@ -79,17 +75,19 @@ class _Pair:
 
 def _pair(left: ir.Value) -> _Pair | None:
     """The pair, to int8, that a left side comes out of; None: there is none."""
-    dequantize = _behind(left, "Reshape").producer()
-    quantize = None
-    if dequantize is not None and dequantize.op_type == "DequantizeLinear" and dequantize.inputs[0] is not None:
-        quantize = dequantize.inputs[0].producer()
+    behind = maker(left)
+    reshape = behind if behind is not None and behind.op_type == "Reshape" else None
+    dequantize = behind if reshape is None else maker(reshape.inputs[0])
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    quantize = maker(dequantize.inputs[0])
     if quantize is None or quantize.op_type != "QuantizeLinear":
         return None
     x, scale = quantize.inputs[:2]
     output = quantize.attributes.get("output_dtype")
     if x is None or scale is None or output is None or output.as_int() != ir.DataType.INT8:
         return None
-    return _Pair(x, scale, None if dequantize is left.producer() else left.producer())
+    return _Pair(x, scale, reshape)
 
 
 def _codes_and_scale(make: Inserter, pair: _Pair) -> tuple[ir.Value, ir.Value]:
@@ -112,29 +110,17 @@ def _row_scales(make: Inserter, x: ir.Value) -> ir.Value:
     return make.node("Max", [scale, make.constant("rows.least", np.float32(_LEAST_SCALE))])
 
 
-def _behind(value: ir.Value, op: str) -> ir.Value:
-    """What a value was before an operator that only moves it; the value itself behind any other."""
-    maker = value.producer()
-    source = maker.inputs[0] if maker is not None and maker.op_type == op else None
-    return value if source is None else source
-
-
 def _weight_of(node: ir.Node) -> _Weight | None:
     """The constant right side of a product, if it is int8 codes with a scale for each column."""
     right = node.inputs[1] if node.op_type == "MatMul" else None
-    dequantize = None if right is None else right.producer()
+    dequantize = maker(right)
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.inputs) > 2:
         return None
     codes, scale = dequantize.inputs
     if codes is None or scale is None or not (codes.is_initializer() and scale.is_initializer()):
         return None
     by_column = codes.dtype == ir.DataType.INT8 and scale.shape is not None and len(scale.shape) == 1
-    return _Weight(codes.name or "", _array(codes), _array(scale)) if by_column else None
-
-
-def _array(value: ir.Value) -> np.ndarray:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    return _Weight(codes.name or "", array(codes), array(scale)) if by_column else None
 
 
 def _replace(make: Inserter, product: ir.Node, left: ir.Value, left_scale: ir.Value, weight: _Weight) -> None:
@@ -156,6 +142,6 @@ def _results(product: ir.Node) -> list[tuple[ir.Value, slice]]:
     sizes = split.inputs[1] if split is not None and split.op_type == "Split" and len(split.inputs) == 2 else None
     if split is None or sizes is None or not sizes.is_initializer():
         return [(whole, slice(0, None))]
-    ends = np.cumsum(_array(sizes)).tolist()
+    ends = np.cumsum(array(sizes)).tolist()
     starts = [0, *ends[:-1]]
     return [(part, slice(start, end)) for part, start, end in zip(split.outputs, starts, ends, strict=True)]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from export.onnx_graph.edits import Inserter, constant, take_place
+from export.onnx_graph.edits import Inserter, array, constant, maker, take_place
 
 JOIN = "+"  # `q_proj.weight` and `k_proj.weight` become `q_proj.weight+k_proj.weight`
 
@@ -21,11 +21,7 @@ JOIN = "+"  # `q_proj.weight` and `k_proj.weight` become `q_proj.weight+k_proj.w
 def merge_products(model: ir.Model) -> int:
     """Merge, in place, all products with constant right sides (K, N) that read the same tensor and are stored alike.
 
-    Args:
-        model: Any graph with its weights filled in.
-
-    Returns:
-        The number of products that are gone.
+    Returns how many are gone.
     """
     alike: dict[tuple[object, ...], list[ir.Node]] = defaultdict(list)
     for node in model.graph:
@@ -68,14 +64,14 @@ def _merge(graph: ir.Graph, products: list[ir.Node]) -> None:
     parts = [_parts(right) for right in rights]
     make = Inserter(graph, products[0])
     joined = [_joined(graph, values) for values in zip(*parts, strict=True)]
-    dequantize = None if rights[0] is None else rights[0].producer()
+    dequantize = maker(rights[0])
     right = joined[0]
     if dequantize is not None:
         right = make.node("DequantizeLinear", joined, *dequantize.attributes.values())
         right.name = JOIN.join(value.name or "" for value in rights if value is not None)
     wide = make.node("MatMul", [products[0].inputs[0], right])
     wide.name, wide.type = JOIN.join(product.outputs[0].name or "" for product in products), products[0].outputs[0].type
-    widths = np.array([_array(values[0]).shape[-1] for values in parts], np.int64)
+    widths = np.array([array(values[0]).shape[-1] for values in parts], np.int64)
     sizes = make.constant(f"{wide.name}.widths", widths)
     split = ir.Node("", "Split", [wide, sizes], [ir.AttrInt64("axis", -1)], num_outputs=len(products))
     graph.insert_before(products[0], split)
@@ -83,7 +79,7 @@ def _merge(graph: ir.Graph, products: list[ir.Node]) -> None:
         take_place(product.outputs[0], part)
         graph.remove(product, safe=True)
     for right_before, values in zip(rights, parts, strict=True):
-        if right_before is not None and (old := right_before.producer()) is not None:
+        if (old := maker(right_before)) is not None:
             graph.remove(old, safe=True)
         for value in values:
             if not value.uses():
@@ -99,9 +95,4 @@ def _parts(right: ir.Value | None) -> list[ir.Value]:
 
 def _joined(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
     name = JOIN.join(value.name or "" for value in values)
-    return constant(graph, name, np.concatenate([_array(value) for value in values], axis=-1))
-
-
-def _array(value: ir.Value) -> np.ndarray:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    return constant(graph, name, np.concatenate([array(value) for value in values], axis=-1))

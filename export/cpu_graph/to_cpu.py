@@ -4,7 +4,7 @@
 |-----------------------------------------------------|------------------------------------------------------------------------|
 | products that read the same tensor are one          | fewer, wider products: `export/cpu_graph/merge_products.py`                      |
 | cache and rotary angles lie inside attention        | appended to in place, not copied: `export/cpu_graph/cached_attention.py`         |
-| a residual sum and its norm are one operator        | fewer operators: `export/cpu_graph/skip_norms.py`                                |
+| a residual sum and its norm are one operator        | fewer operators: `norms_with_sums`                                                |
 | `int8`, `int8_static`: products of whole numbers    | AMX and VNNI; the same codes and scales: `export/cpu_graph/integer_products.py`  |
 | a quantized student: head and embedding in 8 bits   | a small model's head is most of its bytes: `export/cpu_graph/head_blocks.py`     |
 | an input says how many logits are wanted            | a prompt needs those of its last token: `export/onnx_graph/last_logits.py`        |
@@ -16,25 +16,21 @@ are then turned by their place in the cache; `logits_to_keep` may be fed or not.
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from export.cpu_graph.cached_attention import cache_in_attention
+from export.cpu_graph.cached_attention import DOMAIN, cache_in_attention
 from export.cpu_graph.head_blocks import store_embedding, store_head
 from export.cpu_graph.integer_products import integer_products
 from export.cpu_graph.merge_products import merge_products
-from export.cpu_graph.skip_norms import norms_with_sums
 from export.layout import CPU
+from export.onnx_graph.edits import maker, take_place
 from export.onnx_graph.last_logits import ask_for_logits
+from export.onnx_graph.to_onnx import check_cpu
 from program.files import move_into_place, staging_folder
-
-HEAD_MULTIPLE = 16  # channels of an attention head, of GroupQueryAttention
-_OPSET = 23
 
 
 def write_cpu_graph(graph: Path) -> Path:
     """Write `cpu.onnx`, its weights in `cpu.onnx.data`, beside a graph of `export_onnx`.
-
-    Args:
-        graph: The file, its weights beside it, with float32 between the products.
 
     Raises:
         ValueError: A graph with float16 between the products, with FP8 in them, or below opset 23.
@@ -61,30 +57,48 @@ def write_cpu_graph(graph: Path) -> Path:
     return target
 
 
+def norms_with_sums(model: ir.Model) -> int:
+    """Fuse, in place, every RMSNormalization over the last axis with the sum that it reads; returns how many.
+
+    ONNX Runtime fuses this pair by itself for older forms of the norm, not for RMSNormalization of opset 23.
+    """
+    graph = model.graph
+    fused = 0
+    for norm in list(graph):
+        read = norm.inputs[0] if norm.op_type == "RMSNormalization" else None
+        total = maker(read)
+        if read is None or total is None or total.op_type != "Add" or not _over_last_axis(norm):
+            continue
+        if any(value is None or value.is_initializer() for value in total.inputs):  # a bias, no residual
+            continue
+        new = ir.Node(
+            DOMAIN,
+            "SkipSimplifiedLayerNormalization",
+            [*total.inputs, norm.inputs[1]],
+            [norm.attributes["epsilon"]] if "epsilon" in norm.attributes else [],
+            num_outputs=4,
+            name=norm.name,
+        )
+        graph.insert_before(total, new)
+        take_place(norm.outputs[0], new.outputs[0])
+        take_place(read, new.outputs[3])
+        graph.remove([norm, total], safe=True)
+        fused += 1
+    if fused:
+        graph.opset_imports[DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+    return fused
+
+
+def _over_last_axis(norm: ir.Node) -> bool:
+    return "axis" not in norm.attributes or norm.attributes["axis"].as_int() == -1
+
+
 def _drop_unused_positions(graph: ir.Graph) -> None:
     """Attention that turns queries and keys itself counts positions itself."""
     positions = next(value for value in graph.inputs if value.name == "position_ids")
     if not positions.uses():
         graph.inputs.remove(positions)
-
-
-def check_cpu(precision: str, opset: int, kv_cache: str | None = None) -> None:
-    """Raise `ValueError` for a precision, an opset or a format of the cache that has no such graph."""
-    if precision == "fp16" or precision.startswith("fp8"):
-        raise ValueError(
-            f"expected float32 or integers for a graph for the CPU, found precision {precision}, for which CPUs have no products; choose "
-            "fp32, int8 or a weight-only format, name one for the CPU alone (cpu: int8, --cpu int8), or leave the graph out"
-        )
-    if opset < _OPSET:
-        raise ValueError(
-            f"expected opset {_OPSET} for a graph for the CPU, found {opset}, which has no fused attention; choose {_OPSET}, or leave the "
-            "graph out"
-        )
-    if kv_cache == "fp8_e4m3":
-        raise ValueError(
-            "expected a key/value cache in floating point or int8 for a graph for the CPU, found fp8_e4m3, which ONNX Runtime's attention "
-            "does not read there; choose int8, or leave the graph out"
-        )
 
 
 def _check(model: ir.Model) -> None:

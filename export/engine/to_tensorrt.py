@@ -9,13 +9,13 @@ import importlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from export.engine.parsed_layers import inspect
 from export.onnx_graph.metadata import metadata_of
 from program.files import move_into_place, staging_folder
 
@@ -40,27 +40,27 @@ class Profile:
 
     batch: Range = (1, 1, 8)
     sequence: Range = (1, 128, 1024)
-    past: Range = (0, 0, 1024)
+    past: Range = (0, 128, 1024)
+
+    def of_prompts(self) -> "Profile":
+        """The same for whole prompts, which come with an empty cache."""
+        return replace(self, past=(self.past[0], self.past[0], self.past[2]))
 
 
-def default_profiles(
-    batch: Range = (1, 1, 8), sequence: Range = (1, 128, 1024), past: Range = (0, 128, 1024)
-) -> list[Profile]:
+_SIZES = Profile()
+
+
+def default_profiles(sizes: Profile = _SIZES) -> list[Profile]:
     """One profile for prompts and one for single tokens after a cache; engines choose their kernels for each."""
-    return [Profile(batch, sequence, (past[0], past[0], past[2])), Profile(batch, (1, 1, 1), past)]
+    return [sizes.of_prompts(), replace(sizes, sequence=(1, 1, 1))]
 
 
-def label_profiles(
-    batch: Range = (1, 1, 8), sequence: Range = (1, 128, 1024), past: Range = (0, 128, 1024)
-) -> list[Profile]:
+def label_profiles(sizes: Profile) -> list[Profile]:
     """One profile for whole prompts and one for candidates, which are short, behind a prefix that they share."""
-    smallest, usual, largest = sequence
+    smallest, usual, largest = sizes.sequence
     candidate = max(smallest, min(usual, _CANDIDATE_TOKENS))
-    behind = (max(past[0], 1), max(past[1], 1), max(past[2], 1))
-    return [
-        Profile(batch, sequence, (past[0], past[0], past[2])),
-        Profile(batch, (smallest, candidate, largest), behind),
-    ]
+    behind = (max(sizes.past[0], 1), max(sizes.past[1], 1), max(sizes.past[2], 1))
+    return [sizes.of_prompts(), replace(sizes, sequence=(smallest, candidate, largest), past=behind)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Engine:
     path: Path
     bytes: int
     seconds: float
-    flavour: str
+    flavour: Flavour
     version: str
     compute_capability: str
     layers: dict[str, int] = field(default_factory=dict)
@@ -177,7 +177,7 @@ def build_engine(
         path=engine_path,
         bytes=engine_path.stat().st_size,
         seconds=time.perf_counter() - start,
-        flavour=trt.__name__,
+        flavour=cast(Flavour, trt.__name__),
         version=trt.__version__,
         compute_capability=target,
         **inspect(trt, network),
@@ -241,5 +241,40 @@ def _set_target(trt: ModuleType, config: Any, capabilities: Sequence[str]) -> st
     return "+".join(capabilities)
 
 
-def _layers(network: Any) -> Iterable[Any]:
-    return (network.get_layer(index) for index in range(network.num_layers))
+def _layers(network: Any) -> list[Any]:
+    return [network.get_layer(index) for index in range(network.num_layers)]
+
+
+def inspect(trt: ModuleType, network: Any) -> dict[str, Any]:
+    """Layers of a parsed network by type, and its matrix products with a weight by the types of their operands."""
+    layers = _layers(network)
+    producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+
+    def origin(tensor: Any) -> Any:
+        """The layer that made a tensor, behind changes of its shape."""
+        layer = producers.get(tensor.name)
+        while layer is not None and layer.type == trt.LayerType.SHUFFLE:
+            layer = producers.get(layer.get_input(0).name)
+        return layer
+
+    def is_weight(layer: Any) -> bool:
+        if layer is not None and layer.type == trt.LayerType.DEQUANTIZE:
+            layer = origin(layer.get_input(0))
+        return layer is not None and layer.type == trt.LayerType.CONSTANT
+
+    def numbers(tensor: Any) -> str:
+        layer = origin(tensor)
+        dequantized = layer is not None and layer.type == trt.LayerType.DEQUANTIZE
+        name: str = (layer.get_input(0) if dequantized else tensor).dtype.name
+        return name
+
+    products = [
+        f"{numbers(layer.get_input(0))} x {numbers(layer.get_input(1))}"
+        for layer in layers
+        if layer.type == trt.LayerType.MATRIX_MULTIPLY and is_weight(origin(layer.get_input(1)))
+    ]
+    return {
+        "layers": dict(Counter(layer.type.name for layer in layers)),
+        "matrix_multiplies": len(products),
+        "products": dict(Counter(products)),
+    }

@@ -3,18 +3,30 @@
 Each holds all weights of the student: TensorRT shares none between engines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
-from export.engine.to_tensorrt import Engine, Profile, build_engine, default_profiles, import_tensorrt, label_profiles
-from export.layout import ENGINE_LABEL_SOURCE, ENGINE_SOURCE, GRAPH, LABEL_ENGINE_NAME, LABEL_GRAPH, MODEL_ENGINE_NAME
-from export.onnx_graph.labels import write_labels
-from export.onnx_graph.to_onnx import UNQUANTIZED, export_onnx
+from export.engine.to_tensorrt import (
+    Engine,
+    Flavour,
+    Profile,
+    build_engine,
+    default_profiles,
+    import_tensorrt,
+    label_profiles,
+)
+from export.layout import LABEL_ENGINE_NAME, MODEL_ENGINE_NAME
 from export.phases import Phases
-from export.settings import ExportSettings
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What is compiled: by which package, for which GPUs, for which sizes; see `ExportSettings`."""
+
+    flavour: Flavour
+    targets: tuple[str, ...]
+    sizes: Profile
 
 
 @dataclass(frozen=True)
@@ -39,40 +51,16 @@ class Engines:
         return Engines(model, *labels)
 
 
-def write_engines(
-    model: PreTrainedModel, folder: Path, settings: ExportSettings, labels: Mapping[str, int], phases: Phases
-) -> Engines:
-    """Compile the graphs of an export, those of a quantized student once more with float16 between its products.
-
-    Args:
-        model: What the graphs compute.
-        folder: Has the graphs, see `export/layout.py`.
-        settings: What to export.
-        labels: The token of each label; none: no engine for labels.
-        phases: Show the progress.
-    """
-    source, label_source = folder / GRAPH, folder / LABEL_GRAPH
-    if settings.precision not in UNQUANTIZED:
-        source, label_source = folder / ENGINE_SOURCE, folder / ENGINE_LABEL_SOURCE
-        with phases.phase(f"ONNX {settings.precision}, float16 between (for the engine)"):
-            export_onnx(model, source, precision=settings.precision, opset=settings.opset, activations="float16")
-            if labels:
-                write_labels(source, labels, label_source.name)
-    flavour = import_tensorrt(settings.tensorrt).__name__
-    target = "+".join(settings.targets) or "portable"
+def write_engines(plan: EnginePlan, graph: Path, label_graph: Path | None, folder: Path, phases: Phases) -> Engines:
+    """Compile a graph and, if there is one, its graph for labels into a folder."""
+    flavour, target = import_tensorrt(plan.flavour).__name__, "+".join(plan.targets) or "portable"
 
     def build(graph: Path, name: str, profiles: Sequence[Profile], title: str) -> Engine:
+        path = folder / f"{name}-{flavour}-{target}.engine"
         with phases.phase(f"{title} ({flavour}, {target})"):
-            return build_engine(
-                graph,
-                folder / "engine" / f"{name}-{flavour}-{target}.engine",
-                profiles=profiles,
-                compute_capabilities=settings.targets,
-                flavour=settings.tensorrt,
-            )
+            return build_engine(graph, path, profiles=profiles, compute_capabilities=plan.targets, flavour=plan.flavour)
 
-    sizes = settings.batch, settings.sequence, settings.past
-    generating = build(source, MODEL_ENGINE_NAME, default_profiles(*sizes), "Engine")
-    if not labels:
+    generating = build(graph, MODEL_ENGINE_NAME, default_profiles(plan.sizes), "Engine")
+    if label_graph is None:
         return Engines(generating)
-    return Engines(generating, build(label_source, LABEL_ENGINE_NAME, label_profiles(*sizes), "Engine for labels"))
+    return Engines(generating, build(label_graph, LABEL_ENGINE_NAME, label_profiles(plan.sizes), "Engine for labels"))

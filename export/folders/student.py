@@ -118,10 +118,10 @@ def _with_weights(model: PreTrainedModel, change: Callable[[nn.Parameter], Tenso
     ]  # a learned scale's logarithm stays
     weights = {id(weight): weight for module in owners for weight in module.parameters(recurse=False)}
     others = {key: change(weight) for key, weight in weights.items()}
-    if any(others[key] is not weight for key, weight in weights.items()):
-        others = {key: other.detach().clone() if other is weights[key] else other for key, other in others.items()}
+    if all(others[key] is weight for key, weight in weights.items()):
+        return copied
     changed = {
-        key: weights[key] if other is weights[key] else nn.Parameter(other.detach(), requires_grad=False)
+        key: nn.Parameter((other.clone() if other is weights[key] else other).detach(), requires_grad=False)
         for key, other in others.items()
     }
     for module in owners:

@@ -9,6 +9,7 @@
 
 import onnx_ir as ir
 import torch
+from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
@@ -20,11 +21,9 @@ DATA_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values."
 
 
 def bind_weights(onnx_model: ir.Model, model: nn.Module) -> None:
-    """Replace the parameter inputs of a graph, in place, by initializers with the values of `model`.
+    """Replace the parameter inputs of a graph, in place, by initializers with the values of a model under those names.
 
-    Args:
-        onnx_model: Result of `repeat_layers`; its floating point type decides that of the weights and scales.
-        model: Owner of the parameters and buffers of those names.
+    The graph's floating point type decides that of weights and scales.
     """
     graph = onnx_model.graph
     parameters = [value for value in graph.inputs if not (value.name or "").startswith(DATA_INPUTS)]
@@ -49,9 +48,11 @@ def _bind(graph: ir.Graph, value: ir.Value, tensor: Tensor, quantizer: WeightQua
     if quantizer is not None and user is not None:
         _bind_quantized(graph, user, name, tensor, quantizer, dtype)
     elif user is not None and user.op_type == "Transpose":
-        _replace(graph, [user], _initializer(graph, f"{name}.transposed", tensor.to(dtype).t().contiguous()))
+        stored = _initializer(graph, f"{name}.transposed", tensor.to(dtype).t().contiguous())
+        replace_all_uses_with(user.outputs[0], stored)
+        graph.remove(user, safe=True)
     else:
-        _replace_value(value, _initializer(graph, name, tensor.to(dtype)))
+        replace_all_uses_with(value, _initializer(graph, name, tensor.to(dtype)))
 
 
 def _bind_quantized(
@@ -74,7 +75,7 @@ def _bind_quantized(
         dequantize.resize_inputs(3)
         dequantize.replace_input_with(2, _initializer(graph, f"{name}.zero_point.transposed", zero_points))
     graph.remove(quantize, safe=True)
-    _replace_value(transpose.outputs[0], dequantize.outputs[0])
+    replace_all_uses_with(transpose.outputs[0], dequantize.outputs[0])
     graph.remove(transpose, safe=True)
 
 
@@ -102,7 +103,7 @@ def _share_quantized_inputs(graph: ir.Graph) -> None:
         (dequantize,) = quantize.outputs[0].consumers()
         first = shared.setdefault((x, float(scale.const_value.numpy())), dequantize.outputs[0])
         if first is not dequantize.outputs[0]:
-            _replace_value(dequantize.outputs[0], first)
+            replace_all_uses_with(dequantize.outputs[0], first)
             graph.remove([dequantize, quantize], safe=True)
             del graph.initializers[scale.name or ""]
 
@@ -113,13 +114,3 @@ def _initializer(graph: ir.Graph, name: str, tensor: Tensor | ir.TensorProtocol)
     value = ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored)  # type: ignore[arg-type]
     graph.initializers[name] = value
     return value
-
-
-def _replace(graph: ir.Graph, nodes: list[ir.Node], by: ir.Value) -> None:
-    _replace_value(nodes[-1].outputs[0], by)
-    graph.remove(nodes, safe=True)
-
-
-def _replace_value(value: ir.Value, by: ir.Value) -> None:
-    for node, index in tuple(value.uses()):
-        node.replace_input_with(index, by)

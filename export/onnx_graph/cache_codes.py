@@ -16,11 +16,7 @@ _PARTS = ("cache_quantizer.key.scale", "cache_quantizer.value.scale")
 
 
 def store_codes(graph: ir.Graph) -> int:
-    """Let inputs and outputs of the cache be codes wherever a trace rounds keys or values, in place.
-
-    Returns:
-        The number of tensors that were changed.
-    """
+    """Let inputs and outputs of the cache be codes, in place, where a trace rounds keys or values; returns how many."""
     rounding = [node for node in graph if node.op_type == "QuantizeLinear" and _scales_cache(node.inputs[1])]
     for quantize in rounding:
         (dequantize,) = quantize.outputs[0].consumers()

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.layout import LABELS
-from export.onnx_graph.edits import constant
+from export.onnx_graph.edits import Inserter
 from export.onnx_graph.last_logits import keep_last_logits
 from export.onnx_graph.prefill import write_beside
 
@@ -47,17 +47,12 @@ def keep_label_log_probs(model: ir.Model, token_ids: Sequence[int]) -> None:
     keep_last_logits(model)
     graph = model.graph
     logits = next(value for value in graph.outputs if value.name == "logits")
-
-    def node(op: str, inputs: Sequence[ir.Value], *attributes: ir.Attr) -> ir.Value:
-        new = ir.Node("", op, inputs, attributes)
-        graph.append(new)
-        return new.outputs[0]
-
-    exact = node("Cast", [logits], ir.AttrInt64("to", ir.DataType.FLOAT))
-    every = node("LogSoftmax", [exact], ir.AttrInt64("axis", -1))
-    columns = constant(graph, LABEL_TOKENS, np.array(token_ids, np.int64))
-    some = node("Gather", [every, columns], ir.AttrInt64("axis", -1))
-    found = node("Squeeze", [some, constant(graph, "label_position", np.array([1], np.int64))])
+    make = Inserter(graph)
+    exact = make.node("Cast", [logits], ir.AttrInt64("to", ir.DataType.FLOAT))
+    every = make.node("LogSoftmax", [exact], ir.AttrInt64("axis", -1))
+    columns = make.constant(LABEL_TOKENS, np.array(token_ids, np.int64))
+    some = make.node("Gather", [every, columns], ir.AttrInt64("axis", -1))
+    found = make.node("Squeeze", [some, make.constant("label_position", np.array([1], np.int64))])
     assert logits.shape is not None
     found.name, found.type = LOG_PROBS, ir.TensorType(ir.DataType.FLOAT)
     found.shape = ir.Shape([logits.shape[0], len(token_ids)])

@@ -9,7 +9,7 @@ token in every row.
 import numpy as np
 import onnx_ir as ir
 
-from export.onnx_graph.edits import Inserter
+from export.onnx_graph.edits import Inserter, maker
 
 LOGITS_TO_KEEP = "logits_to_keep"  # as transformers calls it
 _TO_THE_END = np.array([np.iinfo(np.int64).max])
@@ -18,10 +18,7 @@ _BEFORE_PRODUCT = {"DequantizeLinear", "Div", "QuantizeLinear"}
 
 
 def keep_last_logits(model: ir.Model) -> None:
-    """Feed the head of a graph, in place, with the last position only.
-
-    Args:
-        model: Graph from `export.onnx_graph.to_onnx`, before or after other passes.
+    """Feed the head of a graph, in place, with the last position only, before or after other passes.
 
     Raises:
         ValueError: The graph's output `logits` does not come from a matrix product.
@@ -50,20 +47,8 @@ def ask_for_logits(model: ir.Model) -> None:
 
 
 def _head(graph: ir.Graph) -> tuple[ir.Value, ir.Value, list[tuple[ir.Node, int]], Inserter]:
-    """The logits, what the head reads and where, and a hand that puts nodes in front of it."""
+    """The logits, what the head reads (all positions) and where, and a hand that puts nodes in front of it."""
     logits = next(value for value in graph.outputs if value.name == "logits")
-    hidden, uses = _hidden(logits)
-    return logits, hidden, uses, Inserter(graph, min((node for node, _ in uses), key=list(graph).index))
-
-
-def _feed(uses: list[tuple[ir.Node, int]], some: ir.Value, hidden: ir.Value) -> None:
-    some.name, some.type = f"{hidden.name}.last", hidden.type
-    for node, index in uses:
-        node.replace_input_with(index, some)
-
-
-def _hidden(logits: ir.Value) -> tuple[ir.Value, list[tuple[ir.Node, int]]]:
-    """What the head reads, all positions of it, and where."""
     product = _first_other(logits, _BEHIND_PRODUCT)
     if product is None or product.op_type not in ("MatMul", "MatMulIntegerToFloat"):
         raise ValueError(
@@ -75,12 +60,19 @@ def _hidden(logits: ir.Value) -> tuple[ir.Value, list[tuple[ir.Node, int]]]:
     norm = _first_other(hidden, _BEFORE_PRODUCT)
     if norm is not None:
         hidden = next(value for value in norm.outputs if value.uses())
-    return hidden, [(use.node, use.idx) for use in hidden.uses()]
+    uses = [(use.node, use.idx) for use in hidden.uses()]
+    return logits, hidden, uses, Inserter(graph, min((node for node, _ in uses), key=list(graph).index))
+
+
+def _feed(uses: list[tuple[ir.Node, int]], some: ir.Value, hidden: ir.Value) -> None:
+    some.name, some.type = f"{hidden.name}.last", hidden.type
+    for node, index in uses:
+        node.replace_input_with(index, some)
 
 
 def _first_other(value: ir.Value, operators: set[str]) -> ir.Node | None:
     """The first maker of a value, then of its first input, and so on, that is none of these operators."""
     node = value.producer()
     while node is not None and node.op_type in operators:
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
+        node = maker(node.inputs[0])
     return node

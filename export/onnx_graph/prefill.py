@@ -15,14 +15,7 @@ from program.files import move_into_place, staging_folder
 
 
 def write_prefill(graph: Path) -> Path:
-    """Write `prefill.onnx` beside a graph of `export_onnx`; it reads the weights of that graph, which must stay where they are.
-
-    Args:
-        graph: The file, its weights beside it.
-
-    Returns:
-        The new file, of a few hundred kilobytes.
-    """
+    """Write `prefill.onnx` beside a graph of `export_onnx`; it reads that graph's weights, which must stay there."""
 
     def edit(model: ir.Model) -> None:
         keep_last_logits(model)
@@ -32,13 +25,7 @@ def write_prefill(graph: Path) -> Path:
 
 
 def write_beside(graph: Path, name: str, edit: Callable[[ir.Model], None]) -> Path:
-    """Write a changed version of a graph beside it; weights stay where they are, and both refer to them.
-
-    Args:
-        graph: The file, its weights beside it.
-        name: Of the new file.
-        edit: Changes the graph in place.
-    """
+    """Write a changed version of a graph beside it; weights stay where they are, and both refer to them."""
     model = ir.load(graph)
     edit(model)
     target = graph.with_name(name)

@@ -38,6 +38,7 @@ from program.files import folder_bytes, move_into_place, staging_folder
 Precision = Literal["fp32", "fp16", "fp8", "mixed", FormatName]
 UNQUANTIZED = ("fp32", "fp16")
 PRECISIONS: tuple[str, ...] = (*UNQUANTIZED, "fp8", "mixed", *FORMATS)
+_CPU_OPSET = 23  # the first with fused attention
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,26 @@ def check_engine_formats(formats: Iterable[str]) -> None:
                 f"expected a symmetric format for an engine, found {name}, and TensorRT reads no zero points; choose "
                 f"{name.removesuffix('_zp')}, or leave the engine out"
             )
+
+
+def check_cpu(precision: str, opset: int, kv_cache: str | None = None) -> None:
+    """Raise `ValueError` for a precision, an opset or a format of the cache that has no such graph."""
+    if precision == "fp16" or precision.startswith("fp8"):
+        raise ValueError(
+            f"expected float32 or integers for a graph for the CPU, found precision {precision}, for which CPUs have "
+            "no products; choose fp32, int8 or a weight-only format, name one for the CPU alone (cpu: int8, "
+            "--cpu int8), or leave the graph out"
+        )
+    if opset < _CPU_OPSET:
+        raise ValueError(
+            f"expected opset {_CPU_OPSET} for a graph for the CPU, found {opset}, which has no fused attention; choose "
+            f"{_CPU_OPSET}, or leave the graph out"
+        )
+    if kv_cache == "fp8_e4m3":
+        raise ValueError(
+            "expected a key/value cache in floating point or int8 for a graph for the CPU, found fp8_e4m3, which ONNX "
+            "Runtime's attention does not read there; choose int8, or leave the graph out"
+        )
 
 
 def _check_quantizers(linears: Mapping[str, FakeQuantizedLinear], precision: Precision) -> None:

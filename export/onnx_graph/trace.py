@@ -43,9 +43,6 @@ class DecoderWithCache(nn.Module):
     positions then stay finite in every runtime (their values mean nothing and are masked wherever they could be seen).
     Attention with a soft cap (Gemma 2), which transformers computes operator by operator, adds its mask to the scores;
     fused attention takes it as booleans.
-
-    Args:
-        decoder: Hugging Face causal language model.
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
@@ -62,11 +59,7 @@ class DecoderWithCache(nn.Module):
         cache = DynamicCache(list(zip(past_BGPE[::2], past_BGPE[1::2], strict=True)))
         mask = self._masks(attention_mask_BS, input_ids_BT.shape[1], past_BGPE[0].shape[2])
         output = self.decoder(
-            input_ids=input_ids_BT,
-            attention_mask=mask,
-            position_ids=position_ids_BT,
-            use_cache=True,
-            **{CACHE: cache},
+            input_ids=input_ids_BT, attention_mask=mask, position_ids=position_ids_BT, use_cache=True, **{CACHE: cache}
         )
         return output.logits, cache_tensors(cache)
 
@@ -196,12 +189,7 @@ def _example(model: PreTrainedModel, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def _dynamic_shapes(num_layers: int) -> Any:
     dynamic = torch.export.Dim.DYNAMIC
-    return (
-        {0: dynamic, 1: dynamic},
-        {0: dynamic, 1: dynamic},
-        {0: dynamic, 1: dynamic},
-        [{0: dynamic, 2: dynamic}] * (2 * num_layers),
-    )
+    return *[{0: dynamic, 1: dynamic}] * 3, [{0: dynamic, 2: dynamic}] * (2 * num_layers)
 
 
 def _name_inputs_and_outputs(graph: ir.Graph, num_layers: int) -> None:
@@ -275,8 +263,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             yield
         finally:

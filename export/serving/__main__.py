@@ -14,14 +14,7 @@ from program.screen import as_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything went well."""
     options = _parser().parse_args(arguments)
-    written = write_triton(
-        options.export_dir,
-        name=options.name,
-        output=options.output,
-        max_batch_size=options.max_batch_size,
-        threads=options.threads,
-        overwrite=options.overwrite,
-    )
+    written = write_triton(**vars(options))
     for model in served_models(options.export_dir):
         print(written / f"{options.name}_{model.suffix}")
     for sentence in left_out(options.export_dir):

@@ -32,7 +32,7 @@ class ServedModel:
     Attributes:
         suffix: `onnx`, `labels`, `engine` or `labels_engine`.
         files: What to put into the version's folder, by the name it has there.
-        graph: The graph that tells inputs and outputs.
+        graph: Tells inputs and outputs.
     """
 
     suffix: str
@@ -56,7 +56,7 @@ def model_config(model: ServedModel, name: str, *, max_batch_size: int, threads:
         config.output.add(name=tensor.name, data_type=_data_type(schema, tensor), dims=_dims(tensor))
     if model.suffix.endswith("engine"):
         config.backend, config.default_model_filename = "tensorrt", "model.plan"
-        profiles = [str(index) for index, _ in enumerate(default_profiles())]
+        profiles = [str(index) for index in range(len(default_profiles()))]
         config.instance_group.add(count=1, kind=schema.ModelInstanceGroup.KIND_GPU, profile=profiles)
         return config
     config.backend, config.default_model_filename = "onnxruntime", "model.onnx"

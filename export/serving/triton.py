@@ -10,9 +10,6 @@
     DIR/<name>_engine/1/model.plan
     DIR/<name>_labels_engine/...               the same with the engine of --labels
 
-Names, types and sizes of all inputs and outputs are those of the graph.  The first dimension of each is the batch, which Triton
-adds itself (`max_batch_size`) so that it may put requests of equal shapes together; -1 stands for every other dynamic one.
-
 The cache stays a plain input and output, and the client hands it back.  Triton could keep it between calls (implicit state of
 its sequence batcher), but such a state starts with one entry where ours starts with none, each request of a sequence then is one
 conversation instead of a batch, and a conversation is bound to one instance.  Rankers and classifiers need no cache at all:
@@ -25,21 +22,16 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
-from export.layout import (
-    ENGINE_LABEL_SOURCE,
-    ENGINE_SOURCE,
-    GRAPH,
-    LABEL_ENGINE_NAME,
-    LABEL_GRAPH,
-    MODEL_ENGINE_NAME,
-    TRITON_FILES,
-)
+from export import layout
 from export.serving.config import ServedModel, model_config
 from models.loading.reference import load_tokenizer
 from program.files import move_into_place, only_one, staging_folder
 
 MAX_BATCH_SIZE = 16  # the largest batch of engines built with the settings that `python -m export` starts from
-_SOURCES_OF_ENGINES = {"engine": (ENGINE_SOURCE, GRAPH), "labels_engine": (ENGINE_LABEL_SOURCE, LABEL_GRAPH)}
+_SOURCES_OF_ENGINES = {
+    "engine": (layout.ENGINE_SOURCE, layout.GRAPH),
+    "labels_engine": (layout.ENGINE_LABEL_SOURCE, layout.LABEL_GRAPH),
+}
 
 
 def write_triton(
@@ -96,7 +88,7 @@ def write_triton(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         for config in configs:
-            move_into_place(staging / config.name, output / config.name, ours=TRITON_FILES)
+            move_into_place(staging / config.name, output / config.name, ours=layout.TRITON_FILES)
     return output
 
 
@@ -108,12 +100,12 @@ def served_models(export_dir: Path) -> list[ServedModel]:
         ValueError: Several engines.
     """
     models = []
-    graph = export_dir / GRAPH
+    graph = export_dir / layout.GRAPH
     if graph.is_file():
         data = graph.with_name(graph.name + ".data")
         weights = {data.name: data} if data.is_file() else {}
         models.append(ServedModel("onnx", {graph.name: graph, **weights}, graph))
-        labels = export_dir / LABEL_GRAPH
+        labels = export_dir / layout.LABEL_GRAPH
         if labels.is_file():
             models.append(ServedModel("labels", {graph.name: labels, **weights}, labels))
     for suffix, sources in _SOURCES_OF_ENGINES.items():
@@ -132,8 +124,8 @@ def served_models(export_dir: Path) -> list[ServedModel]:
     if not models:
         reasons = "".join(f"; {sentence}" for sentence in left_out(export_dir))
         raise FileNotFoundError(
-            f"expected an export with {GRAPH} or an engine of tensorrt at {str(export_dir)!r}, found none{reasons}; check the "
-            "path, or write one with `python -m export`"
+            f"expected an export with {layout.GRAPH} or an engine of tensorrt at {str(export_dir)!r}, found none{reasons}; "
+            "check the path, or write one with `python -m export`"
         )
     return models
 
@@ -149,5 +141,5 @@ def left_out(export_dir: Path) -> list[str]:
 
 
 def _engines(export_dir: Path, suffix: str) -> list[Path]:
-    name = MODEL_ENGINE_NAME if suffix == "engine" else LABEL_ENGINE_NAME
+    name = layout.MODEL_ENGINE_NAME if suffix == "engine" else layout.LABEL_ENGINE_NAME
     return sorted(export_dir.glob(f"engine/{name}-tensorrt-*.engine"))

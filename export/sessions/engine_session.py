@@ -128,11 +128,12 @@ class EngineSession:
         return self._contexts[profile]
 
     def _fits(self, feeds: dict[str, Tensor], profile: int) -> bool:
-        for name, tensor in feeds.items():
-            low, _, high = self._engine.get_tensor_profile_shape(name, profile)
-            if not all(least <= size <= most for least, size, most in zip(low, tensor.shape, high, strict=True)):
-                return False
-        return True
+        ranges = {name: self._engine.get_tensor_profile_shape(name, profile) for name in feeds}
+        return all(
+            least <= size <= most
+            for name, (low, _, high) in ranges.items()
+            for least, size, most in zip(low, feeds[name].shape, high, strict=True)
+        )
 
 
 def _labels(name: str) -> dict[str, int]:

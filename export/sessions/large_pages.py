@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = 2 << 20  # bytes
@@ -19,26 +18,15 @@ _MAPS = Path("/proc/self/maps")
 _ANONYMOUS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0 *(?:\[heap\])?$", re.MULTILINE)
 
 
-@dataclass
-class Moved:
-    """How much memory lies on large pages now.
-
-    Attributes:
-        bytes: Set at the end of `on_large_pages`.
-    """
-
-    bytes: int = 0
-
-
 @contextmanager
-def on_large_pages() -> Iterator[Moved]:
+def on_large_pages() -> Iterator[None]:
     """Move what is allocated inside, and still there at the end, onto large pages; large allocations only."""
-    moved, before = Moved(), _allocated()
-    yield moved
+    before = _allocated()
+    yield
     for start, end in _without(_allocated(), before):
         first, last = -(-start // PAGE) * PAGE, end // PAGE * PAGE
-        if first < last and _advise(first, last - first):
-            moved.bytes += last - first
+        if first < last:
+            _advise(first, last - first)
 
 
 def _allocated() -> list[tuple[int, int]]:
@@ -61,8 +49,9 @@ def _without(ranges: list[tuple[int, int]], before: list[tuple[int, int]]) -> It
             yield start, end
 
 
-def _advise(start: int, length: int) -> bool:
-    """Whether the kernel has put a range onto large pages."""
+def _advise(start: int, length: int) -> None:
+    """Ask the kernel to put a range onto large pages; where it does not, the range stays as it is."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return all(madvise(start, length, advice) == 0 for advice in (_HUGEPAGE, _COLLAPSE))
+    for advice in (_HUGEPAGE, _COLLAPSE):
+        madvise(start, length, advice)

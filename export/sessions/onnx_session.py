@@ -53,10 +53,7 @@ class OnnxSession:
         exact: bool = False,
         packed: bool = True,
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options = session_options(threads)
         # FP8 pairs would be fused to integer products that do not exist; without this option the session is refused.
         if exact or has_fp8(read_graph(path)):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -78,7 +75,12 @@ class OnnxSession:
 
     def repeat(self, cache: list[OrtValue], batch: int) -> list[OrtValue]:
         """The cache of one conversation, for B conversations that begin alike."""
-        return [_repeated(value, batch) for value in cache]
+        repeated = [
+            OrtValue.ortvalue_from_shape_and_type([batch, *value.shape()[1:]], value.element_type()) for value in cache
+        ]
+        for value, one in zip(repeated, cache, strict=True):
+            value.update_inplace(np.repeat(one.numpy(), batch, axis=0))
+        return repeated
 
     def run(
         self,
@@ -96,10 +98,7 @@ class OnnxSession:
             others: Further inputs of a changed graph.
         """
         batch, num_new = input_ids_BT.shape
-        feeds = {
-            "input_ids": _to_ort(input_ids_BT),
-            "attention_mask": _to_ort(attention_mask_BS),
-        }
+        feeds = {"input_ids": _to_ort(input_ids_BT), "attention_mask": _to_ort(attention_mask_BS)}
         if "position_ids" in self._inputs:  # a graph may count positions itself
             feeds["position_ids"] = _to_ort(position_ids(attention_mask_BS, num_new))
         past = self.empty_cache(batch) if cache is None else cache
@@ -112,19 +111,22 @@ class OnnxSession:
         return Output(tensors.pop("logits", torch.empty(0)), present, tensors)
 
 
+def session_options(threads: int | None) -> onnxruntime.SessionOptions:
+    """Without the runtime's warnings; threads of one operator, None: its choice."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
 def has_fp8(model: onnx.ModelProto) -> bool:
     """Whether a graph holds FP8 codes."""
     return any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
 
 
 def new_entries(cache: list[Any], num_new: int, scales: Sequence[float] = ()) -> list[Tensor]:
-    """The last T tokens of a cache, each (B, G, T, E), in floating point.
-
-    Args:
-        cache: See `Output`.
-        num_new: T.
-        scales: What the codes of each tensor are multiplied with; empty: there are no codes.
-    """
+    """The last T tokens of a cache, each (B, G, T, E), in floating point; codes have a scale for each tensor."""
     entries = [_tensor(value)[:, :, -num_new:] for value in cache]
     return [entry.float() * scale for entry, scale in zip(entries, scales, strict=True)] if scales else entries
 
@@ -135,12 +137,6 @@ def _tensor(value: OrtValue | Tensor) -> Tensor:
         return value.cpu()
     tensor = torch.from_numpy(value.numpy())  # FP8 codes come as bytes
     return tensor.view(torch.float8_e4m3fn) if value.element_type() == onnx.TensorProto.FLOAT8E4M3FN else tensor
-
-
-def _repeated(value: OrtValue, batch: int) -> OrtValue:
-    repeated = OrtValue.ortvalue_from_shape_and_type([batch, *value.shape()[1:]], value.element_type())
-    repeated.update_inplace(np.repeat(value.numpy(), batch, axis=0))
-    return repeated
 
 
 def _to_ort(tensor: Tensor) -> OrtValue:

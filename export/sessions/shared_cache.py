@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export.onnx_graph.last_logits import LOGITS_TO_KEEP
 from export.sessions.large_pages import on_large_pages
+from export.sessions.onnx_session import session_options
 
 _CACHE = "past_key_values."
 _NOT_IN_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -54,10 +55,7 @@ class SharedCacheSession:
         head_dim: int | None = None,
         large_pages: bool = True,
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options = session_options(threads)
         with on_large_pages() if large_pages else nullcontext(), whole_scores():
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         positions = int(self._session.get_modelmeta().custom_metadata_map.get("positions", 0))

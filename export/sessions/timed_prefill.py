@@ -17,17 +17,10 @@ from models.pruning.budget.latency import Run
 def onnx_run(
     model: PreTrainedModel, *, batch: int, length: int, precision: Precision = "fp32", threads: int | None = None
 ) -> Run:
-    """Export a model to a temporary folder and load the graph.
-
-    Args:
-        model: Causal language model; it is not changed.
-        batch: Prompts at a time.
-        length: Tokens of each.
-        precision: Of the graph.
-        threads: Threads of one operator; None: ONNX Runtime's choice.
+    """Export a model to a temporary folder and load the graph, with so many threads (None: ONNX Runtime's choice).
 
     Returns:
-        One prefill, from an empty cache to logits at all positions.
+        One prefill of prompts of this length, from an empty cache to logits at all positions.
 
     Raises:
         ValueError: The model cannot be exported in this precision.

@@ -13,11 +13,7 @@ from models.architecture import CACHE
 
 
 class TorchSession:
-    """Runs a model in evaluation mode, with the logits of the last position only.
-
-    Args:
-        model: On any device, in any floating point type.
-    """
+    """Runs a model, on any device and in any type, in evaluation mode, with the logits of the last position only."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()

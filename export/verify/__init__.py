@@ -1,7 +1,8 @@
 """Verification: exactness layer by layer, and a free run that is as good as the torch model; docs/verification.md derives both."""
 
-from export.verify.everything import Verification, verify_artefacts
+from export.verify.everything import Extent, Verification, verify_artefacts
 from export.verify.exactness import verify
-from export.verify.faithfulness import HeldOut, check_tokens
+from export.verify.faithfulness import check_tokens
+from export.verify.served import HeldOut
 
-__all__ = ["HeldOut", "Verification", "check_tokens", "verify", "verify_artefacts"]
+__all__ = ["Extent", "HeldOut", "Verification", "check_tokens", "verify", "verify_artefacts"]

@@ -63,15 +63,7 @@ class Comparison:
         self._agreement: list[Tensor] = []
 
     def add(self, place: str, ours_ND: Tensor, theirs_ND: Tensor, explained: float, order: float = 2.0) -> None:
-        """Compare the features of N tokens with torch's.
-
-        Args:
-            place: What they are.
-            ours_ND: The artefact's.
-            theirs_ND: Torch's.
-            explained: Relative distance of a token that rounding explains.
-            order: Of the norm, see `distances`.
-        """
+        """Compare an artefact's features of N tokens with torch's; `explained` is the relative distance by rounding."""
         self.places += 1
         largest = float(distances(ours_ND, theirs_ND, order).amax())
         ratio = largest / max(explained, torch.finfo(torch.float32).eps)

@@ -134,14 +134,8 @@ class FedSession:
         self.fed: FedGraph = fed_graph(path, layers)
         self._session = OnnxSession(path, threads=threads, graph=self.fed.model, exact=True, packed=for_cpu)
         self._coarser = coarser_types(self.fed)
-        self._looked_up: list[int] = next(
-            (
-                onnx.numpy_helper.to_array(each).tolist()
-                for each in self.fed.model.graph.initializer
-                if each.name == LABEL_TOKENS
-            ),
-            [],
-        )
+        stored = {each.name: each for each in self.fed.model.graph.initializer}
+        self._looked_up = onnx.numpy_helper.to_array(stored[LABEL_TOKENS]).tolist() if LABEL_TOKENS in stored else []
         self._layers, self._padded_keys = layers, not for_cpu
 
     @torch.no_grad()
@@ -196,11 +190,7 @@ class FedSession:
         return output.cache
 
     def _run(
-        self,
-        modules: dict[str, nn.Module],
-        step: Step,
-        cache: list[Any] | None,
-        on_token: Callable[[], None],
+        self, modules: dict[str, nn.Module], step: Step, cache: list[Any] | None, on_token: Callable[[], None]
     ) -> Output:
         """The graph on the prompts, or on one token after the other; what it gives for them is put together."""
         num_new, past = step.input_ids.shape[1], step.attention_mask.shape[1] - step.input_ids.shape[1]

@@ -17,8 +17,8 @@ that the third verdict is rare: see docs/verification.md.
 Letters: N answer tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,14 +26,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from datamodules.collate import IGNORE_INDEX, Batch
-from export.benchmark.measure import Session
 from export.onnx_graph.labels import LOG_PROBS
 from export.sessions.torch_session import TorchSession
 from export.verify.checks import Check, Status, Verdict
-from export.verify.served import Served, TeacherLogits, clustered_mean, measure_served
+from export.verify.served import HeldOut, Served, clustered_mean
 from models.calibration.observe import hooked
 from models.copies import shared_copy
-from models.evaluation.answers import Scorer
 from models.forward import answer_hidden
 from models.generation.decoder import decoder_for
 from models.generation.rollout import rollout, rollout_batch
@@ -50,39 +48,6 @@ SCORE_MARGIN = 0.05
 TOKENS, TOKENS_UNROUNDED = 512, 256  # a run that rounds nothing is not chaotic
 _SAMPLED, _ROUNDS = 64, 64  # tokens of an answer that is sampled, and answers to the same prompt
 _STATUS: dict[Verdict, Status] = {"equivalent": "passed", "too few tokens to say": "not_run", "different": "failed"}
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Conversations that artefacts are judged on.
-
-    Attributes:
-        batches: With gold answers, none of them from training.
-        judge: What is thought of the answers; None: what the model without rounded inputs thinks of them.
-        tokenizer: Turns generated tokens into text.
-        scorer: Scores generated answers; None: there is no task score.
-        max_new_tokens: Length of generated answers, tokens.
-    """
-
-    batches: Sequence[Batch]
-    judge: TeacherLogits | None = None
-    tokenizer: Any = None
-    scorer: Scorer | None = None
-    max_new_tokens: int = 0
-
-    def measure(self, session: Session, end_tokens: Sequence[int], on_batch: Callable[[], None]) -> Served:
-        """Judge what runs in a session."""
-        assert self.judge is not None
-        return measure_served(
-            session,
-            self.batches,
-            self.judge,
-            tokenizer=self.tokenizer,
-            scorer=self.scorer,
-            end_tokens=end_tokens,
-            max_new_tokens=self.max_new_tokens,
-            on_batch=on_batch,
-        )
 
 
 class ModelJudge:
@@ -181,14 +146,7 @@ def _kernel_rounding(block: int) -> Callable[..., Tensor]:
 
 
 def compare_served(name: str, model: PreTrainedModel, artefact: Served, reference: Served) -> Check:
-    """The verdict about an artefact: see the table above.
-
-    Args:
-        name: Of the artefact.
-        model: The torch model; whether it rounds decides the margin.
-        artefact: What was found of the artefact.
-        reference: What was found of the torch model, on the same conversations.
-    """
+    """The verdict about an artefact, see the table above; the reference is torch, whose rounding decides the margin."""
     margin = MARGIN if _rounds(model) else MARGIN_UNROUNDED
     differences_N = artefact.kl_N.double() - reference.kl_N.double()
     mean, low, high = clustered_mean(differences_N.nan_to_num(nan=torch.inf), reference.conversation_N)

@@ -1,6 +1,7 @@
 """The prompts that an exported file is verified on: the user's own, or a few that come along."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def prompts_for_verification(
         FileNotFoundError, ValueError: The file is missing or broken, or there are not so many.
     """
     if conversations is None:
-        found = [_conversation(prompt) for prompt in PROMPTS]
+        turns = [[{"role": "user", "content": each}, {"role": "assistant", "content": "."}] for each in PROMPTS]
+        found = [Conversation(messages, "export/verify/prompts.py") for messages in turns]
     else:
         found = read_conversations(str(conversations), default_split="train")
     if number > len(found):
@@ -53,9 +55,9 @@ def prompts_for_verification(
         rows = [example.input_ids[: example.prompt_length].long() for example in encode(tokenizer, found[:number])]
     else:
         rows = [torch.tensor(tokenizer(each.prompt[-1]["content"])["input_ids"]) for each in found[:number]]
-    masks = [torch.ones_like(row) for row in rows]
-    pad_id = tokenizer.pad_token_id or 0
-    return {"prompt_ids": _left_padded(rows, pad_id), "prompt_mask": _left_padded(masks, 0)}
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    masks = padded([torch.ones_like(row) for row in rows], padding_value=0)
+    return {"prompt_ids": padded(rows, padding_value=tokenizer.pad_token_id or 0), "prompt_mask": masks}
 
 
 def check_room(
@@ -72,13 +74,3 @@ def check_room(
         raise ValueError(
             f"expected a prompt of the benchmark within the {positions} positions of the model, found {benchmark_prompt}; lower --benchmark-prompt"
         )
-
-
-def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
-
-
-def _conversation(prompt: str) -> Conversation:
-    return Conversation(
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": "."}], "export/verify/prompts.py"
-    )

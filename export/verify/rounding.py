@@ -17,7 +17,7 @@ at a place; see `exactness.py` for the bound, a multiple of it, and docs/verific
 Letters: B batch, S tokens, D features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ def explained_by_rounding(
     attention_mask_BS: Tensor,
     arithmetic: Arithmetic,
     *,
-    layers: set[int] | None = None,
+    layers: Collection[int] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """The largest relative distance of a token that rounding explains, by place.
@@ -108,7 +108,12 @@ class _NoisyRun:
     """A forward pass in which every decoder layer runs again with rounding errors, fed with the exact pass's values at its products."""
 
     def __init__(
-        self, model: PreTrainedModel, valid_BS: Tensor, arithmetic: Arithmetic, layers: set[int] | None, seed: int
+        self,
+        model: PreTrainedModel,
+        valid_BS: Tensor,
+        arithmetic: Arithmetic,
+        layers: Collection[int] | None,
+        seed: int,
     ) -> None:
         self.found: dict[str, float] = {}
         self.cache = DynamicCache()
@@ -121,16 +126,13 @@ class _NoisyRun:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hook in; the model is as before afterwards."""
-        handles = []
-        for layer in decoder_layers(self._model):
-            wanted = self._layers is None or layer.index in self._layers
-            for name, module in layer.block.named_modules() if wanted else ():
-                if isinstance(module, nn.Linear | FakeQuantizedLinear | InputQuantizer) and not name.endswith(
-                    "input_quantizer"
-                ):
-                    handles.append(module.register_forward_pre_hook(self._keep(f"model.layers.{layer.index}.{name}")))
-            if wanted:
-                handles.append(layer.block.register_forward_hook(self._repeat(layer.index), with_kwargs=True))
+        fed = fed_modules(self._model, self._layers)
+        handles = [module.register_forward_pre_hook(self._keep(name)) for name, module in fed]
+        handles += [
+            layer.block.register_forward_hook(self._repeat(layer.index), with_kwargs=True)
+            for layer in decoder_layers(self._model)
+            if self._layers is None or layer.index in self._layers
+        ]
         if self._layers is None:
             handles.append(self._model.model.norm.register_forward_hook(self._end))
         with hooked(handles):
@@ -272,6 +274,15 @@ class _RoundingErrors(TorchDispatchMode):
         size = (2 * self._arithmetic.unit**2 + x.shape[-1] / 2 * FLOAT32.unit**2) ** 0.5
         noise = torch.randn(x.shape, generator=self._generator, device=x.device, dtype=x.dtype)
         return torch.addcmul(x, x, noise, value=size)
+
+
+def fed_modules(model: PreTrainedModel, layers: Collection[int] | None) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers and quantizers of keys and values of these decoder layers (None: all), by name: what is fed."""
+    for layer in decoder_layers(model):
+        for name, module in layer.block.named_modules() if layers is None or layer.index in layers else ():
+            is_fed = isinstance(module, nn.Linear | FakeQuantizedLinear | InputQuantizer)
+            if is_fed and not name.endswith("input_quantizer"):
+                yield f"model.layers.{layer.index}.{name}", module
 
 
 def operands(linear: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from datamodules.collate import IGNORE_INDEX, Batch
-from export.benchmark.measure import Session
+from export.sessions.session import Session
 from models.evaluation.answers import Scorer
 from models.generation.rollout import Rollout, answer_texts
 from models.losses import forward_kl
@@ -50,45 +49,49 @@ class Served:
         return found | {"questions": len(self.conversation_N.unique())}
 
 
-@torch.no_grad()
-def measure_served(
-    session: Session,
-    batches: Iterable[Batch],
-    teacher_logits: TeacherLogits,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    scorer: Scorer | None = None,
-    end_tokens: Sequence[int] = (),
-    max_new_tokens: int = 0,
-    on_batch: Callable[[], None] = lambda: None,
-) -> Served:
-    """Judge a session on conversations with gold answers.
+@dataclass(frozen=True)
+class HeldOut:
+    """Conversations that artefacts are judged on.
 
-    Args:
-        session: Runs the graph; a call must leave the cache that it is given as it was, as `OnnxSession` does.
-        batches: Of `datamodules.collate`.  Judged is what follows `prompt_ids`: of several turns the last one.
-        teacher_logits: What the teacher says.
+    Attributes:
+        batches: With gold answers, none from training.  Judged is what follows `prompt_ids`: of several turns the last.
+        judge: What is thought of the answers; None: what the model without rounded inputs thinks of them.
         tokenizer: Turns generated tokens into text.
-        scorer: Gives a score in 0..1 for every generated answer of a batch.
-        end_tokens: Tokens that end an answer.
+        scorer: Gives a score in 0..1 for every generated answer of a batch; None: there is no task score.
         max_new_tokens: Length of generated answers, tokens; 0: nothing is generated.
-        on_batch: Called after each batch.
     """
-    distances: list[Tensor] = []
-    conversations: list[Tensor] = []
-    scores: list[float] = []
-    for number, batch in enumerate(batches):
-        prompt = session.run(batch["prompt_ids"], batch["prompt_mask"])
-        next_BV, cache = prompt.logits[:, -1].clone(), prompt.cache
-        del prompt  # logits of all positions
-        for kl_n, rows_n in _distances(session, number, batch, next_BV, cache, teacher_logits):
-            distances.append(kl_n)
-            conversations.append(torch.tensor(batch["index"])[rows_n])
-        if scorer is not None and max_new_tokens:
-            answers = _greedy(session, batch, next_BV, cache, end_tokens, max_new_tokens)
-            scores += scorer(answer_texts(tokenizer, answers), batch)
-        on_batch()
-    return Served(torch.cat(distances), torch.cat(conversations), tuple(scores))
+
+    batches: Sequence[Batch]
+    judge: TeacherLogits | None = None
+    tokenizer: Any = None
+    scorer: Scorer | None = None
+    max_new_tokens: int = 0
+
+    @torch.no_grad()
+    def measure(self, session: Session, end_tokens: Sequence[int], on_batch: Callable[[], None]) -> Served:
+        """Judge what runs in a session; a call must leave the cache that it is given as it was, as `OnnxSession` does.
+
+        Args:
+            session: Runs the graph.
+            end_tokens: Tokens that end an answer.
+            on_batch: Called after each batch.
+        """
+        assert self.judge is not None
+        distances: list[Tensor] = []
+        conversations: list[Tensor] = []
+        scores: list[float] = []
+        for number, batch in enumerate(self.batches):
+            prompt = session.run(batch["prompt_ids"], batch["prompt_mask"])
+            next_BV, cache = prompt.logits[:, -1].clone(), prompt.cache
+            del prompt  # logits of all positions
+            for kl_n, rows_n in _distances(session, number, batch, next_BV, cache, self.judge):
+                distances.append(kl_n)
+                conversations.append(torch.tensor(batch["index"])[rows_n])
+            if self.scorer is not None and self.max_new_tokens:
+                answers = _greedy(session, batch, next_BV, cache, end_tokens, self.max_new_tokens)
+                scores += self.scorer(answer_texts(self.tokenizer, answers), batch)
+            on_batch()
+        return Served(torch.cat(distances), torch.cat(conversations), tuple(scores))
 
 
 def _distances(

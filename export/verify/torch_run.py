@@ -8,17 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from export.onnx_graph.to_onnx import rope_types
 from export.onnx_graph.trace import cache_tensors
 from export.sessions.onnx_session import position_ids
-from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding
-from models.architecture import CACHE, decoder_layers, head_name
+from export.verify.rounding import FLOAT16, FLOAT32, explained_by_rounding, fed_modules
+from models.architecture import CACHE, head_name
 from models.calibration.observe import hooked
 from models.losses.output_head import logits_of
-from models.quantization.linear import FakeQuantizedLinear
 from models.quantization.quantizers import InputQuantizer
 
 _EXPLAINED_TOKENS = 256  # of the prompts: enough for every kind of token, few enough to draw errors for in seconds
@@ -110,13 +109,12 @@ class Run:
         """What rounding explains at each place, drawn on the prompts."""
         if half not in self._explained:
             rows = max(1, _EXPLAINED_TOKENS // self.prompt_ids_BT.shape[1])
-            layers = None if self.layers is None else set(self.layers)
             self._explained[half] = explained_by_rounding(
                 self.model,
                 self.prompt_ids_BT[:rows],
                 self.prompt_mask_BT[:rows],
                 FLOAT16 if half else FLOAT32,
-                layers=layers,
+                layers=self.layers,
             )
         return self._explained[half]
 
@@ -134,15 +132,9 @@ def _kept(
         return lambda module, inputs, output: gives.__setitem__(name, output)
 
     handles = []
-    for layer in decoder_layers(model):
-        for name, module in layer.block.named_modules() if layers is None or layer.index in layers else ():
-            if not isinstance(module, nn.Linear | FakeQuantizedLinear | InputQuantizer) or name.endswith(
-                "input_quantizer"
-            ):
-                continue
-            full = f"model.layers.{layer.index}.{name}"
-            handles.append(module.register_forward_pre_hook(read(full)))
-            if gives is not None and not isinstance(module, InputQuantizer) and module.bias is None:
-                handles.append(module.register_forward_hook(given(full, gives)))
+    for name, module in fed_modules(model, layers):
+        handles.append(module.register_forward_pre_hook(read(name)))
+        if gives is not None and not isinstance(module, InputQuantizer) and module.bias is None:
+            handles.append(module.register_forward_hook(given(name, gives)))
     with hooked(handles):
         yield

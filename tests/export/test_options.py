@@ -61,6 +61,13 @@ def test_what_the_options_ask_for() -> None:
     assert mixed is not None
     assert (mixed.formats, mixed.average_bits) == ({"*": "int4_g64", "*.0.*": "none"}, None)
     assert (mixed.settings.method, mixed.num_conversations) == ("gptq", 7)
+    assert mixed.of_the_model and mixed.cpu_format is None
+    for words, too in (([], False), (["--kv-cache", "int8"], True), (["--precision", "int8"], True)):
+        both = calibration_of(parser().parse_args([*HERE, *CALIBRATED, "--cpu", "int8", *words]))
+        assert both is not None and (both.cpu_format, both.of_the_model) == ("int8", too)
+    words = ["--precision", "mixed", "--average-bits", "5"]
+    both = calibration_of(parser().parse_args([*HERE, *CALIBRATED, "--cpu", "int8", *words]))
+    assert both is not None and both.of_the_model
 
 
 @pytest.mark.parametrize(

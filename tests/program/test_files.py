@@ -247,12 +247,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     """Exports whose graph is a name only, and what their verification finds."""
     found: list[Check] = []
 
-    def write_graphs(model, staging, settings, labels, phases):
+    def write_graphs(model, graphs, staging, phases):
         (staging / "onnx").mkdir()
         (staging / "onnx/model.onnx").write_text(str(float(model.model.norm.weight[0])))
 
     monkeypatch.setattr(pipeline, "_write_graphs", write_graphs)
-    monkeypatch.setattr(pipeline, "verify_artefacts", lambda *_: Verification(list(found), {}))
+    monkeypatch.setattr(pipeline, "verify_artefacts", lambda *_, **__: Verification(list(found), {}))
     return found
 
 

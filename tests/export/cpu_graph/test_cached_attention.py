@@ -6,7 +6,7 @@ import torch
 
 from export.cpu_graph.cached_attention import cache_in_attention
 from export.cpu_graph.merge_products import merge_products
-from export.cpu_graph.skip_norms import norms_with_sums
+from export.cpu_graph.to_cpu import norms_with_sums
 from export.onnx_graph.last_logits import ask_for_logits
 from export.onnx_graph.to_onnx import export_onnx
 from export.sessions.onnx_session import OnnxSession

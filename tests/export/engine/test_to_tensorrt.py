@@ -7,8 +7,8 @@ import torch
 from export.engine.to_tensorrt import Profile, build_engine, check_target, import_tensorrt
 from export.onnx_graph.to_onnx import check_engine_formats, export_onnx
 from export.sessions.engine_session import EngineSession
+from export.verify.everything import audit
 from export.verify.faithfulness import compare_served, judged_by, sampled, torch_served
-from export.verify.products import audit
 from models.structure.edits import apply_edit
 from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from export.cpu_graph.head_blocks import store_head
-from export.cpu_graph.skip_norms import norms_with_sums
+from export.cpu_graph.to_cpu import norms_with_sums
 from export.onnx_graph.last_logits import LOGITS_TO_KEEP, ask_for_logits, keep_last_logits
 from export.onnx_graph.to_onnx import export_onnx
 from export.sessions.onnx_session import OnnxSession

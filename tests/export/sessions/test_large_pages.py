@@ -27,11 +27,10 @@ def test_only_what_is_new_counts(before: list[tuple[int, int]], left: list[tuple
 
 @pytest.mark.skipif(not SWITCH.is_file() or "[never]" in SWITCH.read_text(), reason="the kernel has no large pages")
 def test_new_memory_lies_on_large_pages_and_keeps_its_contents() -> None:
-    with on_large_pages() as moved:
+    with on_large_pages():
         memory = mmap.mmap(-1, 8 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.write(bytes(range(256)) * (8 * PAGE // 256))
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert moved.bytes >= 7 * PAGE
     assert memory[:] == bytes(range(256)) * (8 * PAGE // 256)
     assert large_kilobytes_around(address) >= 7 * PAGE // 1024
 

@@ -9,7 +9,7 @@ from datamodules.chat import Conversation, encode
 from datamodules.collate import collate, pad_id_of
 from export.onnx_graph.to_onnx import export_onnx
 from export.sessions.onnx_session import OnnxSession
-from export.verify.served import Served, clustered_mean, measure_served, wilson
+from export.verify.served import HeldOut, Served, clustered_mean, wilson
 from models.forward import answer_labels, answer_lengths, answer_logits
 from models.losses import forward_kl
 from tests.helpers.tiny_models import tiny_model, tiny_tokenizer
@@ -58,7 +58,7 @@ def test_the_distance_is_that_of_whole_forward_passes(session, student, batches)
             rows = torch.tensor(batch["index"]).repeat_interleave(torch.tensor(answer_lengths(batch)))
             conversations.append(rows[last])
     assert len(torch.cat(expected)) < sum(len(answer_labels(batch)) for batch in batches)  # of two turns one is judged
-    served = measure_served(session, batches, lambda number, _, n: theirs[number][n], tokenizer=tiny_tokenizer())
+    served = HeldOut(batches, lambda number, _, n: theirs[number][n]).measure(session, END, lambda: None)
     assert served.scores == ()
     order, wanted = served.conversation_N.argsort(stable=True), torch.cat(conversations).argsort(stable=True)
     torch.testing.assert_close(served.kl_N[order], torch.cat(expected)[wanted], rtol=1e-3, atol=1e-4)
@@ -79,15 +79,8 @@ def test_the_score_is_that_of_greedy_answers(session, student, batches):
         return [float(len(text) % 2) for text in texts]
 
     teacher_logits = [torch.zeros(len(answer_labels(batch)), 128) for batch in batches]
-    served = measure_served(
-        session,
-        batches,
-        lambda number, _, n: teacher_logits[number][n],
-        tokenizer=tokenizer,
-        scorer=scorer,
-        end_tokens=END,
-        max_new_tokens=6,
-    )
+    held_out = HeldOut(batches, lambda number, _, n: teacher_logits[number][n], tokenizer, scorer, max_new_tokens=6)
+    served = held_out.measure(session, END, lambda: None)
     expected = []
     for batch in batches:
         for ids_P, mask_P in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True):

@@ -1,7 +1,5 @@
 """All artefacts of an export: every graph is looked at, faults are named, what needs a GPU is never passed."""
 
-from dataclasses import replace
-
 import onnx
 import pytest
 import torch
@@ -14,8 +12,7 @@ from export.onnx_graph.labels import write_labels
 from export.onnx_graph.prefill import write_prefill
 from export.onnx_graph.to_onnx import export_onnx
 from export.phases import Phases
-from export.settings import ExportSettings
-from export.verify import verify, verify_artefacts
+from export.verify import Extent, verify, verify_artefacts
 from export.verify.checks import Check, Comparison, VerificationError, raise_on_failure
 from export.verify.everything import _not_run, longest_prompt
 from export.verify.exactness import LIMIT
@@ -23,7 +20,7 @@ from tests.helpers.tiny_models import left_padded_prompts, quantized, tiny_model
 
 PROMPTS = left_padded_prompts()
 IDS, MASK = PROMPTS["prompt_ids"], PROMPTS["prompt_mask"]
-SETTINGS = ExportSettings(formats=("onnx",), decode_steps=3, sequence=(1, 8, 40))
+WITH = {"extent": Extent(decode_steps=3, longest=40), "prompts": PROMPTS, "phases": Phases()}
 
 
 def perturbed(path, tmp_path, name, change):
@@ -44,8 +41,7 @@ def test_every_graph_is_verified(format, tmp_path):
     write_prefill(tmp_path / GRAPH)
     write_labels(tmp_path / GRAPH, {"a": 5, "b": 7})
     write_cpu_graph(tmp_path / GRAPH)
-    settings = replace(SETTINGS, precision=format, prefill=True, cpu=True, labels=("a", "b"))
-    found = verify_artefacts(model, tmp_path, None, settings, PROMPTS, Phases())
+    found = verify_artefacts(model, tmp_path, None, format, **WITH)
     parts = ["prefill", "decode", "one prompt at a time", "prefill graph", "longest prompt (40 tokens)"]
     names = [f"onnx {format}{title}, {part}" for title in ("", " for the CPU") for part in parts]
     names.remove(f"onnx {format} for the CPU, prefill graph")
@@ -60,9 +56,9 @@ def test_every_graph_is_verified(format, tmp_path):
 def test_prompts_in_groups_are_all_looked_at(tmp_path, monkeypatch):
     model = tiny_model(layers=1)
     export_onnx(model, tmp_path / GRAPH, precision="fp32")
-    whole = verify_artefacts(model, tmp_path, None, SETTINGS, PROMPTS, Phases()).checks
+    whole = verify_artefacts(model, tmp_path, None, "fp32", **WITH).checks
     monkeypatch.setattr("export.verify.everything.PROMPTS_AT_ONCE", 2)
-    parts = verify_artefacts(model, tmp_path, None, SETTINGS, PROMPTS, Phases()).checks
+    parts = verify_artefacts(model, tmp_path, None, "fp32", **WITH).checks
     assert [(check.name, check.tokens) for check in parts] == [(check.name, check.tokens) for check in whole]
     assert parts[0].tokens == 3 and parts[1].tokens == 9
 

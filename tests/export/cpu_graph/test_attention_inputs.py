@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from export.cpu_graph.attention_inputs import angle_tables
 from export.cpu_graph.cached_attention import cache_in_attention
-from export.cpu_graph.rotary_tables import angle_tables
 from export.onnx_graph.to_onnx import export_onnx
 from tests.export.onnx_graph.test_families import LONG_ROPE
 from tests.helpers.tiny_models import tiny_model
