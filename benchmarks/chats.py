@@ -145,9 +145,9 @@ def _sample(
             sampling=SAMPLING,
             seeds=[seed_of("chats", example.index) for example in part],
         )
-        for example, tokens_G, mask_G in zip(part, answers.tokens_BG, answers.mask_BG, strict=True):
+        for example, tokens_G, length in zip(part, answers.tokens_BG.tolist(), answers.lengths, strict=True):
             prompt = example.input_ids[: example.prompt_length].tolist()
-            sampled[example.index] = (len(prompt), prompt + tokens_G[mask_G.bool()].tolist())
+            sampled[example.index] = (len(prompt), prompt + tokens_G[:length])
     return [sampled[index] for index in range(len(prompts))]
 
 

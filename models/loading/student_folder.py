@@ -35,7 +35,6 @@ from models.quantization.linear import quantized_linears
 from models.quantization.quantizers import FakeQuantizer
 from models.structure.edits import apply_edit, replay
 from models.structure.shape import LayerShape, edits_between, shape_of
-from models.structure.sizes import is_uniform
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -46,8 +45,8 @@ TYPE_PREFIX = "potstill-"
 
 def why_not_plain(model: PreTrainedModel) -> str | None:
     """Why plain transformers can't build this model from a `config.json`; None if it can."""
-    if not is_uniform(model):
-        sizes = sorted({astuple(layer) for layer in shape_of(model).layers})
+    sizes = sorted({astuple(layer) for layer in shape_of(model).layers})
+    if len(sizes) > 1:
         return (
             f"layers of {len(sizes)} sizes (neurons, query heads, key/value groups: {sizes[0]} to {sizes[-1]}), and a "
             "config.json has one for all"

@@ -36,9 +36,8 @@ from models.quantization.output_head import check_head_format, untie_head
 from models.structure.adapters import has_adapters, insert_adapters
 from models.structure.hidden_size import narrow_hidden
 from models.structure.layers import drop_layers, narrow_kv_groups, narrow_mlp, narrow_query_heads
-from models.structure.sizes import is_uniform
 
-__all__ = ["Edit", "apply_edit", "is_uniform", "quantize_decoder", "replay"]
+__all__ = ["Edit", "apply_edit", "quantize_decoder", "replay"]
 
 Edit = dict[str, Any]
 

@@ -28,11 +28,6 @@ class LayerConfig:
         return getattr(self.config, name)
 
 
-def is_uniform(model: PreTrainedModel) -> bool:
-    """Whether all decoder layers have the same sizes, as one `config.json` can express."""
-    return len({_sizes(layer) for layer in decoder_layers(model)}) == 1
-
-
 def sync_config(model: PreTrainedModel) -> None:
     """Make modules and config say what the weights' shapes are; where layers differ, the config has the largest sizes."""
     layers, config = decoder_layers(model), model.config

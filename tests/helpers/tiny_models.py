@@ -12,6 +12,7 @@ from transformers import (
 
 from models.quantization.linear import freeze_scales
 from models.structure.edits import apply_edit, quantize_decoder
+from models.structure.shape import shape_of
 
 VOCAB = 128
 
@@ -82,3 +83,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     return fast
+
+
+def is_uniform(model: PreTrainedModel) -> bool:
+    """Whether all decoder layers have the same sizes, as one `config.json` can express."""
+    return len(set(shape_of(model).layers)) == 1

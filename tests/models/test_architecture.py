@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from models.architecture import FAMILIES, check_family, count_parameters, decoder_layers
-from models.structure.edits import apply_edit, is_uniform
+from models.structure.edits import apply_edit
+from models.structure.shape import shape_of
 from tests.helpers.masking import cut_model
 from tests.helpers.tiny import tiny_model
 
@@ -85,7 +86,7 @@ def test_norms_are_told_apart_by_what_reaches_them(family: str) -> None:
 # Unknown families ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use", [decoder_layers, is_uniform, lambda model: check_family(model.config)])
+@pytest.mark.parametrize("use", [decoder_layers, shape_of, lambda model: check_family(model.config)])
 def test_unknown_family_is_refused(use: Callable[[PreTrainedModel], Any]) -> None:
     model = tiny_model("gpt2", n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(

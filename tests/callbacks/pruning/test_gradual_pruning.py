@@ -19,9 +19,9 @@ from datamodules import Conversations
 from export.report import read_metrics
 from models import SFT
 from models.architecture import count_parameters, decoder_layers
-from models.structure.edits import is_uniform
 from tests.helpers.pruning_runs import fit, make_places, pruning
 from tests.helpers.tiny import tiny_folder
+from tests.helpers.tiny_models import is_uniform
 
 
 @pytest.fixture(scope="module")

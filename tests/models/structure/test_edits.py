@@ -12,9 +12,10 @@ from datamodules.collate import Batch
 from models.architecture import count_parameters, decoder_layers
 from models.quantization import FakeQuantizedLinear, freeze_scales, quantized_linears
 from models.quantization.learned_scales import learned_scales, round_learned_scales
-from models.structure.edits import Edit, apply_edit, is_uniform, quantize_decoder, replay
+from models.structure.edits import Edit, apply_edit, quantize_decoder, replay
 from tests.helpers.masking import logits
 from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny_models import is_uniform
 
 NEURONS = sorted({0, 3, *range(10, 40, 2)})
 EDITS: list[Edit] = [

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.architecture import FAMILIES, decoder_layers
 from models.quantization import freeze_scales
-from models.structure.edits import Edit, apply_edit, is_uniform, quantize_decoder, replay
+from models.structure.edits import Edit, apply_edit, quantize_decoder, replay
 from tests.helpers.masking import CUTS, close, cut_model, logits, masked_logits
 from tests.helpers.tiny import tiny_batch
+from tests.helpers.tiny_models import is_uniform
 
 # All axes in one student; layers differ where they can.
 MIXED = [CUTS["neurons"], CUTS["heads"], CUTS["groups"], CUTS["channels"], CUTS["layer"]]

@@ -7,8 +7,9 @@ import pytest
 from export.onnx_graph.layer_kinds import slice_layers
 from models.architecture import decoder_layers
 from models.structure.edits import apply_edit
-from models.structure.sizes import LayerConfig, is_uniform
+from models.structure.sizes import LayerConfig
 from tests.helpers.masking import CUTS, cut_model, logits
+from tests.helpers.tiny_models import is_uniform
 
 
 def test_a_layers_config_is_the_models_but_for_its_heads() -> None:
