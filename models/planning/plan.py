@@ -17,6 +17,7 @@ from models.loading.reference import load_model_config
 from models.losses import Objective
 from models.planning import scaling
 from models.planning.memory import (
+    HEAP,
     Sizes,
     StepSettings,
     evaluation_bytes,
@@ -187,7 +188,8 @@ def memory(work: Workload, machine: Machine) -> dict[str, Any]:
     if work.own_share:
         moments["rollout"] = kept + rollout_bytes(ours, rows, work.step.length, inference)
     if work.events:
-        moments["pruning event"] = kept + parts["activations"] + event_bytes(ours)
+        passing = HEAP.get(work.step.device, 1.0) * parts["activations"]
+        moments["pruning event"] = kept + round(passing) + event_bytes(ours)
     return {
         "parts": parts,
         "moments": moments,
