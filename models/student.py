@@ -230,6 +230,10 @@ class StudentModule(EvaluatedModule):
         if self.device.type == "cpu":
             keep_freed_memory()
 
+    def on_train_end(self) -> None:
+        """No loss is left unseen."""
+        self.check_losses()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Drop old gradients, and seed dropout by the step, so that a resumed run needs no saved random state.
 

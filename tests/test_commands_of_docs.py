@@ -54,7 +54,6 @@ ELSEWHERE = {
     "python -m export.benchmark exported": "tests/export/benchmark/test_benchmark.py",
     "python -m benchmarks.chats": "tests/benchmarks/test_chats.py",
     "python -m benchmarks.memory": "tests/benchmarks/test_memory.py",
-    "python -m benchmarks.planner": "tests/benchmarks/test_planner.py",
     "python -m benchmarks.ranking": "tests/benchmarks/ranking/test_ranking.py",
     "python -m benchmarks.ranking.study": "tests/benchmarks/ranking/test_study.py",
 }

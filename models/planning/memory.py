@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from datamodules.collate import IGNORE_INDEX
 from models.architecture import decoder_layers
@@ -37,7 +38,8 @@ MOMENTS = {"SGD": 0.0, "AdamW8bit": 2 + 8 / 256, "AdamW4bit": 1 + 8 / 128, "Adam
 #: What comes and goes takes more than is alive: glibc's heap has holes, and oneDNN lays matrices out anew (`benchmarks.planner`).
 HEAP = {"cpu": 1.4}
 _ADAM = 2.0  # moments of the parameter's own type
-DEPTHS = (4, 8)  # layers at which a deep model is run
+#: Layers at which a deep model is run; with checkpoints, the peak of shallow ones is in the loss, and of deep ones in the backward pass.
+DEPTHS, CHECKPOINTED_DEPTHS = (3, 5), (8, 12)
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,18 @@ class Sizes:
     attended: int  # query heads times their width, of all layers
 
 
+_counted: dict[tuple[str, int], Sizes] = {}
+
+
 def sizes_of(config: PretrainedConfig, lora_rank: int = 0) -> Sizes:
-    """Count a model without building it."""
+    """Count a model without its weights, once."""
+    key = config.to_json_string(), lora_rank
+    if key not in _counted:
+        _counted[key] = _count(config, lora_rank)
+    return _counted[key]
+
+
+def _count(config: PretrainedConfig, lora_rank: int) -> Sizes:
     model = _on_meta(config, torch.float32)
     adapted = _on_meta(config, torch.float32, lora_rank) if lora_rank else model
     layers = decoder_layers(model)
@@ -148,34 +160,49 @@ def sizes_of(config: PretrainedConfig, lora_rank: int = 0) -> Sizes:
     )
 
 
+def state_bytes(ours: Sizes, theirs: Sizes | None, settings: StepSettings) -> dict[str, int]:
+    """Bytes that are there all the time, and gradients: of one device that holds everything."""
+    itemsize = FLOATS[settings.student_dtype].itemsize
+    teacher = 0
+    if theirs is not None:
+        floats = FLOATS.get(settings.teacher_dtype)
+        in_bytes = theirs.parameters + theirs.head * (1 if theirs.tied else 2)  # embedding and head stay in bfloat16
+        teacher = in_bytes if floats is None else theirs.parameters * floats.itemsize
+    return {
+        "weights": (ours.parameters + (ours.trained if settings.lora_rank else 0)) * itemsize,
+        "teacher": teacher,
+        "moments": round(ours.trained * MOMENTS.get(settings.optimizer, _ADAM * itemsize)),
+        "gradients": ours.trained * itemsize,
+    }
+
+
 def step_bytes(student: PretrainedConfig, teacher: PretrainedConfig | None, settings: StepSettings) -> dict[str, int]:
     """Bytes of one training step on one device that holds everything, by part, and `peak`: the most at any moment.
 
-    Parts: weights, teacher, moments, gradients, activations (what the forward pass keeps for the backward pass) and logits (what the loss
-    adds to these at most).  They are not all there at once, so the peak is less than their sum.  Every part grows by the same amount
-    with every layer, so deep models are run at two small depths.
+    Parts: those of `state_bytes`, activations (what the forward pass keeps for the backward pass) and logits (what the loss adds to these
+    at most).  They are not all there at once, so the peak is less than their sum.
 
     Args:
         student: Configuration of the model that is trained.
         teacher: That of its teacher; None for none.
         settings: Of the step.
     """
-    deepest = max(config.num_hidden_layers for config in (student, teacher or student))
-    if deepest <= DEPTHS[1]:
-        return _step_bytes(student, teacher, settings)
-    shallow, deeper = (
-        _step_bytes(_of_depth(student, depth), _of_depth(teacher, depth) if teacher else None, settings)
-        for depth in DEPTHS
-    )
-    more = (student.num_hidden_layers - DEPTHS[1]) / (DEPTHS[1] - DEPTHS[0])
-    # A teacher may be deeper than its student; it keeps weights only.
-    theirs = ((teacher.num_hidden_layers if teacher else 0) - DEPTHS[1]) / (DEPTHS[1] - DEPTHS[0])
-    grown = {
-        part: round(deeper[part] + (theirs if part == "teacher" else more) * (deeper[part] - shallow[part]))
-        for part in deeper
-    }
-    by_layer = (deeper["teacher"] - shallow["teacher"]) * (theirs - more)
-    return grown | {"peak": round(grown["peak"] + by_layer)}
+    state = state_bytes(sizes_of(student, settings.lora_rank), sizes_of(teacher) if teacher else None, settings)
+    layers, (low, high) = student.num_hidden_layers, CHECKPOINTED_DEPTHS if settings.checkpointing else DEPTHS
+    if layers <= high:
+        kept, in_loss, most = _passing_bytes(student, teacher, settings)
+    else:  # every layer adds the same
+        few, more = (
+            _passing_bytes(_of_depth(student, depth), teacher and _of_depth(teacher, DEPTHS[0]), settings)
+            for depth in (low, high)
+        )
+        steps = (layers - high) / (high - low)
+        kept, in_loss, most = (round(b + steps * (b - a)) for a, b in zip(few, more, strict=True))
+    # torch's optimizers on a GPU take all parameters at once, with a temporary of their size.
+    updating = state["gradients"] * (2 if settings.device == "cuda" else 1)
+    passing = round(HEAP.get(settings.device, 1.0) * max(most, updating))
+    peak = state["weights"] + state["teacher"] + state["moments"] + passing
+    return state | {"activations": kept, "logits": in_loss - kept, "peak": peak}
 
 
 def _of_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -186,13 +213,15 @@ def _of_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
-def _step_bytes(student: PretrainedConfig, teacher: PretrainedConfig | None, settings: StepSettings) -> dict[str, int]:
-    longest_plain = attention.LONGEST if settings.device == "cpu" else 0
+def _passing_bytes(
+    student: PretrainedConfig, teacher: PretrainedConfig | None, settings: StepSettings
+) -> tuple[int, int, int]:
+    """Bytes beside weights and moments: after the forward pass, at most in the loss, and at most in all of the step."""
     dtypes = FLOATS[settings.student_dtype], FLOATS.get(settings.teacher_dtype, torch.bfloat16)
     meta, told_meta = _on_meta(student, dtypes[0], settings.lora_rank), teacher and _on_meta(teacher, dtypes[1])
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(attention, "LONGEST", longest_plain),
+        mock.patch.object(attention, "LONGEST", attention.LONGEST if settings.device == "cpu" else 0),
         # Nobody can look at what labels say, only at where they are.
         mock.patch("models.losses.chunked._check_tokens"),
         mock.patch("models.forward._asks_labels", return_value=False),
@@ -201,30 +230,11 @@ def _step_bytes(student: PretrainedConfig, teacher: PretrainedConfig | None, set
         if settings.checkpointing:
             checkpoint_activations(model)
         told = _on_fake_cpu(told_meta).eval().requires_grad_(False) if told_meta else None
-        batch = _batch(settings)
         with Tally() as tally:
-            tally.note(list(model.parameters()))
-            weights = tally.now
-            teacher_bytes = _teacher_bytes(told, settings)
-            tally.note(list(told.parameters()) if told else [])
+            tally.note(list(model.parameters()), list(told.parameters()) if told else [])
             before = tally.now
-            kept, loss_most = _forward(model, told, batch, settings, tally)
-            most = tally.most
-        trained = [p for p in model.parameters() if p.requires_grad]
-        gradients = sum(p.numel() * p.element_size() for p in trained)
-        moments = round(sum(p.numel() * _moment_bytes(settings.optimizer, p) for p in trained))
-    fixed = weights + teacher_bytes + moments
-    # torch's optimizers on a GPU take all parameters at once, with a temporary of their size.
-    updating = gradients + (gradients if settings.device == "cuda" else 0)
-    return {
-        "weights": weights,
-        "teacher": teacher_bytes,
-        "moments": moments,
-        "gradients": gradients,
-        "activations": kept - before,
-        "logits": loss_most - kept,
-        "peak": fixed + round(HEAP.get(settings.device, 1.0) * max(most - before, updating)),
-    }
+            kept, in_loss = _forward(model, told, _batch(settings), settings, tally)
+            return kept - before, in_loss - before, tally.most - before
 
 
 def rollout_bytes(sizes: Sizes, rows: int, length: int, dtype: torch.dtype) -> int:
@@ -243,8 +253,9 @@ def evaluation_bytes(sizes: Sizes) -> int:
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int = 0) -> PreTrainedModel:
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model.tie_weights()
         attention.use_attention(model)
         if lora_rank:
             insert_adapters(model, modules=projections(model), rank=lora_rank, alpha=lora_rank, dropout=0.0)
@@ -268,21 +279,6 @@ def _batch(settings: StepSettings) -> dict[str, Any]:
     labels_BT[:, start:] = 0
     spans = [((start, settings.length),)] * settings.batch_size
     return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": labels_BT, "answer_spans": spans}
-
-
-def _teacher_bytes(teacher: PreTrainedModel | None, settings: StepSettings) -> int:
-    if teacher is None:
-        return 0
-    count = sum(p.numel() for p in teacher.parameters())
-    if settings.teacher_dtype != "int8":
-        return count * FLOATS[settings.teacher_dtype].itemsize
-    outside = sum(p.numel() for p in teacher.get_input_embeddings().parameters())
-    outside *= 1 if teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight else 2
-    return count + outside
-
-
-def _moment_bytes(optimizer: str, parameter: Tensor) -> float:
-    return MOMENTS.get(optimizer, _ADAM * parameter.element_size())
 
 
 def _forward(

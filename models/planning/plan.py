@@ -24,6 +24,7 @@ from models.planning.memory import (
     event_bytes,
     rollout_bytes,
     sizes_of,
+    state_bytes,
     step_bytes,
 )
 from models.student import StudentModule
@@ -211,11 +212,23 @@ def what_fits(work: Workload, machine: Machine) -> tuple[list[str], dict[str, An
             continue
         changed = {name: value for overlay in overlays for name, value in OVERLAYS[overlay].items()}
         for further in ([], ["fsdp"]) if may_shard and "teacher_int8" not in overlays else ([],):
-            there = replace(machine, sharded=machine.sharded or bool(further))
-            found = memory(replace(work, step=replace(work.step, **changed)), there)
+            there, then = (
+                replace(machine, sharded=machine.sharded or bool(further)),
+                replace(work, step=replace(work.step, **changed)),
+            )
+            if _least(then, there) > USABLE * machine.gpu.memory * GB:
+                continue
+            found = memory(then, there)
             if found["peak"] <= found["usable"]:
                 return [*overlays, *further], found
     return None
+
+
+def _least(work: Workload, machine: Machine) -> float:
+    """Bytes of weights, teacher and moments alone: where these do not fit, no step has to be counted."""
+    ours, theirs = sizes_of(work.student, work.step.lora_rank), sizes_of(work.teacher) if work.teacher else None
+    state = state_bytes(ours, theirs, work.step)
+    return (sum(state.values()) - state["gradients"]) / (machine.gpus if machine.sharded else 1)
 
 
 def phases(work: Workload, machine: Machine) -> list[dict[str, Any]]:

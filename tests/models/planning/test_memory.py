@@ -53,11 +53,14 @@ def test_a_step_without_data_takes_what_one_with_data_takes(changes: dict[str, A
     assert (found["gradients"], found["moments"]) == (4 * trained, 8 * trained)
 
 
-def test_a_deep_model_is_counted_at_two_depths() -> None:
-    ours, theirs = config(11), config(13, hidden_size=80)
-    found, expected = step_bytes(ours, theirs, STEP), memory._step_bytes(ours, theirs, STEP)
-    for part, size in expected.items():
-        assert found[part] == pytest.approx(size, rel=0.01), part
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"checkpointing": True}], ids=str)
+def test_a_deep_model_is_counted_at_two_depths(changes: dict[str, Any]) -> None:
+    ours, theirs, settings = config(16), config(13, hidden_size=80), replace(STEP, **changes)
+    found, (kept, in_loss, most) = step_bytes(ours, theirs, settings), memory._passing_bytes(ours, theirs, settings)
+    assert found["activations"] == pytest.approx(kept, rel=0.01)
+    assert found["logits"] == pytest.approx(in_loss - kept, rel=0.01)
+    passing = found["peak"] - found["weights"] - found["teacher"] - found["moments"]
+    assert passing == pytest.approx(memory.HEAP["cpu"] * max(most, found["gradients"]), rel=0.05)
 
 
 def test_overlays_take_less() -> None:
@@ -75,9 +78,11 @@ def test_overlays_take_less() -> None:
     assert step_bytes(ours, None, ALONE)["teacher"] == 0
 
 
-def test_sizes_are_those_of_the_model() -> None:
-    found = sizes_of(config(), lora_rank=4)
-    assert found.parameters == AutoModelForCausalLM.from_config(config()).num_parameters()
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_are_those_of_the_model(tied: bool) -> None:
+    found = sizes_of(config(tie_word_embeddings=tied), lora_rank=4)
+    assert found.parameters == AutoModelForCausalLM.from_config(config(tie_word_embeddings=tied)).num_parameters()
+    assert found.tied == tied
     assert found.trained < found.parameters / 3
     assert found.head == 500 * 64
     assert found.cached == 3 * 2 * 2 * 16

@@ -11,6 +11,7 @@ from models.loading.reference import load_model_config
 from models.planning.memory import StepSettings
 from models.planning.plan import GPUS, Machine, Workload, memory, phases
 from tests.helpers.short_runs import ROOT
+from tests.helpers.tiny import tiny_folder
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -69,7 +70,7 @@ def planned(*options: str) -> dict[str, Any]:
 
 
 def test_what_fits_is_said_and_holds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gpus = [*models("8b", "70b"), "--gpus", "8", "--gpu", "h200"]
+    gpus = [*models("8b", "70b"), "--gpus", "8", "--gpu", "h200", "--data.init_args.max_length", "256"]
     plan = planned(*gpus, "--price", "3", "--budget", "1000", "--picture", "plan.png")
     words = capsys.readouterr().out
     parts = plan["memory"]["parts"]
@@ -89,6 +90,23 @@ def test_what_fits_is_said_and_holds(place: Path, capsys: pytest.CaptureFixture[
     again = planned(*overlays, *gpus)
     assert again["fits_with"] == []
     assert again["memory"]["peak"] == pytest.approx(plan["memory_then"]["peak"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if "\nname: " in path.read_text())
+)
+def test_every_recipe_can_be_planned(recipe: str, place: Path) -> None:
+    tiny_folder(place / "tiny")
+    teacher = "teacher: " in (ROOT / f"configs/{recipe}.yaml").read_text()
+    references = models("tiny", "tiny") if teacher else models("tiny", "tiny")[:2]
+    command = ["plan", "--config", f"configs/{recipe}.yaml", *references, "--json_file", "plan.json"]
+    assert train.entry_point(command) == 0
+    plan = json.loads(Path("plan.json").read_text())
+    assert plan["fits_with"] == []
+    assert ("pruning event" in plan["memory"]["moments"]) == (
+        "GradualPruning" in (ROOT / f"configs/{recipe}.yaml").read_text()
+    )
+    assert bool(plan["memory"]["parts"]["teacher"]) == teacher
 
 
 def test_a_family_that_is_no_llama(place: Path) -> None:
