@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from models.calibration.observe import evaluating
 from models.quantization.linear import FakeQuantizedLinear
 
-#: Logits that are held at once where their gradients are not needed in closed form: 128 MiB in float32, and a few copies of that.
-LOGITS_AT_ONCE = 2**25
+#: Logits that are held at once where their gradients are not needed in closed form: 32 MiB in float32, and a few copies of that.
+LOGITS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
