@@ -3,7 +3,7 @@
 `tests/helpers/pretend_gpu.py` says what such a run shows, and what it cannot.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def gpu(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
         yield gpu
 
 
-def arguments(name: str, overlays: list[str] = [], **trainer: Any) -> list[str]:  # noqa: B006
+def arguments(name: str, overlays: Sequence[str] = (), **trainer: Any) -> list[str]:
     """A recipe with tiny models and a few steps; which device it takes, it finds out by itself."""
     export = MOVED["ExportOnFitEnd"] | (QUICK if name == "quickstart" else {})
     overlay = short(name, {**MOVED, "ExportOnFitEnd": export})

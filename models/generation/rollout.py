@@ -19,9 +19,8 @@ from models.generation.sampling import GREEDY, Sampling, sample, uniforms
 
 # Rows that have ended leave the batch when they are this share of it: taking them out copies the cache.
 _ENDED_SHARE = 0.25
-# Tokens between two looks at which rows have ended: a look makes the host wait until a GPU has caught up.
-_LOOK_EVERY = {"cpu": 1}
-_LOOK_EVERY_ON_GPU = 16
+# Tokens between two looks at which rows have ended, on a GPU: a look makes the host wait until it has caught up.
+_LOOK_EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,10 @@ def rollout(
     uniforms_BG = uniforms(seeds, max_new_tokens, device) if seeds is not None else None
     tokens_BG = torch.zeros(num_samples, max_new_tokens, dtype=torch.long, device=device)
     rows_B = torch.arange(num_samples, device=device)  # of the samples that the decoder still holds
-    lengths_B = torch.full(
-        (num_samples,), max_new_tokens, device=device
-    )  # of all samples; what has not ended has the longest
+    lengths_B = torch.full((num_samples,), max_new_tokens, device=device)  # what has not ended has the longest
     alive_B = torch.ones(num_samples, dtype=torch.bool, device=device)
-    held, look_every = list(range(num_samples)), _LOOK_EVERY.get(device.type, _LOOK_EVERY_ON_GPU)  # `held` is `rows_B`
+    held = list(range(num_samples))  # what the host knows of `rows_B`
+    look_every = 1 if device.type == "cpu" else _LOOK_EVERY
     logits_BV = decoder.prefill(prompts_BP, mask_BP, max_new_tokens)
     for position in range(max_new_tokens):
         uniform_B = alive_B.float() if uniforms_BG is None else uniforms_BG[rows_B, position]
@@ -118,9 +116,8 @@ def rollout_batch(batch: Batch, answers: Rollout) -> Batch:
     tokens_BT = torch.cat([batch["prompt_ids"], answers.tokens_BG], dim=1)
     is_answer_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), mask_BG], dim=1)
     labels_BT = torch.where(is_answer_BT.bool(), tokens_BT, IGNORE_INDEX)
-    starts = (
-        batch.get("prompt_lengths") or batch["prompt_mask"].sum(1).tolist()
-    )  # a loader knows them; a look makes a GPU's host wait
+    # A loader knows them; a look at the mask makes a GPU's host wait.
+    starts = batch.get("prompt_lengths") or batch["prompt_mask"].sum(1).tolist()
     spans = [((start, start + length),) for start, length in zip(starts, answers.lengths, strict=True)]
     longest = max(end for ((_, end),) in spans)
     # Real tokens move to the front of their row, in order; padding goes to the back.

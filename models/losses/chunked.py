@@ -217,9 +217,8 @@ def check_stored_top_k(objective: Objective, stored: int) -> None:
 
 
 def _check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
-    if (
-        tokens.numel() and tokens.device.type == "cpu"
-    ):  # a look at a GPU would wait for it; its kernels check by themselves
+    # A look at a GPU would wait for it; its kernels check by themselves.
+    if tokens.numel() and tokens.device.type == "cpu":
         lowest, highest = (int(bound) for bound in torch.aminmax(tokens))
         if lowest < 0 or highest >= vocabulary:
             raise ValueError(

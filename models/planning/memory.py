@@ -11,7 +11,7 @@ Legend: B samples, T tokens.
 
 import copy
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -71,7 +71,7 @@ class StepSettings:
     checkpointing: bool = False
     lora_rank: int = 0
     chunk_tokens: int = 0
-    objective: Objective = Objective()  # noqa: RUF009  # frozen
+    objective: Objective = field(default_factory=Objective)
     device: str = "cuda"
 
 

@@ -27,12 +27,12 @@ from models.planning.memory import (
     state_bytes,
     step_bytes,
 )
+from models.pruning.scores.curvature import FISHER_EVERY
 from models.student import StudentModule
 
 GB = 1e9
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own and what its allocator cannot use
 READ_SHARE = 0.6  # of the bandwidth that decoding reaches
-FISHER_EVERY = 4  # a quarter of a pruning event's batches has a backward pass
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Planner(Trainer):
             picture: Draw memory and budget there (PNG or SVG).
 
         Raises:
-            ValueError: A number is out of its range, or the data module says neither batch size nor length.
+            ValueError: A number is out of its range, the data module has no length, or the picture has another suffix.
             FileNotFoundError: There is no configuration at the student's or teacher's reference.
         """
         check_arguments(Planner.plan, locals(), "")
@@ -66,6 +66,8 @@ class Planner(Trainer):
             raise ValueError(
                 "expected the length of the longest sample, found none in the data's max_length; give --length"
             )
+        if picture and Path(picture).suffix not in (".png", ".svg"):
+            raise ValueError(f"expected a --picture that ends with .png or .svg, found {picture!r}; rename it")
         machine = Machine(gpus, GPUS[gpu], bool(sharded), utilisation)
         work = planning.workload_of(
             model, datamodule, self, length=longest, mean_length=mean_length or longest / 2, answer_share=answer_share
@@ -120,5 +122,5 @@ def _draw(plan: dict[str, Any], path: Path) -> None:
         axes[0][1].set_xlabel("billion parameters, all with the same budget")
         axes[0][1].set_ylabel("nats a token")
         axes[0][1].legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    write_file(path, lambda place: figure.savefig(place, dpi=150, format=path.suffix.removeprefix(".")))
     plt.close(figure)

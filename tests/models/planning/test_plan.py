@@ -142,8 +142,9 @@ def test_shards_hold_less(place: Path) -> None:
         (["--gpus", "0"], "gpus"),
         (["--model.init_args.student", "nowhere/at/all"], "expected a Hugging Face folder at 'nowhere/at/all'"),
         (["--gpu", "h999"], "h999"),
+        (["--picture", "plan.xyz"], "expected a --picture that ends with .png or .svg, found 'plan.xyz'"),
     ],
-    ids=["utilisation", "gpus", "model", "gpu"],
+    ids=["utilisation", "gpus", "model", "gpu", "picture"],
 )
 def test_a_mistake_is_one_sentence(
     place: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
